@@ -1,0 +1,19 @@
+"""The errors that a user can cause; each is one line that says what, where and what would be right."""
+
+
+class Error(Exception):
+    """Something wrong with a file, a name, an index or a flag."""
+
+
+class FileError(Error):
+    """A file that cannot be read or written, or is not what it should be."""
+
+
+class GGUFError(FileError):
+    """The model file is not what it should be."""
+
+
+def short(value: object) -> str:
+    """A value from a file, fit for one line of a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

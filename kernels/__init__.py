@@ -1,0 +1,27 @@
+"""The arithmetic of tinymia: numba kernels on NumPy arrays and on GGUF block formats. Knows nothing of models.
+
+    matmul.py       products with weights as they lie in the file, unpacking rows
+    formats.py      the registry of block formats: floats.py, q8.py, q4_q5.py describe one family each
+    rows.py         the dot products from which every format gets its kernels
+    activations.py  rounding and quantising activations before a product
+    attention.py    scores, softmax, weighted sums, and all of it in one; attention_rows.py holds its kernels
+    ops.py          RMS norm, rotary positions, SiLU
+    sampling.py     a token from logits
+    threads.py      the pool over which rows are split
+    jit.py          compilation, its cache, its announcement
+    simd.py         LLVM vectors in numba; vectors.py the ones used here; cpu.py what only some CPUs have
+"""
+
+from . import floats, q4_q5, q8  # noqa: F401  each registers its formats
+from .attention import attention, kq, kqv, soft_max, store
+from .formats import FORMATS, Format
+from .jit import announce_done
+from .matmul import dequantize, get_rows, matmul
+from .ops import rms_norm, rope, silu
+from .sampling import Sampler, softmax
+from .threads import Pool, physical_cores
+
+__all__ = [
+    "FORMATS", "Format", "Pool", "Sampler", "announce_done", "attention", "dequantize", "get_rows", "kq", "kqv", "matmul",
+    "physical_cores", "rms_norm", "rope", "silu", "soft_max", "softmax", "store",
+]  # fmt: skip

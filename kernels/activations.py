@@ -1,0 +1,80 @@
+"""Quantising activations before a dot product with quantised weights, as ggml does.
+
+Groups of 32 activations x become bytes q = rint(x * 127 / amax) with the scale d = amax / 127, amax = max |x|. Q8_0 and
+Q8_1 keep d as F16; Q8_1 also keeps s = F16(d * sum of q), the partner of the weights' minimum.
+Source: ggml-cpu/arch/x86/quants.c, quantize_row_q8_0 and quantize_row_q8_1 (rounds to even; the reference in
+ggml-quants.c rounds halves away from zero).
+
+Two groups make a record of 256 bytes, in which everything lies as the dot product loads it:
+
+    byte   0  q   64 x i8     the quants of both groups
+    byte  64  c   16 x i32    -bias * (q[4k] + ... + q[4k+3]): turns products with unsigned weights into the right ones
+    byte 128  d   16 x f32    8 times the scale of the first group, 8 times that of the second
+    byte 192  s   16 x f32    the same of s / 8, or zeros
+
+After an odd number of groups the second half of the last record is zero.
+"""
+
+import numpy as np
+
+from .cpu import dot4, round_bf16, round_half, widen_bf16, widen_half
+from .jit import inline, kernel, specialise
+from .simd import address_of, fabs, largest, rint, store, total
+from .vectors import f32x8, i32x8, load_f32x1, load_f32x16, load_f32x32, to_half, to_i8, u8x32
+
+RECORD = 256
+
+
+@inline
+def quantise_group(x, record, half, bias, with_sum):
+    v = load_f32x32(x)
+    amax = largest(fabs(v))
+    d = amax / np.float32(127)
+    inverse = np.float32(127) / amax if amax != 0 else np.float32(0)
+    q = to_i8(rint(v * inverse))
+    sums = dot4(i32x8(0), u8x32(1), q)
+    s = to_half(d * np.float32(total(sums))) * np.float32(0.125) if with_sum else np.float32(0)
+    store(record + 32 * half, q)
+    store(record + 64 + 32 * half, sums * -bias)
+    store(record + 128 + 32 * half, f32x8(to_half(d)))
+    store(record + 192 + 32 * half, f32x8(s))
+
+
+@inline
+def first_record(y):
+    """Where the records begin in an array: at the next multiple of 64 bytes, so that no vector crosses a cache line."""
+    return (address_of(y) + 63) & -64
+
+
+@kernel
+def quantise_q8(x, y, bias, with_sum, t0, t1):
+    """Fill the records of the tokens t0 to t1 from x [n_tok, n_in]; y as new_records makes it."""
+    n_groups, x, y = x.shape[1] // 32, address_of(x), first_record(y)
+    stride = RECORD * ((n_groups + 1) // 2)
+    for t in range(t0, t1):
+        for j in range(n_groups):
+            record = y + t * stride + RECORD * (j // 2)
+            quantise_group(x + 128 * (t * n_groups + j), record, j % 2, bias, with_sum)
+        if n_groups % 2:
+            for part in range(4):
+                store(y + (t + 1) * stride - RECORD + 64 * part + 32, u8x32(0))
+
+
+def new_records(n_tok: int, n_in: int) -> tuple[np.ndarray, int]:
+    """Room for the records of n_tok tokens, and the bytes from one token's first record to the next token's."""
+    stride = RECORD * ((n_in // 32 + 1) // 2)
+    return np.empty(n_tok * stride + 63, np.uint8), stride
+
+
+def round_floats(x, y, i0, i1):
+    """y[i] = x[i] rounded to a 16-bit format, as float32."""
+    x, y = address_of(x), address_of(y)
+    for i in range(i0, i1 - 15, 16):
+        store(y + 4 * i, widen(narrow(load_f32x16(x + 4 * i))))
+    for i in range(i1 - (i1 - i0) % 16, i1):
+        store(y + 4 * i, widen(narrow(load_f32x1(x + 4 * i))))
+
+
+widen = narrow = None
+round_to_f16 = specialise(round_floats, "round_to_f16", widen=widen_half, narrow=round_half)
+round_to_bf16 = specialise(round_floats, "round_to_bf16", widen=widen_bf16, narrow=round_bf16)

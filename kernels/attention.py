@@ -1,0 +1,105 @@
+"""Attention: scores of queries with cached keys, softmax under the causal mask, weighted sums of cached values.
+
+A cache is k [n_head_kv, cap, d_head] and v [n_head_kv, cap, d_v], both float16 (then queries and probabilities are
+rounded to F16 before the products, as ggml does) or both float32. Query head h reads the cache's head
+h // (n_head // n_head_kv). `kq`, `soft_max` and `kqv` give every step as an array; `attention` does the same row by row,
+in memory for one row of scores, with the same row functions, so that both agree bit for bit.
+"""
+
+import numpy as np
+
+from .attention_rows import KERNELS, soft_max_rows
+from .threads import Pool, run
+
+
+def _like(name: str, x: np.ndarray, dtype, shape: tuple) -> None:
+    """ValueError unless x is a contiguous array of that type and shape; None stands for any length."""
+    fits = x.dtype == dtype and x.flags.c_contiguous and x.ndim == len(shape)
+    if not fits or any(want is not None and have != want for have, want in zip(x.shape, shape, strict=True)):
+        want = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} is a contiguous {np.dtype(dtype)} array of shape ({want}), not {x.dtype} {x.shape}")
+
+
+def _cache(name: str, cache: np.ndarray, n_kv: int, n_head: int):
+    """The kernels for this cache's type, and the cache as they take it (numba has no float16 arrays).
+
+    ValueError unless the cache holds n_kv positions for n_head query heads.
+    """
+    if cache.dtype not in KERNELS or cache.ndim != 3 or not cache.flags.c_contiguous:
+        wrong = f"{cache.dtype} {cache.shape}"
+        raise ValueError(f"{name} is a contiguous float16 or float32 [n_head_kv, cap, d] array, not {wrong}")
+    if not 0 <= n_kv <= cache.shape[1]:
+        raise ValueError(f"{name} has room for {cache.shape[1]} positions, not {n_kv}")
+    if cache.shape[0] == 0 or n_head % cache.shape[0]:
+        raise ValueError(f"{n_head} query heads are no multiple of the {cache.shape[0]} heads of {name}")
+    return KERNELS[cache.dtype], cache.view(np.uint16) if cache.dtype == np.float16 else cache
+
+
+def store(cache: np.ndarray, x: np.ndarray, n_past: int) -> None:
+    """cache[h, n_past + t] = x[t, h], rounded to F16 when the cache is; x: float32 [n_tok, n_head_kv, d]."""
+    n_tok = x.shape[0] if x.ndim == 3 else 0
+    kernels, cache = _cache("cache", cache, n_past + n_tok, cache.shape[0])
+    _like("x", x, np.float32, (None, cache.shape[0], cache.shape[2]))
+    if n_past < 0:
+        raise ValueError(f"n_past is {n_past}")
+    kernels.store(cache, x, n_past)
+
+
+def kq(q: np.ndarray, k: np.ndarray, n_kv: int, pool: Pool | None = None) -> np.ndarray:
+    """out[h, t, j] = q[t, h] . k[head of h, j], unscaled and unmasked.
+
+    q: float32 [n_tok, n_head, d_head]. Returns float32 [n_head, n_tok, n_kv]. ValueError when shapes do not fit.
+    Source: ggml-cpu.c, ggml_compute_forward_mul_mat with F16 keys.
+    """
+    _like("q", q, np.float32, (None, None, k.shape[-1]))
+    n_tok, n_head = q.shape[:2]
+    kernels, k = _cache("k", k, n_kv, n_head)
+    out = np.empty((n_head, n_tok, n_kv), np.float32)
+    run(pool, out.nbytes, kernels.kq, n_head * n_tok, q, k, out)
+    return out
+
+
+def soft_max(kq: np.ndarray, scale: float, n_past: int, pool: Pool | None = None) -> np.ndarray:
+    """out[h, t, j] = exp(scale kq[h, t, j]) / (sum over visible j), and exactly 0 for j > n_past + t.
+
+    float32 [n_head, n_tok, n_kv]. Scaled before the maximum is taken; the sum is float64.
+    Source: ggml-cpu/ops.cpp, ggml_compute_forward_soft_max_f32.
+    """
+    _like("kq", kq, np.float32, (None, None, None))
+    if n_past < 0:
+        raise ValueError(f"n_past is {n_past}")
+    out = np.empty(kq.shape, np.float32)
+    run(pool, kq.nbytes, soft_max_rows, kq.shape[0] * kq.shape[1], kq, np.float32(scale), n_past, out)
+    return out
+
+
+def kqv(p: np.ndarray, v: np.ndarray, pool: Pool | None = None) -> np.ndarray:
+    """out[h, t] = sum over j of p[h, t, j] v[head of h, j], float32 [n_head, n_tok, d_v].
+
+    p: float32 [n_head, n_tok, n_kv]. Source: ggml-cpu.c, ggml_compute_forward_mul_mat with F16 values.
+    """
+    _like("p", p, np.float32, (None, None, None))
+    n_head, n_tok, n_kv = p.shape
+    kernels, v = _cache("v", v, n_kv, n_head)
+    out = np.empty((n_head, n_tok, v.shape[2]), np.float32)
+    run(pool, p.nbytes, kernels.kqv, n_head * n_tok, p, v, out)
+    return out
+
+
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, n_past: int, scale: float, pool: Pool | None = None
+) -> np.ndarray:
+    """kqv(soft_max(kq(q, k, n_past + n_tok), scale, n_past), v) with the heads side by side.
+
+    Returns float32 [n_tok, n_head * d_v]; memory for n_kv scores a thread. ValueError when shapes do not fit.
+    """
+    _like("q", q, np.float32, (None, None, k.shape[-1]))
+    n_tok, n_head = q.shape[:2]
+    kernels, k = _cache("k", k, n_past + n_tok, n_head)
+    _, v = _cache("v", v, n_past + n_tok, n_head)
+    if n_past < 0 or v.shape[0] != k.shape[0] or v.dtype != k.dtype:
+        raise ValueError(f"n_past {n_past}, k {k.dtype} {k.shape}, v {v.dtype} {v.shape}: they do not fit each other")
+    out = np.empty((n_tok, n_head * v.shape[2]), np.float32)
+    work = 8 * n_head * n_tok * (n_past + n_tok)
+    run(pool, work, kernels.attention, n_head * n_tok, q, k, v, n_past, np.float32(scale), out)
+    return out

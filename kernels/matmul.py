@@ -1,0 +1,84 @@
+"""Matrix products with weights as they lie in the file, and unpacking rows of them."""
+
+import numpy as np
+
+from .activations import new_records, quantise_q8, round_to_bf16, round_to_f16
+from .formats import Format
+from .threads import Pool, run
+
+ROUND = {"F16": round_to_f16, "BF16": round_to_bf16}
+
+
+
+def _weights(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int) -> tuple[np.ndarray, int]:
+    """`raw` read-only (kernels are compiled for that once), and the bytes of a row; ValueError on a wrong length."""
+    row_bytes = fmt.row_bytes(n_in)
+    if raw.dtype != np.uint8 or raw.ndim != 1 or not raw.flags.c_contiguous:
+        raise ValueError(f"{fmt.name} weights are a flat uint8 array, not {raw.dtype} {raw.shape}")
+    if n_rows < 0 or raw.size != n_rows * row_bytes:
+        raise ValueError(f"{fmt.name} weights of {n_rows} rows of {n_in}: {n_rows * row_bytes} bytes, not {raw.size}")
+    if raw.flags.writeable:
+        raw = raw.view()
+        raw.flags.writeable = False
+    return raw, row_bytes
+
+
+def _prepare(x: np.ndarray, fmt: Format, pool: Pool | None) -> tuple[np.ndarray, int, int]:
+    """The activations as fmt.activation says: records for Q8_0 and Q8_1, rounded float32 for float formats.
+
+    Also the bytes from one token to the next, and the length of a row as the kernel counts it.
+    """
+    n_tok, n_in = x.shape
+    if fmt.activation == "F32":
+        return x, 4 * n_in, n_in
+    if fmt.activation in ROUND:
+        y = np.empty((n_tok, n_in), np.float32)
+        run(pool, x.nbytes, ROUND[fmt.activation], x.size, x.reshape(-1), y.reshape(-1))
+        return y, 4 * n_in, n_in
+    y, stride = new_records(n_tok, n_in)
+    run(pool, x.nbytes, quantise_q8, n_tok, x, y, fmt.bias, fmt.activation == "Q8_1")
+    return y, stride, n_in // 32
+
+
+def matmul(
+    x: np.ndarray, raw: np.ndarray, fmt: Format, n_out: int, numerics: str = "ggml", pool: Pool | None = None
+) -> np.ndarray:
+    """out[t, i] = sum over j of x[t, j] * weight[i, j].
+
+    x: float32 [n_tok, n_in], contiguous. raw: uint8, the n_out rows of n_in weights as they lie in a file.
+    Returns float32 [n_tok, n_out]. numerics "ggml": activations are rounded or quantised as fmt.activation says, bytes
+    are multiplied as integers, sums are float32. "f32": float32 weights times float32 activations.
+    ValueError when shapes, types or lengths do not fit.
+    Source: ggml-cpu.c, ggml_compute_forward_mul_mat and type_traits_cpu (vec_dot_type).
+    """
+    if x.dtype != np.float32 or x.ndim != 2 or not x.flags.c_contiguous:
+        raise ValueError(f"activations are a contiguous float32 [n_tok, n_in] array, not {x.dtype} {x.shape}")
+    n_tok, n_in = x.shape
+    raw, row_bytes = _weights(raw, fmt, n_out, n_in)
+    out = np.empty((n_tok, n_out), np.float32)
+    if numerics == "ggml":
+        kernel, (y, stride, n) = fmt.matmul, _prepare(x, fmt, pool)
+    elif numerics == "f32":
+        kernel, y, stride, n = fmt.matmul_f32, x, 4 * n_in, n_in
+    else:
+        raise ValueError(f"numerics is 'ggml' or 'f32', not {numerics!r}")
+    run(pool, raw.size * n_tok, kernel, n_out, y, stride, raw, row_bytes, n, out)
+    return out
+
+
+def get_rows(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int, ids) -> np.ndarray:
+    """out[k] = row ids[k] of the weights, as float32 [len(ids), n_in]; IndexError for an id outside the rows."""
+    raw, row_bytes = _weights(raw, fmt, n_rows, n_in)
+    ids = np.ascontiguousarray(ids, np.intp)
+    if ids.ndim != 1:
+        raise ValueError(f"ids are one row of numbers, not {ids.shape}")
+    if ids.size and not (0 <= ids.min() and ids.max() < n_rows):
+        raise IndexError(f"row ids from {ids.min()} to {ids.max()}: there are {n_rows} rows")
+    out = np.empty((ids.size, n_in), np.float32)
+    fmt.unpack_rows(raw, row_bytes, ids, out, 0, ids.size)
+    return out
+
+
+def dequantize(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int) -> np.ndarray:
+    """All the weights as float32 [n_rows, n_in]. Source: ggml-quants.c, dequantize_row_*."""
+    return get_rows(raw, fmt, n_rows, n_in, np.arange(n_rows))

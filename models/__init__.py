@@ -1,0 +1,1 @@
+"""GGUF files that travel with tinymia, and README.md: where larger ones come from."""
