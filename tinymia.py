@@ -46,8 +46,10 @@ from tinymia_kernels import Sampler, attention, rms_norm, rope, silu, softmax, s
 __version__ = "0.1.0"
 
 
-class UnknownName(Error):
+class UnknownName(Error, KeyError):
     """A name that matches no tensor; the message lists the closest ones."""
+
+    __str__ = Exception.__str__  # KeyError's would quote the message
 
 
 class ActionError(Error):
@@ -249,7 +251,7 @@ def match(pattern: str, names: Mapping[str, Any]) -> list[str]:
     pattern = ALIASES.get(base, base) + dash + layer
     if pattern in names:
         return [pattern]
-    hits = [n for n in names if pattern == "all" or fnmatchcase(n, pattern) or n.rpartition("-")[0] == pattern]
+    hits = [n for n in names if pattern == "all" or fnmatchcase(n, pattern) or n.startswith(f"{pattern}-")]
     if not hits:
         bases = dict.fromkeys(n.rpartition("-")[0] or n for n in names)
         raise UnknownName(f"no tensor is called {pattern!r}{_closest(pattern, [*bases, *names])}")
@@ -287,14 +289,17 @@ class Context:
         """Keep a value in the run's records."""
         self.keep(self, value)
 
-    def at(self, at: Positions) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of this pass, their places in `at`); negative positions count from the end of the sequence."""
+    def at(self, at: Positions, must: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """(rows of this pass, their places in `at`); negative positions count from the end of the sequence.
+
+        Raises ActionError for positions that a prompt does not have, unless they need not be there.
+        """
         if at is None:
             return np.arange(len(self.positions)), np.arange(len(self.positions))
         n = int(self.positions[-1]) + 1
         wanted = np.atleast_1d(np.asarray(at, np.intp))
         wanted = np.where(wanted < 0, wanted + n, wanted)
-        if self.phase == "prompt" and ((wanted < 0) | (wanted >= n)).any():
+        if must and self.phase == "prompt" and ((wanted < 0) | (wanted >= n)).any():
             raise ActionError(f"{self.name}: position {at} is out of range: the prompt has {n} tokens, 0 to {n - 1}")
         here = np.flatnonzero((wanted >= self.positions[0]) & (wanted < n))
         return wanted[here] - self.positions[0], here
@@ -388,7 +393,7 @@ class Edit(Action):
         return self
 
     def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | None:
-        rows, places = ctx.at(self.at)
+        rows, places = ctx.at(self.at, self.when == "prompt")
         if not len(rows):
             return None
         y = x.copy()
@@ -804,7 +809,6 @@ class Model:
         n: int = 32,
         actions: Sequence[Action] = (),
         *,
-        sampler: Sampler | None = None,
         stop: Sequence[str] = (),
         on_text: Callable[[str], None] | None = None,
         on_record: Callable[[Record], None] | None = None,
@@ -817,7 +821,10 @@ class Model:
         Ends at an end-of-text token, at one of the `stop` texts (which is not part of the result), when the context is
         full, or at Ctrl-C. on_text gets the text piece by piece, whole characters only.
         """
-        sampler = sampler or Sampler(**sampling)
+        try:
+            sampler = Sampler(**sampling)
+        except ValueError as e:
+            raise Error(str(e)) from e
         ids, clock = self._ids(prompt, bos, special), time.perf_counter()
         tap, cache, out = Tap(self, actions, on_record), self.cache(), Text(stop, on_text)
         new: list[int] = []

@@ -27,8 +27,9 @@ def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -
         return kind(value)
 
     arch = meta.get("general.architecture")
-    if arch not in ARCHITECTURES:
-        raise GGUFError(f"{path}: architecture {short(arch)} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
+        found = "is missing" if arch is None else f"{short(arch)} is not supported"
+        raise GGUFError(f"{path}: general.architecture {found}; supported: {', '.join(ARCHITECTURES)}")
     if get(f"{arch}.expert_count", 0, 0):
         raise GGUFError(f"{path}: {arch}.expert_count: mixtures of experts are not supported")
     n_embd = get(f"{arch}.embedding_length", None, 1)
@@ -57,7 +58,7 @@ def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -
         n_head=n_head,
         n_head_kv=n_head_kv,
         d_head=d_head,
-        d_head_v=get(f"{arch}.attention.value_length", d_head, 1),
+        d_head_v=get(f"{arch}.attention.value_length", n_embd // n_head, 1),
         n_ff=get(f"{arch}.feed_forward_length", None, 1),
         n_vocab=embd.shape[0],
         n_ctx=get(f"{arch}.context_length", None, 1),

@@ -20,7 +20,7 @@ class Tokenizer:
 
     def __init__(self, meta: dict[str, Any], path: Path):
         kind = meta.get("tokenizer.ggml.model")
-        if kind != "llama":
+        if not isinstance(kind, str) or kind != "llama":
             raise GGUFError(f"{path}: tokenizer.ggml.model is {short(kind)}; supported: llama")
         self.pieces: list[str] = self._array(meta, "tokens", list, path)
         n = len(self.pieces)
@@ -82,15 +82,16 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool | None = None, special: bool = True) -> list[int]:
         """Ids of a text; special pieces written in it, such as <s>, become their own ids."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise Error(f"the text is not valid UTF-8 at character {e.start}") from e
         ids = [self.bos] if (self.add_bos if bos is None else bos and self.bos is not None) else []
         for part in self._split(text) if special else [text]:
             if isinstance(part, int):
                 ids.append(part)
             elif part:
-                try:
-                    ids += self._sp.encode(part)
-                except UnicodeEncodeError as e:
-                    raise Error(f"the prompt is not valid UTF-8 at character {e.start}") from e
+                ids += self._sp.encode(part)
         return [*ids, self.eos] if self.add_eos else ids
 
     def _split(self, text: str) -> list[str | int]:
@@ -147,7 +148,9 @@ class Text:
     """Joins tokens' bytes into text: whole characters only, and nothing that may yet become a stop text."""
 
     def __init__(self, stop: Sequence[str] = (), on_text: Callable[[str], None] | None = None):
-        self.stop, self.on_text = [s for s in stop if s], on_text or (lambda text: None)
+        if "" in stop:
+            raise Error("an empty stop text would end every text at once")
+        self.stop, self.on_text = stop, on_text or (lambda text: None)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.text, self.shown = "", 0
 

@@ -2,14 +2,15 @@
 
     matmul.py       products with weights as they lie in the file, unpacking rows
     formats.py      the registry of block formats: floats.py, q8.py, q4_q5.py describe one family each
-    rows.py         the dot products from which every format gets its kernels
+    rows.py         the dot products from which every format gets its kernels; unpack.py the same for float32 rows
     activations.py  rounding and quantising activations before a product
     attention.py    scores, softmax, weighted sums, and all of it in one; attention_rows.py holds its kernels
     ops.py          RMS norm, rotary positions, SiLU
     sampling.py     a token from logits
     threads.py      the pool over which rows are split
     jit.py          compilation, its cache, its announcement
-    simd.py         LLVM vectors in numba; vectors.py the ones used here; cpu.py what only some CPUs have
+    simd.py         LLVM vectors in numba, lanes.py functions on them, vectors.py the ones used here
+    cpu.py          what only some CPUs have, beside a portable form
 """
 
 from . import floats, q4_q5, q8  # noqa: F401  each registers its formats
@@ -22,6 +23,6 @@ from .sampling import Sampler, softmax
 from .threads import Pool, physical_cores
 
 __all__ = [
-    "FORMATS", "Format", "Pool", "Sampler", "announce_done", "attention", "dequantize", "get_rows", "kq", "kqv", "matmul",
-    "physical_cores", "rms_norm", "rope", "silu", "soft_max", "softmax", "store",
+    "FORMATS", "Format", "Pool", "Sampler", "announce_done", "attention", "dequantize", "get_rows", "kq", "kqv",
+    "matmul", "physical_cores", "rms_norm", "rope", "silu", "soft_max", "softmax", "store",
 ]  # fmt: skip

@@ -19,7 +19,8 @@ import numpy as np
 
 from .cpu import dot4, round_bf16, round_half, widen_bf16, widen_half
 from .jit import inline, kernel, specialise
-from .simd import address_of, fabs, largest, rint, store, total
+from .lanes import fabs, largest, rint, total
+from .simd import address_of, store
 from .vectors import f32x8, i32x8, load_f32x1, load_f32x16, load_f32x32, to_half, to_i8, u8x32
 
 RECORD = 256

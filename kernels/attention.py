@@ -2,8 +2,8 @@
 
 A cache is k [n_head_kv, cap, d_head] and v [n_head_kv, cap, d_v], both float16 (then queries and probabilities are
 rounded to F16 before the products, as ggml does) or both float32. Query head h reads the cache's head
-h // (n_head // n_head_kv). `kq`, `soft_max` and `kqv` give every step as an array; `attention` does the same row by row,
-in memory for one row of scores, with the same row functions, so that both agree bit for bit.
+h // (n_head // n_head_kv). `kq`, `soft_max` and `kqv` give every step as an array; `attention` does the same row by
+row, in memory for one row of scores, with the same row functions, so that both agree bit for bit.
 """
 
 import numpy as np
@@ -12,12 +12,11 @@ from .attention_rows import KERNELS, soft_max_rows
 from .threads import Pool, run
 
 
-def _like(name: str, x: np.ndarray, dtype, shape: tuple) -> None:
-    """ValueError unless x is a contiguous array of that type and shape; None stands for any length."""
-    fits = x.dtype == dtype and x.flags.c_contiguous and x.ndim == len(shape)
-    if not fits or any(want is not None and have != want for have, want in zip(x.shape, shape, strict=True)):
-        want = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(f"{name} is a contiguous {np.dtype(dtype)} array of shape ({want}), not {x.dtype} {x.shape}")
+def _like(name: str, x: np.ndarray, last: int | None = None) -> None:
+    """ValueError unless x is a contiguous float32 array of three dimensions, the last of them of that length."""
+    if x.dtype != np.float32 or x.ndim != 3 or not x.flags.c_contiguous or (last is not None and x.shape[2] != last):
+        want = f"[..., ..., {'...' if last is None else last}]"
+        raise ValueError(f"{name} is a contiguous float32 array {want}, not {x.dtype} {x.shape}")
 
 
 def _cache(name: str, cache: np.ndarray, n_kv: int, n_head: int):
@@ -37,11 +36,10 @@ def _cache(name: str, cache: np.ndarray, n_kv: int, n_head: int):
 
 def store(cache: np.ndarray, x: np.ndarray, n_past: int) -> None:
     """cache[h, n_past + t] = x[t, h], rounded to F16 when the cache is; x: float32 [n_tok, n_head_kv, d]."""
-    n_tok = x.shape[0] if x.ndim == 3 else 0
-    kernels, cache = _cache("cache", cache, n_past + n_tok, cache.shape[0])
-    _like("x", x, np.float32, (None, cache.shape[0], cache.shape[2]))
-    if n_past < 0:
-        raise ValueError(f"n_past is {n_past}")
+    _like("x", x, cache.shape[-1])
+    kernels, cache = _cache("cache", cache, n_past + x.shape[0], x.shape[1])
+    if n_past < 0 or x.shape[1] != cache.shape[0]:
+        raise ValueError(f"n_past {n_past}, x {x.shape}, cache {cache.shape}: they do not fit each other")
     kernels.store(cache, x, n_past)
 
 
@@ -51,7 +49,7 @@ def kq(q: np.ndarray, k: np.ndarray, n_kv: int, pool: Pool | None = None) -> np.
     q: float32 [n_tok, n_head, d_head]. Returns float32 [n_head, n_tok, n_kv]. ValueError when shapes do not fit.
     Source: ggml-cpu.c, ggml_compute_forward_mul_mat with F16 keys.
     """
-    _like("q", q, np.float32, (None, None, k.shape[-1]))
+    _like("q", q, k.shape[-1])
     n_tok, n_head = q.shape[:2]
     kernels, k = _cache("k", k, n_kv, n_head)
     out = np.empty((n_head, n_tok, n_kv), np.float32)
@@ -65,7 +63,7 @@ def soft_max(kq: np.ndarray, scale: float, n_past: int, pool: Pool | None = None
     float32 [n_head, n_tok, n_kv]. Scaled before the maximum is taken; the sum is float64.
     Source: ggml-cpu/ops.cpp, ggml_compute_forward_soft_max_f32.
     """
-    _like("kq", kq, np.float32, (None, None, None))
+    _like("kq", kq)
     if n_past < 0:
         raise ValueError(f"n_past is {n_past}")
     out = np.empty(kq.shape, np.float32)
@@ -78,7 +76,7 @@ def kqv(p: np.ndarray, v: np.ndarray, pool: Pool | None = None) -> np.ndarray:
 
     p: float32 [n_head, n_tok, n_kv]. Source: ggml-cpu.c, ggml_compute_forward_mul_mat with F16 values.
     """
-    _like("p", p, np.float32, (None, None, None))
+    _like("p", p)
     n_head, n_tok, n_kv = p.shape
     kernels, v = _cache("v", v, n_kv, n_head)
     out = np.empty((n_head, n_tok, v.shape[2]), np.float32)
@@ -93,7 +91,7 @@ def attention(
 
     Returns float32 [n_tok, n_head * d_v]; memory for n_kv scores a thread. ValueError when shapes do not fit.
     """
-    _like("q", q, np.float32, (None, None, k.shape[-1]))
+    _like("q", q, k.shape[-1])
     n_tok, n_head = q.shape[:2]
     kernels, k = _cache("k", k, n_past + n_tok, n_head)
     _, v = _cache("v", v, n_past + n_tok, n_head)

@@ -11,7 +11,8 @@ import numpy as np
 from .cpu import round_half, widen_half
 from .floats import F16, F32, f16_weight, f16_weights
 from .jit import inline, kernel, specialise
-from .simd import address_of, first, fma, keep, largest, maximum, store, total
+from .lanes import first, fma, largest, maximum, total
+from .simd import address_of, keep, store
 from .vectors import exp, f32x1, f32x16, f64x1, f64x16, load_f32x1, load_f32x16, to_f64
 
 dot = weights = weight = cast = narrow = cast_row = scores = mix = None  # see jit.specialise

@@ -12,7 +12,8 @@ from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from .jit import PORTABLE, inline
-from .simd import Vec, convert, lanes, unary
+from .lanes import convert, unary
+from .simd import Vec, lanes
 
 
 def _target_features() -> set[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import rows
+from . import unpack as unpacking
 from .activations import first_record
 from .jit import specialise
 from .simd import address_of
@@ -28,9 +29,9 @@ class Format:
     bias: int = field(default=0, repr=False)  # weight = scale * (quant - bias) + minimum
     matmul: Callable | None = field(default=None, repr=False, compare=False)  # rows.matmul_rows of this format
     matmul_f32: Callable | None = field(default=None, repr=False, compare=False)  # the same for float32 activations
-    unpack_rows: Callable | None = field(default=None, repr=False, compare=False)
+    unpack_rows: Callable | None = field(default=None, repr=False, compare=False)  # unpack.unpack_rows
     dot: Callable | None = field(default=None, repr=False, compare=False)  # float formats: rows.dot_floats, a part
-    dots4: Callable | None = field(default=None, repr=False, compare=False)
+    tile: Callable | None = field(default=None, repr=False, compare=False)
 
     def row_bytes(self, n_in: int) -> int:
         """Bytes of a row of n_in weights; ValueError when n_in is no multiple of block_size."""
@@ -55,11 +56,11 @@ def register_floats(name: str, type: int, size: int, weights, weight) -> Format:
     """Enter a format of single numbers of `size` bytes, see rows.py for weights and weight."""
     parts = {"weights": weights, "weight": weight, "SIZE": size}
     dot = specialise(rows.dot_floats, f"dot_{name}", part=True, **parts)
-    dots4 = specialise(rows.dots4_floats, f"dots4_{name}", part=True, **parts)
-    unpack = specialise(rows.unpack_floats, f"unpack_{name}", part=True, **parts)
-    matmul = specialise(rows.matmul_rows, f"matmul_{name}", dot=dot, dots4=dots4, start=address_of)
-    unpack_rows = specialise(rows.unpack_rows, f"unpack_rows_{name}", unpack=unpack)
-    return register(Format(name, type, 1, size, name, 0, matmul, matmul, unpack_rows, dot, dots4))
+    tile = specialise(rows.tile_floats, f"tile_{name}", part=True, **parts)
+    unpack = specialise(unpacking.unpack_floats, f"unpack_{name}", part=True, **parts)
+    matmul = specialise(rows.matmul_rows, f"matmul_{name}", dot=dot, tile=tile, start=address_of)
+    unpack_rows = specialise(unpacking.unpack_rows, f"unpack_rows_{name}", unpack=unpack)
+    return register(Format(name, type, 1, size, name, 0, matmul, matmul, unpack_rows, dot, tile))
 
 
 def register_quants(
@@ -73,11 +74,11 @@ def register_quants(
         "step": rows.step_scale_minimum if minimum else rows.step_scale,
     }
     dot = specialise(rows.dot_quantised, f"dot_{name}", part=True, **groups)
-    dots4 = specialise(rows.dots4_quantised, f"dots4_{name}", part=True, **groups)
-    unpack_template = rows.unpack_quantised_minimum if minimum else rows.unpack_quantised
+    tile = specialise(rows.tile_quantised, f"tile_{name}", part=True, **groups)
+    unpack_template = unpacking.unpack_quantised_minimum if minimum else unpacking.unpack_quantised
     unpack = specialise(unpack_template, f"unpack_{name}", part=True, **parts)
-    matmul = specialise(rows.matmul_rows, f"matmul_{name}", dot=dot, dots4=dots4, start=first_record)
-    f32 = {"dot": FORMATS[0].dot, "dots4": FORMATS[0].dots4, "unpack": unpack}
+    matmul = specialise(rows.matmul_rows, f"matmul_{name}", dot=dot, tile=tile, start=first_record)
+    f32 = {"dot": FORMATS[0].dot, "tile": FORMATS[0].tile, "unpack": unpack}
     matmul_f32 = specialise(rows.matmul_unpacked, f"matmul_f32_{name}", **f32)
-    unpack_rows = specialise(rows.unpack_rows, f"unpack_rows_{name}", unpack=unpack)
+    unpack_rows = specialise(unpacking.unpack_rows, f"unpack_rows_{name}", unpack=unpack)
     return register(Format(name, type, block_size, type_size, activation, bias, matmul, matmul_f32, unpack_rows))

@@ -5,7 +5,7 @@
 `specialise` makes a kernel out of a template by giving the template's global names a format's own functions.
 
 The cache differs from numba's in three points. A kernel is stale as soon as any file of this package changes (numba
-looks at the one file that holds the function, and kernels inline helpers from other files). It lies in the user's cache
+looks at the one file that holds the function, and kernels take in parts from other files). It lies in the user's cache
 folder, never beside the sources. And a folder that cannot be written is said once, aloud, and still read from.
 """
 
@@ -72,7 +72,7 @@ class _Locator(_CacheLocator):
 
 
 class _Impl(CompileResultCacheImpl):
-    _locator_classes = [_Locator]
+    _locator_classes = (_Locator,)
 
     def __init__(self, py_func):
         chosen, config.CACHE_LOCATOR_CLASSES = config.CACHE_LOCATOR_CLASSES, ""

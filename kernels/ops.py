@@ -3,7 +3,8 @@
 import numpy as np
 
 from .jit import inline, kernel
-from .simd import address_of, store, total
+from .lanes import total
+from .simd import address_of, store
 from .threads import Pool, run
 from .vectors import exp, f64x1, f64x16, load_f32x1, load_f32x16, to_f64
 

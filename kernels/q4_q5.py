@@ -17,7 +17,7 @@ Source: ggml-common.h, block_q4_0 to block_q5_1; ggml-quants.c, dequantize_row_q
 
 from .formats import register_quants
 from .jit import inline
-from .simd import bits_of, concat
+from .lanes import bits_of, concat
 from .vectors import half_at, load_u8x16, load_u32x1
 
 

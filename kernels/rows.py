@@ -20,18 +20,48 @@ import numpy as np
 
 from .cpu import dot4
 from .jit import inline
-from .simd import address_of, concat, fma, keep, store, total
-from .vectors import f32x1, f32x8, f32x16, load_f32x1, load_f32x16, load_i8x64, load_i32x16, spread, to_f32, u8x32
+from .lanes import concat, fma, total
+from .simd import address_of, keep
+from .vectors import f32x1, f32x8, f32x16, load_f32x1, load_f32x16, load_i8x64, load_i32x16, to_f32, u8x32
 
 ROWS = 16  # rows that all tokens pass before the next rows: they stay in the nearest cache
 
-weights = weight = quants = scale = minimum = pair = single = step = start = dot = dots4 = unpack = None  # see jit.specialise
-SIZE = BIAS = 0
+# What jit.specialise puts into the templates.
+weights = weight = quants = scale = minimum = None
+pair = single = step = start = dot = tile = unpack = None
+SIZE = 0
 
 
 @inline
 def no_minimum(row, j):
     return f32x8(0)
+
+
+# Four tokens at once: what is unpacked of a row serves four sums. A tile is two rows with four tokens.
+
+
+@inline
+def no_sums(zero):
+    return zero, zero, zero, zero
+
+
+@inline
+def four(step, sums, weights, x, stride):
+    """`step` for the sums of four tokens, whose activations lie `stride` bytes apart."""
+    a, b, c, d = sums
+    a, b = step(a, weights, x), step(b, weights, x + stride)
+    c, d = step(c, weights, x + 2 * stride), step(d, weights, x + 3 * stride)
+    return a, b, c, d
+
+
+@inline
+def totals(sums):
+    return total(sums[0]), total(sums[1]), total(sums[2]), total(sums[3])
+
+
+@inline
+def plus(a, b):
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
 
 
 # Quantised rows with quantised activations.
@@ -69,44 +99,49 @@ def dot_quantised(row, n_groups, record, stride):
     return total(acc)
 
 
-def dots4_quantised(row, n_groups, record, stride):
-    a = b = c = d = f32x16(0)
+def tile_quantised(row, row2, n_groups, record, stride):
+    a = b = no_sums(f32x16(0))
     for j in range(0, n_groups - 1, 2):
-        group = pair(row, j)
-        a, b = step(a, group, record), step(b, group, record + stride)
-        c, d = step(c, group, record + 2 * stride), step(d, group, record + 3 * stride)
+        a, b = four(step, a, pair(row, j), record, stride), four(step, b, pair(row2, j), record, stride)
         record += 256
     if n_groups % 2:
-        group = single(row, n_groups - 1)
-        a, b = step(a, group, record), step(b, group, record + stride)
-        c, d = step(c, group, record + 2 * stride), step(d, group, record + 3 * stride)
-    return total(a), total(b), total(c), total(d)
+        j = n_groups - 1
+        a, b = four(step, a, single(row, j), record, stride), four(step, b, single(row2, j), record, stride)
+    return totals(a), totals(b)
 
 
 # Float rows with float activations.
 
 
+@inline
+def step_floats(acc, v, x):
+    return fma(v, load_f32x16(x), acc)
+
+
+@inline
+def step_rest(acc, v, x):
+    return fma(v, load_f32x1(x), acc)
+
+
 def dot_floats(row, n, x, stride):
     acc, rest = f32x16(0), f32x1(0)
     for i in range(0, n - 15, 16):
-        acc = fma(weights(row + SIZE * i), load_f32x16(x + 4 * i), acc)
+        acc = step_floats(acc, weights(row + SIZE * i), x + 4 * i)
     for i in range(n - n % 16, n):
-        rest = fma(weight(row + SIZE * i), load_f32x1(x + 4 * i), rest)
+        rest = step_rest(rest, weight(row + SIZE * i), x + 4 * i)
     return total(acc) + total(rest)
 
 
-def dots4_floats(row, n, x, stride):
-    a = b = c = d = f32x16(0)
+def tile_floats(row, row2, n, x, stride):
+    a = b = no_sums(f32x16(0))
     for i in range(0, n - 15, 16):
-        v, p = weights(row + SIZE * i), x + 4 * i
-        a, b = fma(v, load_f32x16(p), a), fma(v, load_f32x16(p + stride), b)
-        c, d = fma(v, load_f32x16(p + 2 * stride), c), fma(v, load_f32x16(p + 3 * stride), d)
-    e = f = g = h = f32x1(0)
+        v, w, at = weights(row + SIZE * i), weights(row2 + SIZE * i), x + 4 * i
+        a, b = four(step_floats, a, v, at, stride), four(step_floats, b, w, at, stride)
+    c = d = no_sums(f32x1(0))
     for i in range(n - n % 16, n):
-        v, p = weight(row + SIZE * i), x + 4 * i
-        e, f = fma(v, load_f32x1(p), e), fma(v, load_f32x1(p + stride), f)
-        g, h = fma(v, load_f32x1(p + 2 * stride), g), fma(v, load_f32x1(p + 3 * stride), h)
-    return total(a) + total(e), total(b) + total(f), total(c) + total(g), total(d) + total(h)
+        v1, w1, at = weight(row + SIZE * i), weight(row2 + SIZE * i), x + 4 * i
+        c, d = four(step_rest, c, v1, at, stride), four(step_rest, d, w1, at, stride)
+    return plus(totals(a), totals(c)), plus(totals(b), totals(d))
 
 
 # Kernels.
@@ -118,9 +153,11 @@ def matmul_rows(y, stride, w, row_bytes, n, out, i0, i1):
     for first in range(i0, i1, ROWS):
         last = min(first + ROWS, i1)
         for t in range(0, n_tok - 3, 4):
-            for i in range(first, last):
-                a, b, c, d = dots4(w + i * row_bytes, n, y + t * stride, stride)
-                out[t, i], out[t + 1, i], out[t + 2, i], out[t + 3, i] = a, b, c, d
+            for i in range(first, last, 2):
+                k = min(i + 1, last - 1)
+                a, b = tile(w + i * row_bytes, w + k * row_bytes, n, y + t * stride, stride)
+                out[t, i], out[t + 1, i], out[t + 2, i], out[t + 3, i] = a
+                out[t, k], out[t + 1, k], out[t + 2, k], out[t + 3, k] = b
         for t in range(n_tok - n_tok % 4, n_tok):
             for i in range(first, last):
                 out[t, i] = dot(w + i * row_bytes, n, y + t * stride, stride)
@@ -135,36 +172,12 @@ def matmul_unpacked(x, stride, w, row_bytes, n, out, i0, i1):
         for i in range(first, last):
             unpack(w + i * row_bytes, n, rows + 4 * n * (i - first))
         for t in range(0, n_tok - 3, 4):
-            for i in range(first, last):
-                a, b, c, d = dots4(rows + 4 * n * (i - first), n, x + t * stride, stride)
-                out[t, i], out[t + 1, i], out[t + 2, i], out[t + 3, i] = a, b, c, d
+            for i in range(first, last, 2):
+                k = min(i + 1, last - 1)
+                a, b = tile(rows + 4 * n * (i - first), rows + 4 * n * (k - first), n, x + t * stride, stride)
+                out[t, i], out[t + 1, i], out[t + 2, i], out[t + 3, i] = a
+                out[t, k], out[t + 1, k], out[t + 2, k], out[t + 3, k] = b
         for t in range(n_tok - n_tok % 4, n_tok):
             for i in range(first, last):
                 out[t, i] = dot(rows + 4 * n * (i - first), n, x + t * stride, stride)
     keep(unpacked)
-
-
-def unpack_quantised(row, n, out):
-    for j in range(n // 32):
-        values = spread(scale(row, j)) * (to_f32(quants(row, j)) - BIAS)
-        store(out + 128 * j, values)
-
-
-def unpack_quantised_minimum(row, n, out):
-    for j in range(n // 32):
-        values = spread(scale(row, j)) * (to_f32(quants(row, j)) - BIAS) + spread(minimum(row, j))
-        store(out + 128 * j, values)
-
-
-def unpack_floats(row, n, out):
-    for i in range(0, n - 15, 16):
-        store(out + 4 * i, weights(row + SIZE * i))
-    for i in range(n - n % 16, n):
-        store(out + 4 * i, weight(row + SIZE * i))
-
-
-def unpack_rows(w, row_bytes, ids, out, i0, i1):
-    """out[i] = row ids[i] of w, as float32."""
-    n, w, to = out.shape[1], address_of(w), address_of(out)
-    for i in range(i0, i1):
-        unpack(w + ids[i] * row_bytes, n, to + 4 * n * i)

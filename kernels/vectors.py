@@ -5,7 +5,8 @@ Names say what they make: `load_f32x16(address)`, `f32x16(number)`.
 
 from .cpu import round_half, widen_half
 from .jit import inline
-from .simd import Vec, bitcast, convert, first, fma, loader, maximum, minimum, shuffle, splat
+from .lanes import bitcast, convert, first, fma, maximum, minimum, shuffle, splat
+from .simd import Vec, loader
 
 load_u8x16, load_u8x32, load_i8x32 = loader(Vec("u8", 16)), loader(Vec("u8", 32)), loader(Vec("i8", 32))
 load_i8x64, load_u32x1, load_u16x1 = loader(Vec("i8", 64)), loader(Vec("u32", 1)), loader(Vec("u16", 1))

@@ -303,10 +303,6 @@ def run(args: argparse.Namespace) -> int:
         raise Error("--draw needs matplotlib: pip install tinymia[draw]")
     if not args.temp and (args.top_k or args.top_p != 1 or args.min_p):
         raise Error("--top-k, --top-p and --min-p choose among tokens to draw from: they need --temp above 0")
-    try:
-        sampler = tinymia.Sampler(args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty, args.seed)
-    except ValueError as e:
-        raise Error(str(e)) from e
     prompt, clock = read_prompt(args), time.perf_counter()
     model = tinymia.load(args.model, args.threads, args.numerics)
     if args.verbose:
@@ -327,7 +323,7 @@ def run(args: argparse.Namespace) -> int:
         ]
         printer.line(table([list(w.values()) for w in printer.out["tensors"]]))
     if ids is not None:
-        generate(args, model, prompt, ids, sampler, printer)
+        generate(args, model, prompt, ids, printer)
     elif not (args.print_cgraph or args.list_tensors):
         raise Error("no prompt: give one with -p or -f")
     if args.json:
@@ -335,9 +331,7 @@ def run(args: argparse.Namespace) -> int:
     return 130 if printer.out.get("stop") == "interrupted" else 0
 
 
-def generate(
-    args: argparse.Namespace, model: Model, prompt: str, ids: list[int], sampler: tinymia.Sampler, printer: Printer
-) -> None:
+def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int], printer: Printer) -> None:
     """Run the prompt with its actions, and print what comes of it."""
     actions = [action for spec in args.specs for action in actions_of(spec, model, args)]
     if args.draw:
@@ -354,7 +348,8 @@ def generate(
         begun = True
 
     gen = model.generate(
-        prompt, args.n_predict, actions, sampler=sampler, stop=args.stop, bos=False if args.no_bos else None,
+        prompt, args.n_predict, actions, temp=args.temp, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+        repeat_penalty=args.repeat_penalty, seed=args.seed, stop=args.stop, bos=False if args.no_bos else None,
         special=not args.no_special, on_text=show if live else None, on_record=printer.record,
     )
     if not args.json:
@@ -386,9 +381,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = run(parser().parse_args(argv))
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as e:  # of stdout: files have errors of their own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush would fail again
+        if isinstance(e, BrokenPipeError):  # `| head` has seen enough
+            return 0
+        print(f"error: the output cannot be written: {e.strerror or e}", file=sys.stderr)
+        return 2
     except (Error, MemoryError) as e:
         if "--debug" in argv:
             raise

@@ -1,0 +1,562 @@
+"""What the kernels promise, each beside a slow NumPy oracle."""
+
+import os
+import platform
+import subprocess
+import sys
+import threading
+
+import gguf
+import numpy as np
+import pytest
+
+import tinymia_kernels as tk
+from tinymia_kernels import activations, cpu, jit, simd, vectors
+from tinymia_kernels.formats import register
+
+FORMATS = list(tk.FORMATS.values())
+BLOCKS = [fmt for fmt in FORMATS if fmt.block_size > 1]
+by_name = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+each_block = pytest.mark.parametrize("fmt", BLOCKS, ids=lambda fmt: fmt.name)
+caches = pytest.mark.parametrize("dtype", [np.float16, np.float32])
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20231224)
+
+
+def lengths(fmt):
+    """Row lengths: for blocks an odd and an even number of groups of 32, for floats with and without a tail."""
+    return [fmt.block_size, 3 * fmt.block_size, 8 * fmt.block_size] if fmt.block_size > 1 else [1, 15, 16, 17, 64, 172]
+
+
+def random_weights(fmt, rng, n_out, n_in):
+    """Bytes of random weights, and the weights as gguf reads them, in float64."""
+    kind = gguf.GGMLQuantizationType(fmt.type)
+    weights = rng.standard_normal((n_out, n_in)).astype(np.float32)
+    if fmt.name == "F32":
+        raw = weights.view(np.uint8)
+    elif fmt.name == "F16":
+        raw = weights.astype(np.float16).view(np.uint8)
+    else:
+        raw = gguf.quantize(weights, kind)
+    raw = raw.reshape(n_out, -1)
+    typed = raw.view({"F32": np.float32, "F16": np.float16}.get(fmt.name, np.uint8))
+    return raw.reshape(-1), gguf.dequantize(typed, kind).reshape(n_out, n_in).astype(np.float64)
+
+
+# Oracles.
+
+
+def to_bf16(x):
+    bits = x.view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
+    return np.where(np.isnan(x), np.float32(np.nan), rounded.astype(np.uint32).view(np.float32))
+
+
+def to_f16(x):
+    with np.errstate(over="ignore"):
+        return x.astype(np.float16).astype(np.float32)
+
+
+def quantise(x):
+    """Q8_0 and Q8_1 of activations: quants [n_tok, groups, 32], scales d and sums s [n_tok, groups], float32."""
+    groups = x.reshape(len(x), -1, 32)
+    amax = np.abs(groups).max(-1)
+    d = amax / np.float32(127)
+    inverse = np.divide(np.float32(127), amax, out=np.zeros_like(amax), where=amax != 0)
+    quants = np.rint(groups * inverse[..., None])
+    return quants, to_f16(d), to_f16(d * quants.sum(-1).astype(np.float32))
+
+
+def as_activation(x, name):
+    """The activations that a dot product sees, in float64."""
+    if name in ("Q8_0", "Q8_1"):
+        quants, d, _ = quantise(x)
+        return (quants.astype(np.float64) * d[..., None]).reshape(x.shape)
+    return {"F32": lambda x: x, "F16": to_f16, "BF16": to_bf16}[name](x).astype(np.float64)
+
+
+def naive_matmul(x, weights, fmt, raw, numerics):
+    if numerics == "f32":
+        return x.astype(np.float64) @ weights.T
+    if fmt.activation != "Q8_1":
+        return as_activation(x, fmt.activation) @ weights.T
+    # The minimum is multiplied with the rounded sum s, not with the sum of the rounded activations.
+    quants, d, s = quantise(x)
+    m = raw.reshape(len(weights), -1, fmt.type_size)[..., 2:4].copy().view(np.float16)[..., 0].astype(np.float64)
+    scaled = weights.reshape(len(weights), -1, 32) - m[..., None]
+    return np.einsum("tgk,igk->ti", quants * d[..., None].astype(np.float64), scaled) + s.astype(np.float64) @ m.T
+
+
+def naive_attention(q, k, v, n_past, scale):
+    """kq, soft_max, kqv in float64, with the rounding of F16 caches."""
+    n_tok, n_head, _ = q.shape
+    n_kv, shared, dtype = n_past + n_tok, n_head // len(k), k.dtype
+    keys, values = (np.repeat(cache[:, :n_kv].astype(np.float64), shared, 0) for cache in (k, v))
+    kq = np.einsum("thd,hjd->htj", q.astype(dtype).astype(np.float64), keys)
+    hidden = np.arange(n_kv) > n_past + np.arange(n_tok)[:, None]
+    e = np.exp(scale * kq - (scale * kq).max(-1, keepdims=True)) * ~hidden
+    p = e / e.sum(-1, keepdims=True)
+    return kq, p, np.einsum("htj,hjd->htd", p.astype(np.float32).astype(dtype).astype(np.float64), values)
+
+
+# Formats.
+
+
+@by_name
+def test_block_sizes_are_those_of_gguf(fmt):
+    kind = gguf.GGMLQuantizationType(fmt.type)
+    assert (fmt.name, (fmt.block_size, fmt.type_size)) == (kind.name, gguf.GGML_QUANT_SIZES[kind])
+
+
+def test_the_formats_of_the_first_release_are_there():
+    assert {fmt.name for fmt in FORMATS} >= {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
+    assert all(tk.FORMATS[fmt.type] is fmt for fmt in FORMATS)
+
+
+def test_a_type_is_registered_once():
+    with pytest.raises(ValueError, match="ggml type 2 other is already registered as 2 Q4_0"):
+        register(tk.Format("other", 2, 32, 18, "Q8_0"))
+
+
+@each_block
+def test_a_row_is_a_whole_number_of_blocks(fmt):
+    assert fmt.row_bytes(2 * fmt.block_size) == 2 * fmt.type_size
+    with pytest.raises(ValueError, match=f"a row of 33 weights: {fmt.name} rows are multiples of {fmt.block_size}"):
+        fmt.row_bytes(33)
+
+
+@by_name
+def test_unpacked_weights_equal_gguf_on_random_bytes(fmt, rng):
+    n_rows, n_in = 50, lengths(fmt)[-1]
+    raw = rng.integers(0, 256, n_rows * fmt.row_bytes(n_in), dtype=np.uint8)
+    typed = raw.reshape(n_rows, -1).view({"F32": np.float32, "F16": np.float16}.get(fmt.name, np.uint8))
+    with np.errstate(all="ignore"):
+        want = gguf.dequantize(typed, gguf.GGMLQuantizationType(fmt.type)).astype(np.float32).reshape(n_rows, n_in)
+    got = tk.dequantize(raw, fmt, n_rows, n_in)
+    assert got.dtype == np.float32 and got.shape == (n_rows, n_in)
+    assert np.array_equal(np.isnan(got), np.isnan(want))
+    number = ~np.isnan(want)
+    assert np.array_equal(got[number].view(np.uint32), want[number].view(np.uint32))  # bits: -0.0 is not 0.0
+
+
+@by_name
+def test_rows_are_picked_by_number(fmt, rng):
+    raw, weights = random_weights(fmt, rng, 5, lengths(fmt)[-1])
+    assert np.array_equal(tk.get_rows(raw, fmt, 5, weights.shape[1], [4, 0, 4]), weights[[4, 0, 4]].astype(np.float32))
+    assert tk.get_rows(raw, fmt, 5, weights.shape[1], []).shape == (0, weights.shape[1])
+    for ids in ([5], [-1]):
+        with pytest.raises(IndexError, match="there are 5 rows"):
+            tk.get_rows(raw, fmt, 5, weights.shape[1], ids)
+
+
+# Activations.
+
+
+def read_records(y, n_tok, n_groups):
+    """The four vectors of every record, cut into groups: q [..., 32], c, d, s [..., 8]."""
+    start = -y.ctypes.data % 64
+    records = y[start : start + (len(y) - 63) // 256 * 256].reshape(n_tok, -1, 256)
+    q, c, d, s = (records[..., 64 * k : 64 * k + 64] for k in range(4))
+    return [
+        np.ascontiguousarray(part).view(dtype).reshape(n_tok, -1, 32 if dtype == np.int8 else 8)
+        for part, dtype in ((q, np.int8), (c, np.int32), (d, np.float32), (s, np.float32))
+    ]
+
+
+@pytest.mark.parametrize("n_groups", [1, 2, 5])
+def test_quantised_activations_are_those_of_ggml(n_groups, rng):
+    x = (rng.standard_normal((40, 32 * n_groups)) * 10.0 ** rng.integers(-4, 5, (40, 1))).astype(np.float32)
+    x[1] = 0
+    x[2, :32] = np.arange(32) + 0.5  # products that lie between two quants
+    x[2, 0] = 127
+    x[3, 0] = 1e-30  # the scale is 0 as F16
+    x[4, 0] = 3e38  # the scale is inf as F16
+    y, _ = activations.new_records(40, 32 * n_groups)
+    activations.quantise_q8(x, y, 8, True, 0, 40)
+    q, c, d, s = read_records(y, 40, n_groups)
+    with np.errstate(over="ignore"):
+        want_q, want_d, want_s = quantise(x)
+    assert np.array_equal(q[:, :n_groups], want_q)
+    assert np.array_equal(c[:, :n_groups], -8 * want_q.reshape(40, n_groups, 8, 4).sum(-1))
+    assert np.array_equal(d[:, :n_groups], np.repeat(want_d[..., None], 8, -1))
+    assert np.array_equal(8 * s[:, :n_groups], np.repeat(want_s[..., None], 8, -1), equal_nan=True)
+    for part in (q, c, d, s):
+        assert not part[:, n_groups:].any()
+
+
+ODD_FLOATS = [0.0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.9, 65520, 1e30, 2**-24, 2**-25, 3e-8, 6.1e-5, 1e-40]
+
+
+@pytest.mark.parametrize("kernel, oracle", [(activations.round_to_f16, to_f16), (activations.round_to_bf16, to_bf16)])
+def test_16_bit_activations_are_rounded_to_even(kernel, oracle, rng):
+    any_bits = rng.integers(0, 2**32, 5001, dtype=np.uint32).view(np.float32)
+    x = np.concatenate([np.array(ODD_FLOATS, np.float32), any_bits])
+    y = np.empty_like(x)
+    kernel(x, y, 0, len(x))
+    assert np.array_equal(y, oracle(x), equal_nan=True)
+
+
+# Matrix products.
+
+
+@pytest.mark.parametrize("numerics", ["ggml", "f32"])
+@by_name
+def test_matmul_equals_the_oracle(fmt, numerics, rng):
+    for n_in in lengths(fmt):
+        for n_tok in (1, 2, 4, 7):
+            raw, weights = random_weights(fmt, rng, 19, n_in)
+            x = rng.standard_normal((n_tok, n_in)).astype(np.float32)
+            got, want = tk.matmul(x, raw, fmt, 19, numerics), naive_matmul(x, weights, fmt, raw, numerics)
+            assert got.dtype == np.float32 and got.shape == (n_tok, 19)
+            size = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(weights, axis=1)
+            assert np.abs(got - want).max() < 1e-6 * size.max()
+
+
+@pytest.mark.parametrize("numerics", ["ggml", "f32"])
+@by_name
+def test_a_token_alone_equals_the_token_in_a_prompt(fmt, numerics, rng):
+    n_in = lengths(fmt)[-1]
+    raw, _ = random_weights(fmt, rng, 37, n_in)
+    x = rng.standard_normal((9, n_in)).astype(np.float32)
+    together = tk.matmul(x, raw, fmt, 37, numerics)
+    alone = np.concatenate([tk.matmul(x[t : t + 1], raw, fmt, 37, numerics) for t in range(9)])
+    assert np.array_equal(together, alone)
+
+
+@by_name
+def test_threads_do_not_change_a_bit(fmt, rng):
+    n_in = 256
+    raw, _ = random_weights(fmt, rng, 301, n_in)
+    x = rng.standard_normal((13, n_in)).astype(np.float32)
+    assert np.array_equal(tk.matmul(x, raw, fmt, 301), tk.matmul(x, raw, fmt, 301, pool=tk.Pool(3)))
+
+
+@by_name
+def test_weights_may_be_read_only_and_lie_anywhere(fmt, rng):
+    n_in = lengths(fmt)[-1]
+    raw, _ = random_weights(fmt, rng, 3, n_in)
+    x = rng.standard_normal((2, n_in)).astype(np.float32)
+    room = np.frombuffer(b"?" + raw.tobytes(), np.uint8)
+    assert np.array_equal(tk.matmul(x, raw, fmt, 3), tk.matmul(x, room[1:], fmt, 3))
+    assert raw.flags.writeable or raw.base is not None  # the caller's array is left as it was
+
+
+def test_matmul_refuses_what_does_not_fit(rng):
+    fmt = tk.FORMATS[2]
+    raw, _ = random_weights(fmt, rng, 4, 64)
+    x = np.zeros((2, 64), np.float32)
+    with pytest.raises(ValueError, match="Q4_0 weights of 5 rows of 64: 180 bytes, not 144"):
+        tk.matmul(x, raw, fmt, 5)
+    with pytest.raises(ValueError, match="a row of 65 weights"):
+        tk.matmul(np.zeros((2, 65), np.float32), raw, fmt, 4)
+    for wrong in (x.astype(np.float64), x[0], x[:, ::2], np.asfortranarray(np.zeros((2, 64), np.float32))):
+        with pytest.raises(ValueError, match="contiguous float32"):
+            tk.matmul(wrong, raw, fmt, 4)
+    for wrong in (raw.view(np.int8), raw.reshape(4, -1), raw[::2]):
+        with pytest.raises(ValueError, match="flat uint8"):
+            tk.matmul(x, wrong, fmt, 4)
+    with pytest.raises(ValueError, match="numerics is 'ggml' or 'f32', not 'f64'"):
+        tk.matmul(x, raw, fmt, 4, "f64")
+
+
+@by_name
+def test_nan_and_inf_go_through(fmt, rng):
+    n_in = lengths(fmt)[-1]
+    raw, _ = random_weights(fmt, rng, 3, n_in)
+    for bad in (np.nan, np.inf):
+        x = np.ones((1, n_in), np.float32)
+        x[0, n_in // 2] = bad
+        for numerics in ("ggml", "f32"):
+            assert not np.isfinite(tk.matmul(x, raw, fmt, 3, numerics)).any()
+
+
+# The SIMD layer.
+
+
+@jit.inline
+def _dot4_both(q, x, fast, portable):
+    acc = vectors.i32x8(7)
+    for k in range(0, q.size, 32):
+        qv, xv = vectors.load_u8x32(simd.address_of(q) + k), vectors.load_i8x32(simd.address_of(x) + k)
+        simd.store(simd.address_of(fast) + k, cpu.dot4(acc, qv, xv))
+        simd.store(simd.address_of(portable) + k, cpu.dot4_portable(acc, qv, xv))
+
+
+def test_sums_of_four_products_are_exact(rng):
+    q, x = rng.integers(0, 256, 3200).astype(np.uint8), rng.integers(-128, 128, 3200).astype(np.int8)
+    q[:32], x[:32], q[32:64], x[32:64] = 255, -128, 255, 127
+    fast, portable = np.zeros(800, np.int32), np.zeros(800, np.int32)
+    _dot4_both(q, x, fast, portable)
+    want = 7 + (q.astype(np.int32) * x).reshape(-1, 4).sum(1)
+    assert np.array_equal(fast, want) and np.array_equal(portable, want)
+
+
+@jit.inline
+def _exp_all(x, y):
+    for i in range(0, x.size, 16):
+        v = vectors.exp(vectors.load_f32x16(simd.address_of(x) + 4 * i))
+        simd.store(simd.address_of(y) + 4 * i, v)
+
+
+def test_exp_is_within_two_units_in_the_last_place(rng):
+    x = np.concatenate([rng.uniform(-87, 88.7, 1 << 16), rng.uniform(-1, 1, 1 << 14), np.zeros(16)]).astype(np.float32)
+    y = np.empty_like(x)
+    _exp_all(x, y)
+    want = np.exp(x.astype(np.float64))
+    assert (np.abs(y - want) / np.spacing(want.astype(np.float32))).max() < 2
+    edges = np.array([0, -0.0, -np.inf, np.inf, np.nan, -1e4, -104.1, 89, 1e30, -3e38, -100] + 5 * [0], np.float32)
+    _exp_all(edges, y)
+    assert np.array_equal(y[:10], [1, 1, 0, np.inf, np.nan, 0, 0, np.inf, np.inf, 0], equal_nan=True)
+    assert abs(y[10] - np.exp(-100.0)) <= 2**-149  # a subnormal number
+
+
+# Attention.
+
+
+@caches
+@pytest.mark.parametrize("d_head, d_v", [(64, 64), (128, 80), (7, 5), (20, 16), (1, 1)])
+def test_attention_equals_the_oracle_and_its_own_steps(dtype, d_head, d_v, rng):
+    n_head, n_head_kv, n_past, n_tok, cap, scale = 6, 2, 17, 5, 30, 1 / np.sqrt(d_head)
+    k, v = np.zeros((n_head_kv, cap, d_head), dtype), np.zeros((n_head_kv, cap, d_v), dtype)
+    for cache in (k, v):
+        past, now = (rng.standard_normal((n, n_head_kv, cache.shape[2])).astype(np.float32) for n in (n_past, n_tok))
+        tk.store(cache, past, 0)
+        tk.store(cache, now, n_past)
+        assert np.array_equal(cache[:, n_past : n_past + n_tok], now.transpose(1, 0, 2).astype(dtype))
+        assert not cache[:, n_past + n_tok :].any()
+    q = rng.standard_normal((n_tok, n_head, d_head)).astype(np.float32)
+    kq, p, kqv = naive_attention(q, k, v, n_past, scale)
+    got_kq = tk.kq(q, k, n_past + n_tok)
+    got_p = tk.soft_max(got_kq, scale, n_past)
+    got_kqv = tk.kqv(got_p, v)
+    np.testing.assert_allclose(got_kq, kq, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(got_p, p, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(got_kqv, kqv, rtol=0, atol=1e-3 if dtype == np.float16 else 1e-5)
+    assert np.array_equal(got_p == 0, np.broadcast_to(p == 0, got_p.shape))  # exactly 0 where masked
+    for pool in (None, tk.Pool(3)):
+        fused = tk.attention(q, k, v, n_past, scale, pool)
+        assert np.array_equal(fused, got_kqv.transpose(1, 0, 2).reshape(n_tok, -1))
+
+
+@caches
+def test_a_long_prompt_is_split_over_threads_without_changing_a_bit(dtype, rng):
+    k, v = (rng.standard_normal((2, 150, 32)).astype(dtype) for _ in range(2))
+    q = rng.standard_normal((150, 4, 32)).astype(np.float32)
+    pool = tk.Pool(2)
+    kq, threaded = tk.kq(q, k, 150), tk.kq(q, k, 150, pool)
+    p, p_threaded = tk.soft_max(kq, 0.2, 0), tk.soft_max(threaded, 0.2, 0, pool)
+    assert np.array_equal(kq, threaded) and np.array_equal(p, p_threaded)
+    assert np.array_equal(tk.kqv(p, v), tk.kqv(p, v, pool))
+    assert np.array_equal(tk.attention(q, k, v, 0, 0.2), tk.attention(q, k, v, 0, 0.2, pool))
+
+
+def test_scores_of_inf_and_nan_do_not_crash():
+    kq = np.zeros((1, 2, 20), np.float32)
+    kq[0, 0, :5] = -np.inf
+    kq[0, 1] = -np.inf
+    p = tk.soft_max(kq, 1.0, 18)
+    assert np.array_equal(p[0, 0, :5], np.zeros(5)) and np.allclose(p[0, 0, 5:19], 1 / 14)
+    assert np.isnan(p[0, 1]).all()
+    kq[0, 0, 3] = np.nan
+    assert np.isnan(tk.soft_max(kq, 1.0, 18)[0, 0, :19]).all()
+
+
+def test_attention_refuses_what_does_not_fit():
+    q, k = np.zeros((2, 4, 8), np.float32), np.zeros((2, 10, 8), np.float16)
+    for call, message in [
+        (lambda: tk.kq(q, k, 11), "room for 10 positions, not 11"),
+        (lambda: tk.kq(q[:, :3].copy(), k, 5), "3 query heads are no multiple of the 2 heads"),
+        (lambda: tk.kq(q[:, :, :4].copy(), k, 5), "q is a contiguous float32"),
+        (lambda: tk.kq(q, k.astype(np.float64), 5), "k is a contiguous float16 or float32"),
+        (lambda: tk.attention(q, k, k.astype(np.float32), 0, 1.0), "do not fit"),
+        (lambda: tk.attention(q, k, k, 9, 1.0), "room for 10 positions, not 11"),
+        (lambda: tk.attention(q, k, k, -1, 1.0), "do not fit"),
+        (lambda: tk.store(k, np.zeros((1, 2, 8), np.float32), 10), "room for 10 positions, not 11"),
+        (lambda: tk.store(k, np.zeros((1, 2, 7), np.float32), 0), "x is a contiguous float32"),
+        (lambda: tk.store(k, np.zeros((3, 2, 8), np.float32), -1), "do not fit"),
+        (lambda: tk.soft_max(q, 1.0, -1), "n_past is -1"),
+        (lambda: tk.kqv(np.zeros((4, 1, 11), np.float32), k), "room for 10 positions, not 11"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# The other operations.
+
+
+def test_rms_norm_divides_by_the_root_of_the_mean_square(rng):
+    for n in (1, 16, 172, 2048):
+        x = rng.standard_normal((3, n)).astype(np.float32)
+        want = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5)
+        np.testing.assert_allclose(tk.rms_norm(x, 1e-5), want, rtol=3e-7)
+    assert np.array_equal(tk.rms_norm(np.zeros((1, 4), np.float32), 1e-5), np.zeros((1, 4)))
+    with pytest.raises(ValueError, match="x is a contiguous float32"):
+        tk.rms_norm(x.astype(np.float64), 1e-5)
+
+
+def test_rope_turns_neighbouring_pairs_and_leaves_the_rest(rng):
+    x = rng.standard_normal((3, 2, 10)).astype(np.float32)
+    angle = rng.uniform(0, 6, (3, 4)).astype(np.float32)
+    got = tk.rope(x, np.cos(angle), np.sin(angle))
+    turned = (x[..., 0:8:2] + 1j * x[..., 1:8:2]) * np.exp(1j * angle)[:, None]
+    np.testing.assert_allclose(got[..., 0:8:2], turned.real, atol=1e-6)
+    np.testing.assert_allclose(got[..., 1:8:2], turned.imag, atol=1e-6)
+    assert np.array_equal(got[..., 8:], x[..., 8:]) and not np.shares_memory(got, x)
+    for cos, sin in ((angle, angle[:2]), (angle[:2], angle[:2]), (np.zeros((3, 6), np.float32),) * 2):
+        with pytest.raises(ValueError, match=r"alike|do not fit"):
+            tk.rope(x, cos, sin)
+
+
+def test_silu_is_x_times_the_logistic_function(rng):
+    x = (10 * rng.standard_normal((3, 111))).astype(np.float32)
+    want = x / (1 + np.exp(-x.astype(np.float64)))
+    np.testing.assert_allclose(tk.silu(x), want, rtol=5e-7, atol=1e-37)
+    alone = [tk.silu(x[t, i : i + 1])[0] for t in range(3) for i in range(111)]
+    assert np.array_equal(tk.silu(x).reshape(-1), alone)
+    assert np.array_equal(tk.silu(np.array([0, 1e4, -1e4, np.nan], np.float32)), [0, 1e4, 0, np.nan], equal_nan=True)
+
+
+def test_nothing_in_nothing_out():
+    empty = np.zeros((0, 64), np.float32)
+    assert tk.matmul(empty, np.zeros(36, np.uint8), tk.FORMATS[2], 1).shape == (0, 1)
+    assert tk.rms_norm(empty, 1e-5).shape == tk.silu(empty).shape == (0, 64)
+
+
+# Threads.
+
+
+def _record(seen, i0, i1):
+    seen.append((i0, i1, threading.current_thread().name))
+
+
+def test_chunks_cover_the_items_once():
+    pool = tk.Pool(3)
+    for n_items in (0, 1, 2, 3, 10, 1001):
+        seen = []
+        pool.run(_record, n_items, seen)
+        assert sorted(i for i0, i1, _ in seen for i in range(i0, i1)) == list(range(n_items))
+        assert len(seen) == max(1, min(3, n_items))
+
+
+def test_one_thread_is_the_caller():
+    before = threading.active_count()
+    seen = []
+    tk.Pool(1).run(_record, 5, seen)
+    assert seen == [(0, 5, threading.current_thread().name)] and threading.active_count() == before
+    with pytest.raises(ValueError, match="a pool of 0 threads"):
+        tk.Pool(0)
+    assert tk.Pool().n == tk.physical_cores() <= (os.cpu_count() or 1)
+
+
+def test_errors_of_a_chunk_reach_the_caller():
+    def fail(i0, i1):
+        if i0 > 0:
+            raise OverflowError("in a worker")
+
+    pool = tk.Pool(2)
+    for _ in range(3):
+        with pytest.raises(OverflowError, match="in a worker"):
+            pool.run(fail, 2)
+    pool.run(_record, 2, [])
+
+
+def test_threads_may_share_a_pool(rng):
+    raw, _ = random_weights(tk.FORMATS[2], rng, 512, 512)
+    x = rng.standard_normal((8, 512)).astype(np.float32)
+    want, pool, wrong = tk.matmul(x, raw, tk.FORMATS[2], 512), tk.Pool(2), []
+
+    def work():
+        for _ in range(20):
+            if not np.array_equal(tk.matmul(x, raw, tk.FORMATS[2], 512, pool=pool), want):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# Other processes: a fork, the cache, another CPU.
+
+PROBE = """
+import os, sys
+import numpy as np
+import tinymia_kernels as tk
+rng = np.random.default_rng(3)
+fmt = tk.FORMATS[3]  # Q4_1
+raw = rng.integers(0, 60, 64 * fmt.row_bytes(96), dtype=np.uint8)
+x = rng.standard_normal((5, 96)).astype(np.float32)
+"""
+PRODUCT = PROBE + "sys.stdout.buffer.write(tk.matmul(x, raw, fmt, 64).tobytes()); tk.announce_done()"
+SILU = PROBE + "sys.stdout.buffer.write(tk.silu(x).tobytes() + tk.rms_norm(x, 1e-5).tobytes())"
+FORK = PROBE + """
+import faulthandler
+pool = tk.Pool(2)
+x = rng.standard_normal((99, 96)).astype(np.float32)
+want = tk.matmul(x, raw, fmt, 64, pool=pool)
+faulthandler.dump_traceback_later(20, exit=True)
+child = os.fork()
+same = np.array_equal(tk.matmul(x, raw, fmt, 64, pool=pool), want)
+if child == 0:
+    os._exit(0 if same else 1)
+assert same and os.waitpid(child, 0)[1] == 0
+"""
+
+
+def run_python(code, cache, **environment):
+    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    env = {**os.environ, "PYTHONPATH": path, "NUMBA_CACHE_DIR": str(cache), **environment}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout, done.stderr.decode()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """An own cache folder, and the output of the first run with it."""
+    folder = tmp_path_factory.mktemp("cache")
+    return folder, *run_python(PRODUCT, folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_pool_survives_a_fork(compiled):
+    run_python(FORK, compiled[0])
+
+
+def test_kernels_are_compiled_once_and_kept(compiled):
+    folder, first, said = compiled
+    lines = said.splitlines()
+    assert lines[0].startswith(f"tinymia: compiling kernels for this CPU (once, then kept in {folder}")
+    assert lines[1].startswith("tinymia: compiled 2 kernels in ") and len(lines) == 2
+    second, said = run_python(PRODUCT, folder)
+    assert said == "" and second == first
+
+
+def test_a_damaged_cache_is_compiled_again(tmp_path):
+    first, _ = run_python(SILU, tmp_path)
+    for path in tmp_path.rglob("*.nb?"):
+        path.write_bytes(path.read_bytes()[:100])
+    again, said = run_python(SILU, tmp_path)
+    assert again == first and "compiling" in said
+
+
+def test_a_cache_that_cannot_be_written_is_said_once(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    product, said = run_python(SILU, tmp_path / "file")
+    assert len(product) == 2 * 4 * 5 * 96
+    assert said.count("cannot keep compiled kernels in") == 1 and "set NUMBA_CACHE_DIR" in said
+
+
+def test_other_cpus_calculate_the_same(compiled):
+    tmp_path, first, _ = compiled
+    here = np.frombuffer(first, np.float32)
+    plain = np.frombuffer(run_python(PRODUCT, tmp_path, TINYMIA_PORTABLE="1")[0], np.float32)
+    assert np.array_equal(here, plain)  # the same integers, the same order
+    if platform.machine() in ("x86_64", "AMD64"):
+        old = run_python(PRODUCT, tmp_path, NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES="")[0]
+        np.testing.assert_allclose(np.frombuffer(old, np.float32), here, rtol=1e-4, atol=1e-3 * np.abs(here).max())
