@@ -36,14 +36,20 @@ from tinymia_files import (
     Text,
     Tokenizer,
     as_rows,
+    check_target,
     read_gguf,
     read_hparams,
     read_tensor,
     write_tensors,
 )
-from tinymia_kernels import Sampler, attention, rms_norm, rope, silu, softmax, store
+from tinymia_kernels import Sampler, attention, cos_sin, rms_norm, rope, silu, softmax, store_keys, store_values
 
 __version__ = "0.1.0"
+__all__ = [
+    "Ablate", "Action", "ActionError", "Add", "Cache", "Config", "Context", "Edit", "Error", "GGUFError", "Generation",
+    "Lens", "Log", "Model", "Op", "Patch", "ProjectOut", "Record", "Replace", "Run", "Save", "Scale", "Tensor",
+    "UnknownName", "Weights", "load", "main", "match", "name_table",
+]  # fmt: skip
 
 
 class UnknownName(Error, KeyError):
@@ -165,24 +171,23 @@ class Weights(Mapping[str, Tensor]):
 class Cache:
     """Keys and values of the positions seen so far, a pair of arrays a layer.
 
-    k[il] is [n_head_kv, capacity, d_head] and v[il] is [n_head_kv, capacity, d_head_v]: float16 with ggml's numerics,
+    k[il] is [n_head_kv, capacity, d_head] and v[il] is [n_head_kv, d_head_v, capacity]: float16 with ggml's numerics,
     float32 otherwise. Capacity doubles as needed.
     """
 
     def __init__(self, c: Config, numerics: str):
         dtype = np.float16 if numerics == "ggml" else np.float32
         self.n = 0  # positions that hold something
+        self.of = c, numerics
         self.k = [np.zeros((c.n_head_kv, 0, c.d_head), dtype) for _ in range(c.n_layer)]
-        self.v = [np.zeros((c.n_head_kv, 0, c.d_head_v), dtype) for _ in range(c.n_layer)]
+        self.v = [np.zeros((c.n_head_kv, c.d_head_v, 0), dtype) for _ in range(c.n_layer)]
 
     def reserve(self, n: int) -> None:
         """Make room for n positions in all."""
         if n > self.k[0].shape[1]:
-            n = max(n, 2 * self.k[0].shape[1], 64)
-            for arrays in (self.k, self.v):
-                for il, old in enumerate(arrays):
-                    arrays[il] = np.zeros((old.shape[0], n, old.shape[2]), old.dtype)
-                    arrays[il][:, : self.n] = old[:, : self.n]
+            more = -(-max(n, 2 * self.k[0].shape[1]) // 64) * 64 - self.k[0].shape[1]
+            self.k = [np.pad(k, ((0, 0), (0, more), (0, 0))) for k in self.k]
+            self.v = [np.pad(v, ((0, 0), (0, 0), (0, more))) for v in self.v]
 
 
 # ---------------------------------------------------------------------------------------- named tensors
@@ -424,7 +429,7 @@ class Patch(Edit):
     Without `src`, the source's only row or the same positions; without both, the whole tensor.
     """
 
-    source: Source
+    source: Source = field(repr=False)
     src: Positions = None
 
     def bind(self, name: str, op: Op, model: Model) -> Action:
@@ -451,8 +456,8 @@ class Ablate(Edit):
     `source`, another run; or "value", a number or an array that fits a row."""
 
     mode: str = "zero"
-    value: Any = 0.0
-    source: Source = None
+    value: Any = field(default=0.0, repr=False)
+    source: Source = field(default=None, repr=False)
 
     def bind(self, name: str, op: Op, model: Model) -> Action:
         super().bind(name, op, model)
@@ -476,7 +481,7 @@ class Ablate(Edit):
 class Add(Edit):
     """x + coef * vector; the vector is the source's row `row`, or its only one."""
 
-    vector: Source
+    vector: Source = field(repr=False)
     coef: float = 1.0
     row: int | None = None
 
@@ -492,7 +497,7 @@ class Add(Edit):
 class ProjectOut(Edit):
     """Remove a direction d from each row: x - (x . d) d / (d . d)."""
 
-    direction: Source
+    direction: Source = field(repr=False)
 
     def bind(self, name: str, op: Op, model: Model) -> Action:
         super().bind(name, op, model)
@@ -561,12 +566,19 @@ class Tap:
         self.fired = [False] * len(actions)
         self.phase, self.positions = "prompt", np.arange(0)
         self.by_name: dict[tuple[str, int | None], list[tuple[int, Action]]] = {}
+        files: dict[str | Path, list[str]] = {}
         for i, action in enumerate(actions):
+            if not isinstance(action, Action):
+                raise ActionError(f"{action!r} is no action; Lens, Log, Save, Patch, Ablate, ... are")
             if action.when not in ("prompt", "decode", "all"):
                 raise ActionError(f"{action}: when must be prompt, decode or all")
             for name in match(action.name, model.table):
                 op, il = model.table[name]
                 self.by_name.setdefault((op.base, il), []).append((i, action.bind(name, op, model)))
+                if isinstance(action, Save) and action.path is not None:
+                    files.setdefault(action.path, []).append(name)
+        for path, names in files.items():
+            check_target(path, names)
 
     def begin(self, phase: str, start: int, n_tok: int) -> None:
         """Before each pass: which rows of which sequence come."""
@@ -584,7 +596,8 @@ class Tap:
                 op = self.model.table[name][0]
                 positions = self.positions[-x.shape[op.dims.index("n_tok")] :]
                 keep = partial(self._keep, action)
-                y = action.apply(x, Context(name, il, positions, self.phase, op, self.model, keep))
+                with np.errstate(all="ignore"):  # what is no number shows in the logits, and is told of there
+                    y = action.apply(x, Context(name, il, positions, self.phase, op, self.model, keep))
                 self.fired[i] |= y is not None
                 if y is not None and y is not x:
                     if np.shape(y) != x.shape:
@@ -628,13 +641,16 @@ def rope_angles(
 
     "ggml" multiplies step by step in float32, as ggml_rope_cache_init does; "f32" rounds once, at the end.
     """
-    theta = np.empty((len(positions), c.n_rot // 2), np.float32 if numerics == "ggml" else np.float64)
+    real = np.float32 if numerics == "ggml" else np.float64
+    theta = np.empty((len(positions), c.n_rot // 2), real)
     theta[:, 0] = positions
-    theta[:, 1:] = c.rope_base ** (-2.0 / c.n_rot)
+    theta[:, 1:] = c.rope_base ** float(real(-2) / real(c.n_rot))
     np.multiply.accumulate(theta, axis=1, out=theta)
     if freqs is not None:
         theta /= freqs
-    theta *= c.rope_scale
+    theta *= real(c.rope_scale)
+    if numerics == "ggml":
+        return cos_sin(theta)
     return np.cos(theta).astype(np.float32), np.sin(theta).astype(np.float32)
 
 
@@ -649,10 +665,10 @@ def forward(
     c, w, n, n_tok = m.config, m.weights, cache.n, len(tokens)
     cache.reserve(n + n_tok)
     cos, sin = rope_angles(c, w.rope_freqs, np.arange(n, n + n_tok), m.numerics)
-    scale = np.float32(1 / math.sqrt(c.d_head))
+    scale = 1 / np.sqrt(np.float32(c.d_head))
     first, x = start or (0, t("inp_embd", None, m.rows(w.token_embd, tokens)))      # [n_tok, n_embd]
     for il in range(first, c.n_layer):
-        blk, k_cache, v_cache = w.blk[il], cache.k[il], cache.v[il]                 # [n_head_kv, capacity, d_head]
+        blk, k_cache, v_cache = w.blk[il], cache.k[il], cache.v[il]
 
         cur = t("norm", il, rms_norm(x, c.eps))                                     # [n_tok, n_embd]
         cur = t("attn_norm", il, cur * blk.attn_norm)                               # [n_tok, n_embd]
@@ -661,8 +677,8 @@ def forward(
         v = t("Vcur", il, m.linear(cur, blk.attn_v, c.n_head_kv))                   # [n_tok, n_head_kv, d_head_v]
         q = t("Qcur", il, rope(q, cos, sin))                                        # [n_tok, n_head, d_head]
         k = t("Kcur", il, rope(k, cos, sin))                                        # [n_tok, n_head_kv, d_head]
-        store(k_cache, k, n)
-        store(v_cache, v, n)
+        store_keys(k_cache, k, n)                                                   # [n_head_kv, capacity, d_head]
+        store_values(v_cache, v, n)                                                 # [n_head_kv, d_head_v, capacity]
         if t.wants(il, "kq", "kq_soft_max", "kqv"):
             kq = t("kq", il, kernels.kq(q, k_cache, n + n_tok))                     # [n_head, n_tok, n_kv]
             kq = t("kq_soft_max", il, kernels.soft_max(kq, scale, n))               # [n_head, n_tok, n_kv]
@@ -695,9 +711,9 @@ def forward(
 class Run:
     """What a pass over a prompt gave."""
 
-    logits: np.ndarray          # float32 [n_tok, n_vocab], [1, n_vocab] for logits="last"
+    logits: np.ndarray = field(repr=False)          # float32 [n_tok, n_vocab], [1, n_vocab] for logits="last"
     tokens: list[int]
-    records: list[Record]       # what the actions kept, in the order of computation
+    records: list[Record] = field(repr=False)       # what the actions kept, in the order of computation
 
     @property
     def names(self) -> list[str]:
@@ -720,7 +736,7 @@ class Generation:
     tokens: list[int]           # new ids, an end token included
     prompt_tokens: list[int]
     stop_reason: str            # "eos", "stop" (a stop text), "length" (n reached), "context" (full), "interrupted"
-    records: list[Record]
+    records: list[Record] = field(repr=False)
     seconds: tuple[float, float]    # of the prompt pass, of decoding
 
 
@@ -792,7 +808,7 @@ class Model:
             raise Error(f"logits={logits!r}: it must be all or last")
         ids = self._ids(prompt)
         cache = cache or self.cache()
-        tap = Tap(self, [*actions, *map(Save, keep)], on_record)
+        tap = Tap(self, [*actions, *map(Save, [keep] if isinstance(keep, str) else keep)], on_record)
         if start is not None:
             il, x = start[0], np.ascontiguousarray(start[1], np.float32)
             if not 0 <= il <= self.config.n_layer or x.shape != (len(ids), self.config.n_embd):
@@ -878,6 +894,8 @@ class Model:
         return prompt if isinstance(prompt, str) else self.detokenize(prompt)
 
     def _ids(self, prompt: str | Sequence[int], bos: bool | None = None, special: bool = True) -> list[int]:
+        if isinstance(prompt, bytes):
+            raise Error("a prompt is text or token ids, not bytes")
         ids = self.tokenize(prompt, bos, special) if isinstance(prompt, str) else [int(i) for i in prompt]
         if not ids:
             raise Error("the prompt has no tokens: give some text, or let BOS stand for an empty one")
@@ -892,10 +910,13 @@ class Model:
         if cache.n + len(ids) > self.config.n_ctx:
             before = f" after {cache.n} in the cache" if cache.n else ""
             raise Error(f"the prompt has {len(ids)} tokens{before}; the context has room for {self.config.n_ctx}")
+        if cache.of != (self.config, self.numerics):
+            raise Error("this cache was made by another model, or for other numerics")
         tap.begin(phase, cache.n, len(ids))
         logits = forward(self, np.asarray(ids, np.intp), cache, tap, start, last)
         kernels.announce_done()
         if not np.isfinite(logits.max(axis=1)).all():
+            cache.n -= len(ids)
             raise Error("the logits are not finite: a weight or an action brought NaN or infinity in (see --log all)")
         return logits
 

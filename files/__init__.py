@@ -9,10 +9,10 @@
 from .errors import Error, FileError, GGUFError, short
 from .gguf import Tensor, read_gguf
 from .hparams import read_hparams
-from .tensors import as_rows, read_tensor, write_atomic, write_tensors
+from .tensors import as_rows, check_target, read_tensor, write_atomic, write_tensors
 from .tokenizer import Text, Tokenizer
 
 __all__ = [
     "Error", "FileError", "GGUFError", "Tensor", "Text", "Tokenizer",
-    "as_rows", "read_gguf", "read_hparams", "read_tensor", "short", "write_atomic", "write_tensors",
+    "as_rows", "check_target", "read_gguf", "read_hparams", "read_tensor", "short", "write_atomic", "write_tensors",
 ]

@@ -4,6 +4,11 @@
 class Error(Exception):
     """Something wrong with a file, a name, an index or a flag."""
 
+    def __init__(self, message: str):
+        """Names from a hostile file may stand in the message: it stays one line that a terminal can show."""
+        line = "".join(c if c.isprintable() else "\ufffd" for c in message)
+        super().__init__(line if len(line) <= 400 else line[:397] + "...")
+
 
 class FileError(Error):
     """A file that cannot be read or written, or is not what it should be."""

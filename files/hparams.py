@@ -46,6 +46,8 @@ def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -
         raise GGUFError(f"{path}: rope scaling {short(scaling)} is not supported; supported: none, linear")
     factor = get(f"{arch}.rope.scaling.factor", get(f"{arch}.rope.scale_linear", 1.0, 0, float), 0, float)
     embd = tensors.get("token_embd.weight")
+    if not tensors:
+        raise GGUFError(f"{path}: the file holds no weights (a vocabulary only?)")
     if embd is None or len(embd.shape) != 2:
         raise GGUFError(f"{path}: tensor token_embd.weight [n_vocab, {n_embd}] is missing or no matrix")
     n_layer = get(f"{arch}.block_count", None, 1)

@@ -20,10 +20,17 @@ from .errors import FileError, short
 
 
 def write_atomic(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file under a temporary name and rename it: it is there whole or not at all. Raises FileError."""
+    """Write a file under a temporary name and rename it: it is there whole or not at all. Raises FileError.
+
+    What is there and is no regular file, a pipe or a device, is written to as it is.
+    """
     path = Path(path).expanduser()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.exists() and not path.is_file():
+            with open(path, "wb") as f:
+                write(f)
+            return
         try:
             with open(temporary, "wb") as f:
                 write(f)
@@ -34,18 +41,28 @@ def write_atomic(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
         raise FileError(f"{path}: cannot be written: {e.strerror or e}") from e
 
 
+def check_target(path: str | Path, names: Sequence[str]) -> None:
+    """Raise FileError now for what write_tensors could not do after a long run."""
+    path = Path(path).expanduser()
+    if not os.path.isdir(path.parent):
+        raise FileError(f"{path}: cannot be written: there is no folder {path.parent}, or no permission to see it")
+    if os.path.isdir(path) or not os.access(path.parent, os.W_OK):
+        raise FileError(f"{path}: cannot be written: it is a folder, or there is no permission in its folder")
+    if len(names) > 1 and path.suffix != ".npz":
+        listed = short(", ".join(names))
+        raise FileError(f"{path}: a file of this kind holds one tensor, an .npz file {len(names)}: {listed}")
+
+
 def write_tensors(path: str | Path, tensors: dict[str, np.ndarray], about: dict[str, Any]) -> None:
     """Save float32 arrays by name; the suffix decides the format (see the top of this file).
 
-    `about` says where they come from: prompt, tokens, model. Raises FileError when a raw or .npy file should hold
-    more than one tensor.
+    `about` says where they come from: prompt, tokens, model. Raises FileError.
     """
+    check_target(path, list(tensors))
     suffix = Path(path).suffix
     if suffix == ".npz":
         write_atomic(path, lambda f: np.savez(f, about=np.array(json.dumps(about)), **tensors))
         return
-    if len(tensors) > 1:
-        raise FileError(f"{path}: a file of this kind holds one tensor, an .npz file {short(', '.join(tensors))}")
     ((name, array),) = tensors.items()
     if suffix == ".npy":
         tail = json.dumps({"name": name, **about}).encode() + b"\n"

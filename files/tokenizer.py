@@ -68,7 +68,7 @@ class Tokenizer:
         kinds[unknown] = UNKNOWN  # sentencepiece wants exactly one
         parts = []
         for i, (piece, score, kind) in enumerate(zip(self.pieces, self.scores.tolist(), kinds)):
-            if not piece or self.ids[piece] != i:  # sentencepiece refuses empty and double pieces
+            if not piece or "\0" in piece or self.ids[piece] != i:  # sentencepiece refuses empty and double pieces
                 piece, kind = f"\ue000{i}", kind if i == unknown else UNUSED
             body = message(1, piece.encode("utf-8", "replace")) + b"\x15" + struct.pack("<f", score) + integer(3, kind)
             parts.append(message(1, body))

@@ -14,15 +14,15 @@
 """
 
 from . import floats, q4_q5, q8  # noqa: F401  each registers its formats
-from .attention import attention, kq, kqv, soft_max, store
+from .attention import attention, kq, kqv, soft_max, store_keys, store_values
 from .formats import FORMATS, Format
 from .jit import announce_done
 from .matmul import dequantize, get_rows, matmul
-from .ops import rms_norm, rope, silu
+from .ops import cos_sin, rms_norm, rope, silu
 from .sampling import Sampler, softmax
 from .threads import Pool, physical_cores
 
 __all__ = [
-    "FORMATS", "Format", "Pool", "Sampler", "announce_done", "attention", "dequantize", "get_rows", "kq", "kqv",
-    "matmul", "physical_cores", "rms_norm", "rope", "silu", "soft_max", "softmax", "store",
+    "FORMATS", "Format", "Pool", "Sampler", "announce_done", "attention", "cos_sin", "dequantize", "get_rows", "kq",
+    "kqv", "matmul", "physical_cores", "rms_norm", "rope", "silu", "soft_max", "softmax", "store_keys", "store_values",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ Two groups make a record of 256 bytes, in which everything lies as the dot produ
     byte   0  q   64 x i8     the quants of both groups
     byte  64  c   16 x i32    -bias * (q[4k] + ... + q[4k+3]): turns products with unsigned weights into the right ones
     byte 128  d   16 x f32    8 times the scale of the first group, 8 times that of the second
-    byte 192  s   16 x f32    the same of s / 8, or zeros
+    byte 192  s   16 x f32    the same of s, or zeros
 
 After an odd number of groups the second half of the last record is zero.
 """
@@ -34,7 +34,7 @@ def quantise_group(x, record, half, bias, with_sum):
     inverse = np.float32(127) / amax if amax != 0 else np.float32(0)
     q = to_i8(rint(v * inverse))
     sums = dot4(i32x8(0), u8x32(1), q)
-    s = to_half(d * np.float32(total(sums))) * np.float32(0.125) if with_sum else np.float32(0)
+    s = to_half(d * np.float32(total(sums))) if with_sum else np.float32(0)
     store(record + 32 * half, q)
     store(record + 64 + 32 * half, sums * -bias)
     store(record + 128 + 32 * half, f32x8(to_half(d)))

@@ -1,9 +1,10 @@
 """Attention: scores of queries with cached keys, softmax under the causal mask, weighted sums of cached values.
 
-A cache is k [n_head_kv, cap, d_head] and v [n_head_kv, cap, d_v], both float16 (then queries and probabilities are
-rounded to F16 before the products, as ggml does) or both float32. Query head h reads the cache's head
-h // (n_head // n_head_kv). `kq`, `soft_max` and `kqv` give every step as an array; `attention` does the same row by
-row, in memory for one row of scores, with the same row functions, so that both agree bit for bit.
+A cache is k [n_head_kv, cap, d_head] and v [n_head_kv, d_v, cap], cap a multiple of 16, zeros where nothing was stored;
+both are float16 (then queries and probabilities are rounded to F16 before the products, as ggml does) or float32. Query
+head h reads the cache's head h // (n_head // n_head_kv). `kq`, `soft_max` and `kqv` give every step as an array;
+`attention` does the same row by row, in memory for one row of scores, with the same row functions, so that both agree
+bit for bit.
 """
 
 import numpy as np
@@ -19,28 +20,38 @@ def _like(name: str, x: np.ndarray, last: int | None = None) -> None:
         raise ValueError(f"{name} is a contiguous float32 array {want}, not {x.dtype} {x.shape}")
 
 
-def _cache(name: str, cache: np.ndarray, n_kv: int, n_head: int):
+def _cache(name: str, cache: np.ndarray, cap_axis: int, n_kv: int, n_head: int):
     """The kernels for this cache's type, and the cache as they take it (numba has no float16 arrays).
 
     ValueError unless the cache holds n_kv positions for n_head query heads.
     """
     if cache.dtype not in KERNELS or cache.ndim != 3 or not cache.flags.c_contiguous:
         wrong = f"{cache.dtype} {cache.shape}"
-        raise ValueError(f"{name} is a contiguous float16 or float32 [n_head_kv, cap, d] array, not {wrong}")
-    if not 0 <= n_kv <= cache.shape[1]:
-        raise ValueError(f"{name} has room for {cache.shape[1]} positions, not {n_kv}")
+        raise ValueError(f"{name} is a contiguous float16 or float32 array of 3 dimensions, not {wrong}")
+    cap = cache.shape[cap_axis]
+    if not 0 <= n_kv <= cap or cap % 16:
+        raise ValueError(f"{name} has room for {cap} positions; {n_kv} are needed, and a multiple of 16")
     if cache.shape[0] == 0 or n_head % cache.shape[0]:
         raise ValueError(f"{n_head} query heads are no multiple of the {cache.shape[0]} heads of {name}")
     return KERNELS[cache.dtype], cache.view(np.uint16) if cache.dtype == np.float16 else cache
 
 
-def store(cache: np.ndarray, x: np.ndarray, n_past: int) -> None:
-    """cache[h, n_past + t] = x[t, h], rounded to F16 when the cache is; x: float32 [n_tok, n_head_kv, d]."""
-    _like("x", x, cache.shape[-1])
-    kernels, cache = _cache("cache", cache, n_past + x.shape[0], x.shape[1])
-    if n_past < 0 or x.shape[1] != cache.shape[0]:
-        raise ValueError(f"n_past {n_past}, x {x.shape}, cache {cache.shape}: they do not fit each other")
-    kernels.store(cache, x, n_past)
+def store_keys(k: np.ndarray, x: np.ndarray, n_past: int) -> None:
+    """k[h, n_past + t] = x[t, h], rounded to F16 when the cache is; x: float32 [n_tok, n_head_kv, d_head]."""
+    _like("x", x, k.shape[-1])
+    kernels, cache = _cache("k", k, 1, n_past + x.shape[0], x.shape[1])
+    if n_past < 0 or x.shape[1] != k.shape[0]:
+        raise ValueError(f"n_past {n_past}, x {x.shape}, k {k.shape}: they do not fit each other")
+    kernels.store_keys(cache, x, n_past)
+
+
+def store_values(v: np.ndarray, x: np.ndarray, n_past: int) -> None:
+    """v[h, i, n_past + t] = x[t, h, i], rounded to F16 when the cache is; x: float32 [n_tok, n_head_kv, d_v]."""
+    _like("x", x, v.shape[1])
+    kernels, cache = _cache("v", v, 2, n_past + x.shape[0], x.shape[1])
+    if n_past < 0 or x.shape[1] != v.shape[0]:
+        raise ValueError(f"n_past {n_past}, x {x.shape}, v {v.shape}: they do not fit each other")
+    kernels.store_values(cache, x, n_past)
 
 
 def kq(q: np.ndarray, k: np.ndarray, n_kv: int, pool: Pool | None = None) -> np.ndarray:
@@ -51,7 +62,7 @@ def kq(q: np.ndarray, k: np.ndarray, n_kv: int, pool: Pool | None = None) -> np.
     """
     _like("q", q, k.shape[-1])
     n_tok, n_head = q.shape[:2]
-    kernels, k = _cache("k", k, n_kv, n_head)
+    kernels, k = _cache("k", k, 1, n_kv, n_head)
     out = np.empty((n_head, n_tok, n_kv), np.float32)
     run(pool, out.nbytes, kernels.kq, n_head * n_tok, q, k, out)
     return out
@@ -72,14 +83,14 @@ def soft_max(kq: np.ndarray, scale: float, n_past: int, pool: Pool | None = None
 
 
 def kqv(p: np.ndarray, v: np.ndarray, pool: Pool | None = None) -> np.ndarray:
-    """out[h, t] = sum over j of p[h, t, j] v[head of h, j], float32 [n_head, n_tok, d_v].
+    """out[h, t] = sum over j of p[h, t, j] v[head of h, :, j], float32 [n_head, n_tok, d_v].
 
     p: float32 [n_head, n_tok, n_kv]. Source: ggml-cpu.c, ggml_compute_forward_mul_mat with F16 values.
     """
     _like("p", p)
     n_head, n_tok, n_kv = p.shape
-    kernels, v = _cache("v", v, n_kv, n_head)
-    out = np.empty((n_head, n_tok, v.shape[2]), np.float32)
+    kernels, v = _cache("v", v, 2, n_kv, n_head)
+    out = np.empty((n_head, n_tok, v.shape[1]), np.float32)
     run(pool, p.nbytes, kernels.kqv, n_head * n_tok, p, v, out)
     return out
 
@@ -93,11 +104,11 @@ def attention(
     """
     _like("q", q, k.shape[-1])
     n_tok, n_head = q.shape[:2]
-    kernels, k = _cache("k", k, n_past + n_tok, n_head)
-    _, v = _cache("v", v, n_past + n_tok, n_head)
+    kernels, k = _cache("k", k, 1, n_past + n_tok, n_head)
+    _, v = _cache("v", v, 2, n_past + n_tok, n_head)
     if n_past < 0 or v.shape[0] != k.shape[0] or v.dtype != k.dtype:
         raise ValueError(f"n_past {n_past}, k {k.dtype} {k.shape}, v {v.dtype} {v.shape}: they do not fit each other")
-    out = np.empty((n_tok, n_head * v.shape[2]), np.float32)
+    out = np.empty((n_tok, n_head * v.shape[1]), np.float32)
     work = 8 * n_head * n_tok * (n_past + n_tok)
     run(pool, work, kernels.attention, n_head * n_tok, q, k, v, n_past, np.float32(scale), out)
     return out

@@ -8,7 +8,7 @@
 from .cpu import widen_bf16, widen_half
 from .formats import register_floats
 from .jit import inline
-from .vectors import load_f32x1, load_f32x16, load_u16x1, load_u16x16
+from .vectors import load_f32x1, load_f32x16, load_u16x1, load_u16x16, load_u16x32
 
 
 @inline
@@ -23,7 +23,7 @@ def f16_weight(address):
 
 @inline
 def bf16_weights(address):
-    return widen_bf16(load_u16x16(address))
+    return widen_bf16(load_u16x32(address))
 
 
 @inline
@@ -33,4 +33,4 @@ def bf16_weight(address):
 
 F32 = register_floats("F32", 0, 4, load_f32x16, load_f32x1)
 F16 = register_floats("F16", 1, 2, f16_weights, f16_weight)
-BF16 = register_floats("BF16", 30, 2, bf16_weights, bf16_weight)
+BF16 = register_floats("BF16", 30, 2, bf16_weights, bf16_weight, pairs=True)

@@ -14,6 +14,7 @@ from . import rows
 from . import unpack as unpacking
 from .activations import first_record
 from .jit import specialise
+from .lanes import total
 from .simd import address_of
 
 
@@ -52,10 +53,17 @@ def register(fmt: Format) -> Format:
     return fmt
 
 
-def register_floats(name: str, type: int, size: int, weights, weight) -> Format:
-    """Enter a format of single numbers of `size` bytes, see rows.py for weights and weight."""
-    parts = {"weights": weights, "weight": weight, "SIZE": size}
-    dot = specialise(rows.dot_floats, f"dot_{name}", part=True, **parts)
+def register_floats(name: str, type: int, size: int, weights, weight, pairs: bool = False) -> Format:
+    """Enter a format of single numbers of `size` bytes, see rows.py for weights and weight.
+
+    With `pairs`, `weights` gives 32 numbers at once and the dot product takes them pair by pair.
+    """
+    parts = {"weights": weights, "weight": weight, "SIZE": size, "CHUNK": 32 if pairs else 16}
+    parts["step"] = rows.step_pairs if pairs else rows.step_floats
+    parts["rest"] = specialise(rows.rest_f32 if name == "F32" else rows.rest_f64, f"rest_{name}", part=True, **parts)
+    uneven = rows.uneven_pairs if pairs else rows.uneven_floats
+    parts["uneven"] = specialise(uneven, f"uneven_{name}", part=True, **parts)
+    parts["dot"] = dot = specialise(rows.dot_floats, f"dot_{name}", part=True, **parts)
     tile = specialise(rows.tile_floats, f"tile_{name}", part=True, **parts)
     unpack = specialise(unpacking.unpack_floats, f"unpack_{name}", part=True, **parts)
     matmul = specialise(rows.matmul_rows, f"matmul_{name}", dot=dot, tile=tile, start=address_of)
@@ -72,6 +80,8 @@ def register_quants(
         "pair": specialise(rows.two_groups, f"two_groups_{name}", part=True, **parts),
         "single": specialise(rows.one_group, f"one_group_{name}", part=True, **parts),
         "step": rows.step_scale_minimum if minimum else rows.step_scale,
+        "nothing": rows.nothing_scale_minimum if minimum else rows.nothing_scale,
+        "whole": rows.whole_scale_minimum if minimum else total,
     }
     dot = specialise(rows.dot_quantised, f"dot_{name}", part=True, **groups)
     tile = specialise(rows.tile_quantised, f"tile_{name}", part=True, **groups)

@@ -81,6 +81,16 @@ def concat(_, low, high):
     return Vec(low.element, 2 * low.n)(low, high), codegen
 
 
+def _half(part):
+    def emit(b, value, v, to):
+        return b.shuffle_vector(value, value, lanes(range(part * to.n, (part + 1) * to.n)))
+
+    return unary(lambda v: Vec(v.element, v.n // 2), emit)
+
+
+low, high = _half(0), _half(1)  # half of the lanes each
+
+
 # Arithmetic that is no operator.
 
 

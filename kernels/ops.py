@@ -1,12 +1,14 @@
 """The operations between matrix products: RMS norm, rotary positions, SiLU. Each returns a fresh float32 array."""
 
+import math
+
 import numpy as np
 
 from .jit import inline, kernel
-from .lanes import total
+from .lanes import first, fma, total
 from .simd import address_of, store
 from .threads import Pool, run
-from .vectors import exp, f64x1, f64x16, load_f32x1, load_f32x16, to_f64
+from .vectors import exp, f32x1, f64x1, f64x16, load_f32x1, load_f32x16, to_f64
 
 
 def _float32(name: str, x: np.ndarray, ndim: int) -> None:
@@ -45,14 +47,27 @@ def rms_norm(x: np.ndarray, eps: float, pool: Pool | None = None) -> np.ndarray:
 
 
 @kernel
+def cos_sin_all(theta, cos, sin):
+    for i in range(theta.size):
+        cos[i], sin[i] = math.cos(theta[i]), math.sin(theta[i])
+
+
+def cos_sin(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of float32 angles of any shape, by the C library's cosf and sinf, as ggml."""
+    cos, sin = np.empty(theta.shape, np.float32), np.empty(theta.shape, np.float32)
+    cos_sin_all(np.ascontiguousarray(theta, np.float32).reshape(-1), cos.reshape(-1), sin.reshape(-1))
+    return cos, sin
+
+
+@kernel
 def rope_rows(x, cos, sin, out, t0, t1):
     n_head, d_head, half = x.shape[1], x.shape[2], cos.shape[1]
     for t in range(t0, t1):
         for h in range(n_head):
             for i in range(half):
-                a, b = x[t, h, 2 * i], x[t, h, 2 * i + 1]
-                out[t, h, 2 * i] = a * cos[t, i] - b * sin[t, i]
-                out[t, h, 2 * i + 1] = a * sin[t, i] + b * cos[t, i]
+                a, b, c, s = x[t, h, 2 * i], x[t, h, 2 * i + 1], cos[t, i], sin[t, i]
+                out[t, h, 2 * i] = first(fma(f32x1(a), c, -(b * s)))
+                out[t, h, 2 * i + 1] = first(fma(f32x1(a), s, b * c))
             for i in range(2 * half, d_head):
                 out[t, h, i] = x[t, h, i]
 
@@ -61,6 +76,7 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, pool: Pool | None = No
     """Turn the pairs (x[2i], x[2i+1]) of each head by the angle whose cosine and sine are given.
 
     out[2i] = x[2i] cos[i] - x[2i+1] sin[i], out[2i+1] = x[2i] sin[i] + x[2i+1] cos[i]; elements from n_rot on stay.
+    The first product of each is not rounded by itself, as in ggml's compiled code.
     x: float32 [n_tok, n_head, d_head]; cos, sin: float32 [n_tok, n_rot / 2]. ValueError when shapes do not fit.
     Source: ggml-cpu/ops.cpp, ggml_compute_forward_rope_flt, mode GGML_ROPE_TYPE_NORMAL.
     """
@@ -81,17 +97,21 @@ def _silu(x):
 
 
 @kernel
-def silu_all(x, out, i0, i1):
-    x, out = address_of(x), address_of(out)
-    for i in range(i0, i1 - 15, 16):
-        store(out + 4 * i, _silu(load_f32x16(x + 4 * i)))
-    for i in range(i1 - (i1 - i0) % 16, i1):
-        store(out + 4 * i, _silu(load_f32x1(x + 4 * i)))
+def silu_rows(x, out, t0, t1):
+    n, start, to = x.shape[1], address_of(x), address_of(out)
+    for t in range(t0, t1):
+        for i in range(t * n, t * n + n - 15, 16):
+            store(to + 4 * i, _silu(load_f32x16(start + 4 * i)))
+        for i in range(n - n % 16, n):
+            out[t, i] = x[t, i] / (np.float32(1) + math.exp(-x[t, i]))
 
 
 def silu(x: np.ndarray, pool: Pool | None = None) -> np.ndarray:
-    """out = x / (1 + exp(-x)), float32 of any shape. Source: ggml-cpu/vec.h, ggml_silu_f32."""
-    _float32("x", x, x.ndim)
+    """out = x / (1 + exp(-x)), float32 [n_tok, n_ff]; the end of a row that fills no 16 lanes by the C library's expf.
+
+    Source: ggml-cpu/vec.h, ggml_v_silu and ggml_silu_f32.
+    """
+    _float32("x", x, 2)
     out = np.empty(x.shape, np.float32)
-    run(pool, x.nbytes, silu_all, x.size, x.reshape(-1), out.reshape(-1))
+    run(pool, x.nbytes, silu_rows, x.shape[0], x, out)
     return out

@@ -7,29 +7,33 @@ A float format brings
 and a quantised format, for the j-th group of 32 weights of the row at address `row`,
     quants(row, j)     -> u8x32     unsigned, in the order of the weights
     scale(row, j)      -> f32x8     lane k for weights 4k to 4k + 3 of the group
-    minimum(row, j)    -> f32x8     the same, or no_minimum
+    minimum(row, j)    -> f32x8     the same in all lanes, or no_minimum
     BIAS                            weight = scale * (quant - BIAS) + minimum
 
-One token and four tokens are summed in the same order, so that a token's result does not depend on its company.
 Quantised activations are described in activations.py: one record of 256 bytes for 64 of them, four vectors
-q, c, d, s at bytes 0, 64, 128 and 192, with which the dot product of two groups is
-    sum over lanes of  scale * d * (dot4(quants, q) + c) + minimum * s
+q, c, d, s at bytes 0, 64, 128 and 192, with which the dot product of a group is
+    sum over 8 lanes of  scale * d * (dot4(quants, q) + c)   + minimum * s
+
+Sums are taken in the order of ggml's code for x86-64 with AVX-512, so that results are ggml's bit for bit: 8 lanes and
+group after group for quants, the minima by themselves (arch/x86/quants.c; llamafile/sgemm.cpp, tinyBLAS_Q0_AVX); 16
+lanes for floats (sgemm.cpp, tinyBLAS), and where a row does not divide evenly, as ggml_vec_dot_* in vec.cpp do. One
+token and several are summed alike, so that a token's result does not depend on its company.
 """
 
 import numpy as np
 
-from .cpu import dot4
+from .cpu import dot4, even, odd
 from .jit import inline
-from .lanes import concat, fma, total
+from .lanes import concat, first, fma, high, low, total
 from .simd import address_of, keep
-from .vectors import f32x1, f32x8, f32x16, load_f32x1, load_f32x16, load_i8x64, load_i32x16, to_f32, u8x32
+from .vectors import f32x8, f32x16, load_f32x1, load_f32x16, load_f32x32, load_i8x64, load_i32x16, to_f32, u8x32
 
 ROWS = 16  # rows that all tokens pass before the next rows: they stay in the nearest cache
 
 # What jit.specialise puts into the templates.
-weights = weight = quants = scale = minimum = None
-pair = single = step = start = dot = tile = unpack = None
-SIZE = 0
+weights = weight = quants = scale = minimum = rest = None
+pair = single = nothing = step = whole = uneven = start = dot = tile = unpack = None
+SIZE = CHUNK = 0
 
 
 @inline
@@ -41,27 +45,12 @@ def no_minimum(row, j):
 
 
 @inline
-def no_sums(zero):
-    return zero, zero, zero, zero
-
-
-@inline
 def four(step, sums, weights, x, stride):
     """`step` for the sums of four tokens, whose activations lie `stride` bytes apart."""
     a, b, c, d = sums
     a, b = step(a, weights, x), step(b, weights, x + stride)
     c, d = step(c, weights, x + 2 * stride), step(d, weights, x + 3 * stride)
     return a, b, c, d
-
-
-@inline
-def totals(sums):
-    return total(sums[0]), total(sums[1]), total(sums[2]), total(sums[3])
-
-
-@inline
-def plus(a, b):
-    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
 
 
 # Quantised rows with quantised activations.
@@ -80,37 +69,54 @@ def one_group(row, j):
 
 @inline
 def step_scale(acc, group, record):
-    products = dot4(load_i32x16(record + 64), group[0], load_i8x64(record))
-    return fma(to_f32(products), group[1] * load_f32x16(record + 128), acc)
+    products = to_f32(dot4(load_i32x16(record + 64), group[0], load_i8x64(record)))
+    scales = group[1] * load_f32x16(record + 128)
+    return fma(high(products), high(scales), fma(low(products), low(scales), acc))
 
 
 @inline
 def step_scale_minimum(acc, group, record):
-    return step_scale(fma(group[2], load_f32x16(record + 192), acc), group, record)
+    s = load_f32x16(record + 192)
+    return step_scale(acc[0], group, record), fma(high(group[2]), high(s), fma(low(group[2]), low(s), acc[1]))
+
+
+@inline
+def nothing_scale():
+    return f32x8(0)
+
+
+@inline
+def nothing_scale_minimum():
+    return f32x8(0), f32x8(0)
+
+
+@inline
+def whole_scale_minimum(acc):
+    return total(acc[0]) + first(acc[1])
 
 
 def dot_quantised(row, n_groups, record, stride):
-    acc = f32x16(0)
+    acc = nothing()
     for j in range(0, n_groups - 1, 2):
         acc = step(acc, pair(row, j), record)
         record += 256
     if n_groups % 2:
         acc = step(acc, single(row, n_groups - 1), record)
-    return total(acc)
+    return whole(acc)
 
 
 def tile_quantised(row, row2, n_groups, record, stride):
-    a = b = no_sums(f32x16(0))
+    a = b = nothing(), nothing(), nothing(), nothing()
     for j in range(0, n_groups - 1, 2):
         a, b = four(step, a, pair(row, j), record, stride), four(step, b, pair(row2, j), record, stride)
         record += 256
     if n_groups % 2:
         j = n_groups - 1
         a, b = four(step, a, single(row, j), record, stride), four(step, b, single(row2, j), record, stride)
-    return totals(a), totals(b)
+    return (whole(a[0]), whole(a[1]), whole(a[2]), whole(a[3])), (whole(b[0]), whole(b[1]), whole(b[2]), whole(b[3]))
 
 
-# Float rows with float activations.
+# Float rows with float activations, CHUNK at a time.
 
 
 @inline
@@ -119,29 +125,65 @@ def step_floats(acc, v, x):
 
 
 @inline
-def step_rest(acc, v, x):
-    return fma(v, load_f32x1(x), acc)
+def step_pairs(acc, v, x):
+    """As the instruction VDPBF16PS: of each pair first the second product."""
+    y = load_f32x32(x)
+    return fma(even(v), even(y), fma(odd(v), odd(y), acc))
 
 
 def dot_floats(row, n, x, stride):
-    acc, rest = f32x16(0), f32x1(0)
-    for i in range(0, n - 15, 16):
-        acc = step_floats(acc, weights(row + SIZE * i), x + 4 * i)
-    for i in range(n - n % 16, n):
-        rest = step_rest(rest, weight(row + SIZE * i), x + 4 * i)
-    return total(acc) + total(rest)
+    if n % CHUNK:
+        return uneven(row, n, x)
+    acc = f32x16(0)
+    for i in range(0, n, CHUNK):
+        acc = step(acc, weights(row + SIZE * i), x + 4 * i)
+    return total(acc)
 
 
 def tile_floats(row, row2, n, x, stride):
-    a = b = no_sums(f32x16(0))
-    for i in range(0, n - 15, 16):
+    if n % CHUNK:
+        y, z = x + 2 * stride, x + 3 * stride
+        a = dot(row, n, x, 0), dot(row, n, x + stride, 0), dot(row, n, y, 0), dot(row, n, z, 0)
+        b = dot(row2, n, x, 0), dot(row2, n, x + stride, 0), dot(row2, n, y, 0), dot(row2, n, z, 0)
+        return a, b
+    a = b = f32x16(0), f32x16(0), f32x16(0), f32x16(0)
+    for i in range(0, n, CHUNK):
         v, w, at = weights(row + SIZE * i), weights(row2 + SIZE * i), x + 4 * i
-        a, b = four(step_floats, a, v, at, stride), four(step_floats, b, w, at, stride)
-    c = d = no_sums(f32x1(0))
-    for i in range(n - n % 16, n):
-        v1, w1, at = weight(row + SIZE * i), weight(row2 + SIZE * i), x + 4 * i
-        c, d = four(step_rest, c, v1, at, stride), four(step_rest, d, w1, at, stride)
-    return plus(totals(a), totals(c)), plus(totals(b), totals(d))
+        a, b = four(step, a, v, at, stride), four(step, b, w, at, stride)
+    return (total(a[0]), total(a[1]), total(a[2]), total(a[3])), (total(b[0]), total(b[1]), total(b[2]), total(b[3]))
+
+
+def uneven_floats(row, n, x):
+    """64 weights at a time, and the rest one by one."""
+    a = b = c = d = f32x16(0)
+    for i in range(0, n - 63, 64):
+        v, at = row + SIZE * i, x + 4 * i
+        a, b = step(a, weights(v), at), step(b, weights(v + 16 * SIZE), at + 64)
+        c, d = step(c, weights(v + 32 * SIZE), at + 128), step(d, weights(v + 48 * SIZE), at + 192)
+    return rest(total((a + c) + (b + d)), row, n, x)
+
+
+def uneven_pairs(row, n, x):
+    """The same for chunks of 32."""
+    a = b = f32x16(0)
+    for i in range(0, n - 63, 64):
+        v, at = row + SIZE * i, x + 4 * i
+        a, b = step(a, weights(v), at), step(b, weights(v + 32 * SIZE), at + 128)
+    return rest(np.float64(total(a)) + np.float64(total(b)), row, n, x)
+
+
+def rest_f32(acc, row, n, x):
+    for i in range(n - n % 64, n):
+        acc += first(weight(row + SIZE * i) * load_f32x1(x + 4 * i))
+    return acc
+
+
+def rest_f64(acc, row, n, x):
+    """Products in float32, their sum in float64."""
+    acc = np.float64(acc)
+    for i in range(n - n % 64, n):
+        acc += first(weight(row + SIZE * i) * load_f32x1(x + 4 * i))
+    return np.float32(acc)
 
 
 # Kernels.
@@ -150,16 +192,16 @@ def tile_floats(row, row2, n, x, stride):
 def matmul_rows(y, stride, w, row_bytes, n, out, i0, i1):
     """out[t, i] = row i of w . activations t, for the rows i0 to i1; n is the length that `dot` asks for."""
     n_tok, w, y = out.shape[0], address_of(w), start(y)
-    for first in range(i0, i1, ROWS):
-        last = min(first + ROWS, i1)
+    for begin in range(i0, i1, ROWS):
+        end = min(begin + ROWS, i1)
         for t in range(0, n_tok - 3, 4):
-            for i in range(first, last, 2):
-                k = min(i + 1, last - 1)
+            for i in range(begin, end, 2):
+                k = min(i + 1, end - 1)
                 a, b = tile(w + i * row_bytes, w + k * row_bytes, n, y + t * stride, stride)
                 out[t, i], out[t + 1, i], out[t + 2, i], out[t + 3, i] = a
                 out[t, k], out[t + 1, k], out[t + 2, k], out[t + 3, k] = b
         for t in range(n_tok - n_tok % 4, n_tok):
-            for i in range(first, last):
+            for i in range(begin, end):
                 out[t, i] = dot(w + i * row_bytes, n, y + t * stride, stride)
 
 
@@ -167,17 +209,17 @@ def matmul_unpacked(x, stride, w, row_bytes, n, out, i0, i1):
     """The same with rows unpacked to float32 and float32 activations."""
     unpacked = np.empty((ROWS, n), np.float32)
     n_tok, w, x, rows = out.shape[0], address_of(w), address_of(x), address_of(unpacked)
-    for first in range(i0, i1, ROWS):
-        last = min(first + ROWS, i1)
-        for i in range(first, last):
-            unpack(w + i * row_bytes, n, rows + 4 * n * (i - first))
+    for begin in range(i0, i1, ROWS):
+        end = min(begin + ROWS, i1)
+        for i in range(begin, end):
+            unpack(w + i * row_bytes, n, rows + 4 * n * (i - begin))
         for t in range(0, n_tok - 3, 4):
-            for i in range(first, last, 2):
-                k = min(i + 1, last - 1)
-                a, b = tile(rows + 4 * n * (i - first), rows + 4 * n * (k - first), n, x + t * stride, stride)
+            for i in range(begin, end, 2):
+                k = min(i + 1, end - 1)
+                a, b = tile(rows + 4 * n * (i - begin), rows + 4 * n * (k - begin), n, x + t * stride, stride)
                 out[t, i], out[t + 1, i], out[t + 2, i], out[t + 3, i] = a
                 out[t, k], out[t + 1, k], out[t + 2, k], out[t + 3, k] = b
         for t in range(n_tok - n_tok % 4, n_tok):
-            for i in range(first, last):
-                out[t, i] = dot(rows + 4 * n * (i - first), n, x + t * stride, stride)
+            for i in range(begin, end):
+                out[t, i] = dot(rows + 4 * n * (i - begin), n, x + t * stride, stride)
     keep(unpacked)

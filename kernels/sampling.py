@@ -31,6 +31,7 @@ class Sampler:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("repeat_penalty", 0 < self.repeat_penalty < math.inf, "above 0"),
+            ("seed", self.seed is None or self.seed >= 0, "0 or more"),
         ):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be {want}")

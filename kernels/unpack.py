@@ -8,7 +8,7 @@ from .vectors import spread, to_f32
 
 # What jit.specialise puts into the templates.
 weights = weight = quants = scale = minimum = unpack = None
-SIZE = BIAS = 0
+SIZE = CHUNK = BIAS = 0
 
 
 def unpack_quantised(row, n, out):
@@ -24,9 +24,9 @@ def unpack_quantised_minimum(row, n, out):
 
 
 def unpack_floats(row, n, out):
-    for i in range(0, n - 15, 16):
+    for i in range(0, n - CHUNK + 1, CHUNK):
         store(out + 4 * i, weights(row + SIZE * i))
-    for i in range(n - n % 16, n):
+    for i in range(n - n % CHUNK, n):
         store(out + 4 * i, weight(row + SIZE * i))
 
 

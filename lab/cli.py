@@ -7,6 +7,7 @@ a tensor are kept in the order given, and --at, --when and the like qualify the 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ import numpy as np
 
 import tinymia
 from tinymia import Error, Model, Record
+from tinymia_files import check_target
 
 EXAMPLES = """\
 the post's commands (https://grgv.xyz/blog; any Llama in GGUF will do for llama2.gguf):
@@ -47,6 +49,9 @@ class Spec:
     when: str = "prompt"
     from_idx: int | None = None
     to_idx: int | None = None
+
+
+SUBCOMMANDS: tuple[str, ...] = ()  # modules of the lab whose command(argv) gives an exit status
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,10 +107,10 @@ def parser() -> Parser:
     g = p.add_argument_group("generation")
     g.add_argument("-n", "--n-predict", type=int, default=32, metavar="N", help="tokens at most (default 32)")
     g.add_argument("--temp", type=float, default=0.0, metavar="T", help="temperature; 0, the default, is greedy")
-    g.add_argument("--top-k", type=int, default=0, metavar="K")
-    g.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    g.add_argument("--min-p", type=float, default=0.0, metavar="P")
-    g.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X")
+    g.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K best tokens")
+    g.add_argument("--top-p", type=float, default=1.0, metavar="P", help="... from the best that together have P")
+    g.add_argument("--min-p", type=float, default=0.0, metavar="P", help="... from those P times as likely as the best")
+    g.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="weaken the last 64 tokens; 1: not")
     g.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     g.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
 
@@ -118,8 +123,8 @@ def parser() -> Parser:
     g = p.add_argument_group("look")
     act("--logit-lens", "--ll", dest="lens", nargs=2, metavar=("NAME", "K"),
         help="the K best tokens for each row of each matching tensor")
-    g.add_argument("--lens-score", choices=("raw", "logit", "prob"), default="raw",
-                   help="raw: norm weight only, as the post (default); logit: the model's final norm; prob: its softmax")
+    g.add_argument("--lens-score", choices=("raw", "logit", "prob"),
+                   help="raw: norm weight only, as the post (default); logit: the whole final norm; prob: its softmax")
     act("--log", nargs=1, metavar="NAME", help="shape, mean, rms, range and first values")
     g.add_argument("-d", "--draw", metavar="FILE.png", help="attention patterns, a row of panels a layer")
     g.add_argument("--print-cgraph", action="store_true", help="every op in order: name, op, shape, inputs, weight")
@@ -139,7 +144,8 @@ def parser() -> Parser:
     g = p.add_argument_group("change")
     act("-a", "--ablate", nargs=1, metavar="HEADS",
         help="heads to silence: 3,9 (layer * n_head + head) or 1.4,2.0 (layer.head)")
-    g.add_argument("--ablate-mode", choices=("zero", "mean"), default="zero", help="mean: over the positions")
+    g.add_argument("--ablate-mode", choices=("zero", "mean"),
+                   help="by zeros (default) or by the head's mean over the prompt's positions")
     act("-s", "--select", nargs=2, metavar=("LAYER", "HEAD"), help="silence the layer's other heads")
     act("--add", nargs="+", metavar=("NAME FILE", "COEF"), help="add COEF (1) times a saved vector")
     act("--add-token", dest="add_token", nargs=3, metavar=("NAME", "TOKEN", "COEF"),
@@ -153,7 +159,7 @@ def parser() -> Parser:
 
     g = p.add_argument_group("output")
     g.add_argument("--json", action="store_true", help="all that would be printed, as one JSON object")
-    g.add_argument("-v", "--verbose", action="store_true", help="the model's shape, times and tokens a second on stderr")
+    g.add_argument("-v", "--verbose", action="store_true", help="the model's shape and the speed, on stderr")
     g.add_argument("--debug", action="store_true", help="a traceback with errors")
     g.add_argument("--version", action="version", version=f"tinymia {tinymia.__version__}")
     return p
@@ -176,7 +182,7 @@ def actions_of(spec: Spec, model: Model, args: argparse.Namespace) -> list[tinym
     if spec.at is not None and flag in ("lens", "log", "save", "patch", "patch_avg"):
         raise Error(f"--at does not apply to --{flag.replace('_', '-')}{'; FROM and TO do' if 'patch' in flag else ''}")
     if flag == "lens":
-        return [tinymia.Lens(name, number(rest[0], "logit-lens"), args.lens_score, when=when)]
+        return [tinymia.Lens(name, number(rest[0], "logit-lens"), args.lens_score or "raw", when=when)]
     if flag == "log":
         return [tinymia.Log(name, when=when)]
     if flag == "save":
@@ -186,7 +192,7 @@ def actions_of(spec: Spec, model: Model, args: argparse.Namespace) -> list[tinym
         src, to = (number(i, flag) for i in idx) if idx else (spec.from_idx, spec.to_idx)
         return [tinymia.Patch(name, tuple(files) if len(files) > 1 else files[0], src, at=to, when=when)]
     if flag in ("ablate", "select"):
-        return [tinymia.Ablate(f"kqv_merged-{layer}", args.ablate_mode, heads=heads, **where)
+        return [tinymia.Ablate(f"kqv_merged-{layer}", args.ablate_mode or "zero", heads=heads, **where)
                 for layer, heads in heads_of(spec, model).items()]
     if flag == "scale":
         return [tinymia.Scale(name, number(rest[0], flag, float), **where)]
@@ -301,12 +307,21 @@ def run(args: argparse.Namespace) -> int:
         raise Error(f"-n {args.n_predict}: it must be 0 or more")
     if args.draw and importlib.util.find_spec("matplotlib") is None:
         raise Error("--draw needs matplotlib: pip install tinymia[draw]")
+    if args.draw and not args.draw.endswith(".png"):
+        raise Error(f"--draw {args.draw}: it draws .png files")
+    flags = {spec.flag for spec in args.specs}
+    if args.lens_score and "lens" not in flags:
+        raise Error("--lens-score goes with --logit-lens")
+    if args.ablate_mode and not flags & {"ablate", "select"}:
+        raise Error("--ablate-mode goes with --ablate or --select")
     if not args.temp and (args.top_k or args.top_p != 1 or args.min_p):
         raise Error("--top-k, --top-p and --min-p choose among tokens to draw from: they need --temp above 0")
     prompt, clock = read_prompt(args), time.perf_counter()
     model = tinymia.load(args.model, args.threads, args.numerics)
     if args.verbose:
-        print(f"{model.config}\nloaded in {time.perf_counter() - clock:.2f} s", file=sys.stderr)
+        for key, value in vars(model.config).items():
+            print(f"{key:10s}  {value:.6g}" if isinstance(value, float) else f"{key:10s}  {value}", file=sys.stderr)
+        print(f"loaded in {time.perf_counter() - clock:.2f} s, {model.pool.n} threads", file=sys.stderr)
     ids = None if prompt is None else model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
     printer = Printer(args, model)
     if args.print_cgraph:
@@ -335,6 +350,7 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
     """Run the prompt with its actions, and print what comes of it."""
     actions = [action for spec in args.specs for action in actions_of(spec, model, args)]
     if args.draw:
+        check_target(args.draw, [])
         actions.append(tinymia.Save("kq_soft_max"))
     rows = [[i, token, model.tokenizer.pieces[token]] for i, token in enumerate(ids)]
     print(table([["index", "id", "piece"], *rows]), file=sys.stderr, flush=True)
@@ -357,7 +373,7 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
     if args.draw:
         from .draw import draw
 
-        draw(printer.patterns, args.draw, [model.piece(i) for i in ids])
+        draw(printer.patterns, args.draw, [model.piece(i) for i in ids], f"{model.path.name}: {prompt}")
     printer.out |= {"prompt": prompt, "output": gen.text, "stop": gen.stop_reason, "output_tokens": gen.tokens,
                     "tokens": [{"index": i, "id": token, "piece": piece} for i, token, piece in rows]}
     if gen.stop_reason == "context":
@@ -378,7 +394,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(encoding="utf-8", errors="replace")
-        status = run(parser().parse_args(argv))
+        if argv and argv[0] in SUBCOMMANDS:
+            status = importlib.import_module(f"tinymia_lab.{argv[0]}").command(argv[1:])
+        else:
+            status = run(parser().parse_args(argv))
         sys.stdout.flush()
         return status
     except OSError as e:  # of stdout: files have errors of their own

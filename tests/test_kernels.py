@@ -182,7 +182,7 @@ def test_quantised_activations_are_those_of_ggml(n_groups, rng):
     assert np.array_equal(q[:, :n_groups], want_q)
     assert np.array_equal(c[:, :n_groups], -8 * want_q.reshape(40, n_groups, 8, 4).sum(-1))
     assert np.array_equal(d[:, :n_groups], np.repeat(want_d[..., None], 8, -1))
-    assert np.array_equal(8 * s[:, :n_groups], np.repeat(want_s[..., None], 8, -1), equal_nan=True)
+    assert np.array_equal(s[:, :n_groups], np.repeat(want_s[..., None], 8, -1), equal_nan=True)
     for part in (q, c, d, s):
         assert not part[:, n_groups:].any()
 
@@ -301,12 +301,12 @@ def _exp_all(x, y):
         simd.store(simd.address_of(y) + 4 * i, v)
 
 
-def test_exp_is_within_two_units_in_the_last_place(rng):
+def test_exp_is_as_exact_as_the_one_of_ggml(rng):
     x = np.concatenate([rng.uniform(-87, 88.7, 1 << 16), rng.uniform(-1, 1, 1 << 14), np.zeros(16)]).astype(np.float32)
     y = np.empty_like(x)
     _exp_all(x, y)
     want = np.exp(x.astype(np.float64))
-    assert (np.abs(y - want) / np.spacing(want.astype(np.float32))).max() < 2
+    assert (np.abs(y - want) / np.spacing(want.astype(np.float32))).max() < 2.3  # 2.22 over 2 ** 22 numbers
     edges = np.array([0, -0.0, -np.inf, np.inf, np.nan, -1e4, -104.1, 89, 1e30, -3e38, -100] + 5 * [0], np.float32)
     _exp_all(edges, y)
     assert np.array_equal(y[:10], [1, 1, 0, np.inf, np.nan, 0, 0, np.inf, np.inf, 0], equal_nan=True)
@@ -319,16 +319,17 @@ def test_exp_is_within_two_units_in_the_last_place(rng):
 @caches
 @pytest.mark.parametrize("d_head, d_v", [(64, 64), (128, 80), (7, 5), (20, 16), (1, 1)])
 def test_attention_equals_the_oracle_and_its_own_steps(dtype, d_head, d_v, rng):
-    n_head, n_head_kv, n_past, n_tok, cap, scale = 6, 2, 17, 5, 30, 1 / np.sqrt(d_head)
-    k, v = np.zeros((n_head_kv, cap, d_head), dtype), np.zeros((n_head_kv, cap, d_v), dtype)
-    for cache in (k, v):
-        past, now = (rng.standard_normal((n, n_head_kv, cache.shape[2])).astype(np.float32) for n in (n_past, n_tok))
-        tk.store(cache, past, 0)
-        tk.store(cache, now, n_past)
-        assert np.array_equal(cache[:, n_past : n_past + n_tok], now.transpose(1, 0, 2).astype(dtype))
-        assert not cache[:, n_past + n_tok :].any()
+    n_head, n_head_kv, n_past, n_tok, cap, scale = 6, 2, 17, 5, 32, 1 / np.sqrt(d_head)
+    k, v = np.zeros((n_head_kv, cap, d_head), dtype), np.zeros((n_head_kv, d_v, cap), dtype)
+    for cache, store, by_position in ((k, tk.store_keys, k), (v, tk.store_values, v.swapaxes(1, 2))):
+        d = by_position.shape[2]
+        past, now = (rng.standard_normal((n, n_head_kv, d)).astype(np.float32) for n in (n_past, n_tok))
+        store(cache, past, 0)
+        store(cache, now, n_past)
+        assert np.array_equal(by_position[:, n_past : n_past + n_tok], now.transpose(1, 0, 2).astype(dtype))
+        assert not by_position[:, n_past + n_tok :].any()
     q = rng.standard_normal((n_tok, n_head, d_head)).astype(np.float32)
-    kq, p, kqv = naive_attention(q, k, v, n_past, scale)
+    kq, p, kqv = naive_attention(q, k, v.swapaxes(1, 2), n_past, scale)
     got_kq = tk.kq(q, k, n_past + n_tok)
     got_p = tk.soft_max(got_kq, scale, n_past)
     got_kqv = tk.kqv(got_p, v)
@@ -343,7 +344,8 @@ def test_attention_equals_the_oracle_and_its_own_steps(dtype, d_head, d_v, rng):
 
 @caches
 def test_a_long_prompt_is_split_over_threads_without_changing_a_bit(dtype, rng):
-    k, v = (rng.standard_normal((2, 150, 32)).astype(dtype) for _ in range(2))
+    k = rng.standard_normal((2, 160, 32)).astype(dtype)
+    v = rng.standard_normal((2, 32, 160)).astype(dtype)
     q = rng.standard_normal((150, 4, 32)).astype(np.float32)
     pool = tk.Pool(2)
     kq, threaded = tk.kq(q, k, 150), tk.kq(q, k, 150, pool)
@@ -365,20 +367,22 @@ def test_scores_of_inf_and_nan_do_not_crash():
 
 
 def test_attention_refuses_what_does_not_fit():
-    q, k = np.zeros((2, 4, 8), np.float32), np.zeros((2, 10, 8), np.float16)
+    q, k, v = np.zeros((2, 4, 8), np.float32), np.zeros((2, 16, 8), np.float16), np.zeros((2, 8, 16), np.float16)
     for call, message in [
-        (lambda: tk.kq(q, k, 11), "room for 10 positions, not 11"),
+        (lambda: tk.kq(q, k, 17), "room for 16 positions; 17 are needed"),
+        (lambda: tk.kq(q, k[:, :10].copy(), 5), "room for 10 positions; 5 are needed, and a multiple of 16"),
         (lambda: tk.kq(q[:, :3].copy(), k, 5), "3 query heads are no multiple of the 2 heads"),
         (lambda: tk.kq(q[:, :, :4].copy(), k, 5), "q is a contiguous float32"),
         (lambda: tk.kq(q, k.astype(np.float64), 5), "k is a contiguous float16 or float32"),
-        (lambda: tk.attention(q, k, k.astype(np.float32), 0, 1.0), "do not fit"),
-        (lambda: tk.attention(q, k, k, 9, 1.0), "room for 10 positions, not 11"),
-        (lambda: tk.attention(q, k, k, -1, 1.0), "do not fit"),
-        (lambda: tk.store(k, np.zeros((1, 2, 8), np.float32), 10), "room for 10 positions, not 11"),
-        (lambda: tk.store(k, np.zeros((1, 2, 7), np.float32), 0), "x is a contiguous float32"),
-        (lambda: tk.store(k, np.zeros((3, 2, 8), np.float32), -1), "do not fit"),
+        (lambda: tk.attention(q, k, v.astype(np.float32), 0, 1.0), "do not fit"),
+        (lambda: tk.attention(q, k, v, 15, 1.0), "room for 16 positions; 17 are needed"),
+        (lambda: tk.attention(q, k, v, -1, 1.0), "do not fit"),
+        (lambda: tk.store_keys(k, np.zeros((1, 2, 8), np.float32), 16), "room for 16 positions; 17 are needed"),
+        (lambda: tk.store_keys(k, np.zeros((1, 2, 7), np.float32), 0), "x is a contiguous float32"),
+        (lambda: tk.store_values(v, np.zeros((1, 2, 7), np.float32), 0), "x is a contiguous float32"),
+        (lambda: tk.store_values(v, np.zeros((3, 2, 8), np.float32), -1), "do not fit"),
         (lambda: tk.soft_max(q, 1.0, -1), "n_past is -1"),
-        (lambda: tk.kqv(np.zeros((4, 1, 11), np.float32), k), "room for 10 positions, not 11"),
+        (lambda: tk.kqv(np.zeros((4, 1, 17), np.float32), v), "room for 16 positions; 17 are needed"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
@@ -414,9 +418,10 @@ def test_silu_is_x_times_the_logistic_function(rng):
     x = (10 * rng.standard_normal((3, 111))).astype(np.float32)
     want = x / (1 + np.exp(-x.astype(np.float64)))
     np.testing.assert_allclose(tk.silu(x), want, rtol=5e-7, atol=1e-37)
-    alone = [tk.silu(x[t, i : i + 1])[0] for t in range(3) for i in range(111)]
-    assert np.array_equal(tk.silu(x).reshape(-1), alone)
-    assert np.array_equal(tk.silu(np.array([0, 1e4, -1e4, np.nan], np.float32)), [0, 1e4, 0, np.nan], equal_nan=True)
+    assert np.array_equal(tk.silu(x), np.concatenate([tk.silu(x[t : t + 1]) for t in range(3)]))
+    edges = np.array([[0, 1e4, -1e4, np.nan] * n for n in (4, 4)], np.float32)
+    for row in (edges, edges[:, :4].copy()):  # by lanes and by the C library
+        assert np.array_equal(tk.silu(row)[:, :4], [[0, 1e4, 0, np.nan]] * 2, equal_nan=True)
 
 
 def test_nothing_in_nothing_out():
