@@ -120,28 +120,24 @@ class Weights(Mapping[str, Tensor]):
     def __init__(self, tensors: dict[str, Tensor], c: Config, path: Path):
         self._tensors, self._path = tensors, path
         q, k, v = c.n_head * c.d_head, c.n_head_kv * c.d_head, c.n_head_kv * c.d_head_v
-        self.token_embd = self._get("token_embd.weight", c.n_vocab, c.n_embd)
-        self.blk = [
-            Block(
-                attn_norm=self._vector(f"blk.{il}.attn_norm.weight", c.n_embd),
-                attn_q=self._linear(f"blk.{il}.attn_q", q, c.n_embd),
-                attn_k=self._linear(f"blk.{il}.attn_k", k, c.n_embd),
-                attn_v=self._linear(f"blk.{il}.attn_v", v, c.n_embd),
-                attn_output=self._linear(f"blk.{il}.attn_output", c.n_embd, c.n_head * c.d_head_v),
-                ffn_norm=self._vector(f"blk.{il}.ffn_norm.weight", c.n_embd),
-                ffn_gate=self._linear(f"blk.{il}.ffn_gate", c.n_ff, c.n_embd),
-                ffn_up=self._linear(f"blk.{il}.ffn_up", c.n_ff, c.n_embd),
-                ffn_down=self._linear(f"blk.{il}.ffn_down", c.n_embd, c.n_ff),
-            )
-            for il in range(c.n_layer)
-        ]
-        self.output_norm = self._vector("output_norm.weight", c.n_embd)  # [n_embd]
-        tied = "output.weight" not in tensors
-        self.output = Linear(self.token_embd, None) if tied else self._linear("output", c.n_vocab, c.n_embd)
-        rope = "rope_freqs.weight"
-        self.rope_freqs = self._vector(rope, c.n_rot // 2) if rope in tensors else None  # [n_rot / 2]
+        block = {
+            "attn_norm": (c.n_embd,), "attn_q": (q, c.n_embd), "attn_k": (k, c.n_embd), "attn_v": (v, c.n_embd),
+            "attn_output": (c.n_embd, c.n_head * c.d_head_v),
+            "ffn_norm": (c.n_embd,), "ffn_gate": (c.n_ff, c.n_embd), "ffn_up": (c.n_ff, c.n_embd),
+            "ffn_down": (c.n_embd, c.n_ff),
+        }  # fmt: skip
+        self.token_embd = self._tensor("token_embd.weight", (c.n_vocab, c.n_embd))
+        self.blk = [Block(**{name: self._part(f"blk.{il}.{name}", shape) for name, shape in block.items()})
+                    for il in range(c.n_layer)]
+        self.output_norm = self._part("output_norm", (c.n_embd,))                   # [n_embd]
+        self.output = Linear(self.token_embd, None)                                 # n_embd -> n_vocab
+        if "output.weight" in tensors:
+            self.output = self._part("output", (c.n_vocab, c.n_embd))
+        self.rope_freqs = None                                                      # [n_rot / 2]
+        if "rope_freqs.weight" in tensors:
+            self.rope_freqs = self._part("rope_freqs", (c.n_rot // 2,))
 
-    def _get(self, name: str, *shape: int) -> Tensor:
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._tensors.get(name)
         if tensor is None:
             raise GGUFError(f"{self._path}: tensor {name} {list(shape)} is missing")
@@ -149,12 +145,12 @@ class Weights(Mapping[str, Tensor]):
             raise GGUFError(f"{self._path}: tensor {name} is {list(tensor.shape)}; the metadata ask for {list(shape)}")
         return tensor
 
-    def _vector(self, name: str, n: int) -> np.ndarray:
-        return self._get(name, n).numpy()
-
-    def _linear(self, name: str, n_out: int, n_in: int) -> Linear:
-        weight, bias = self._get(f"{name}.weight", n_out, n_in), f"{name}.bias"
-        return Linear(weight, self._vector(bias, n_out) if bias in self._tensors else None)
+    def _part(self, name: str, shape: tuple[int, ...]) -> Any:
+        """A vector as float32, a matrix where it lies with the bias that may go with it."""
+        weight, bias = self._tensor(f"{name}.weight", shape), f"{name}.bias"
+        if len(shape) == 1:
+            return weight.numpy()
+        return Linear(weight, self._tensor(bias, shape[:1]).numpy() if bias in self._tensors else None)
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._tensors:
@@ -612,23 +608,24 @@ class Tap:
 
     def finish(self, **about: Any) -> None:
         """After the run: write the files of Save, then complain of actions that never fired."""
-        files: dict[str | Path, dict[str, list[Record]]] = {}
+        files: dict[str | Path, dict[str, dict[int, np.ndarray]]] = {}  # path, name, first position
         for r in self.records:
             if isinstance(r.action, Save) and r.action.path is not None:
-                files.setdefault(r.action.path, {}).setdefault(r.name, []).append(r)
+                files.setdefault(r.action.path, {}).setdefault(r.name, {})[int(r.positions[0])] = r.value
         for path, tensors in files.items():
-            write_tensors(path, {n: self._join(rs) for n, rs in tensors.items()}, {"model": self.model.about, **about})
+            joined = {name: self._join(name, list(passes.values())) for name, passes in tensors.items()}
+            write_tensors(path, joined, {"model": self.model.about, **about})
         for action, fired in zip(self.actions, self.fired):
             if not fired:
                 kind = type(action).__name__
                 raise ActionError(f"{kind} of {action.name} (when={action.when}) never fired: no such pass or position")
 
-    def _join(self, records: list[Record]) -> np.ndarray:
+    def _join(self, name: str, passes: list[np.ndarray]) -> np.ndarray:
         """The passes of a run after one another along the token axis."""
-        op = self.model.table[records[0].name][0]
-        if len(records) > 1 and "n_kv" in op.dims:
-            raise ActionError(f"{records[0].name} grows with each token: save it with when=prompt")
-        return np.concatenate([r.value for r in records], op.dims.index("n_tok"))
+        op = self.model.table[name][0]
+        if len(passes) > 1 and "n_kv" in op.dims:
+            raise ActionError(f"{name} grows with each token: save it with when=prompt")
+        return np.concatenate(passes, op.dims.index("n_tok"))
 
 
 # ---------------------------------------------------------------------------------------- forward

@@ -431,7 +431,8 @@ def test_hostile_names_make_one_short_line(raw, tmp_path, name):
     info, f = type(raw.tensors[0]), tmp_path / "f.gguf"
     end = len(raw.data) + 32 * 99
     files = [raw.set(name, 13, b""), raw.set(name, 9, struct.pack("<IQ", 4, 2**60))]
-    files += [raw.set(key, 8, name) for key in ("general.architecture", "tokenizer.ggml.model", "llama.rope.scaling.type")]
+    for key in ("general.architecture", "tokenizer.ggml.model", "llama.rope.scaling.type"):
+        files.append(raw.set(key, 8, name))
     files += [raw.copy(), raw.copy()]
     files[-1].kv += [(name, 4, 1)] * 2
     files[-2].tensors.append(info(name, (64,), 0, end))
