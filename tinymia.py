@@ -185,6 +185,12 @@ class Cache:
             self.k = [np.pad(k, ((0, 0), (0, more), (0, 0))) for k in self.k]
             self.v = [np.pad(v, ((0, 0), (0, 0), (0, more))) for v in self.v]
 
+    def truncate(self, n: int) -> None:
+        """Forget the positions from n on: to zeros, since products read whole vectors of 16 positions."""
+        self.n = n
+        for v in self.v:
+            v[:, :, n:] = 0
+
 
 # ---------------------------------------------------------------------------------------- named tensors
 
@@ -910,12 +916,16 @@ class Model:
         if cache.of != (self.config, self.numerics):
             raise Error("this cache was made by another model, or for other numerics")
         tap.begin(phase, cache.n, len(ids))
-        logits = forward(self, np.asarray(ids, np.intp), cache, tap, start, last)
-        kernels.announce_done()
-        if not np.isfinite(logits.max(axis=1)).all():
-            cache.n -= len(ids)
-            raise Error("the logits are not finite: a weight or an action brought NaN or infinity in (see --log all)")
-        return logits
+        n = cache.n
+        try:
+            logits = forward(self, np.asarray(ids, np.intp), cache, tap, start, last)
+            kernels.announce_done()
+            if not np.isfinite(logits.max(axis=1)).all():
+                raise Error("the logits are not finite: a weight or an action brought NaN or infinity (see --log all)")
+            return logits
+        except BaseException:
+            cache.truncate(n)
+            raise
 
 
 def load(path: str | Path, threads: int | None = None, numerics: str = "ggml") -> Model:
