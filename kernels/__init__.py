@@ -1,8 +1,10 @@
 """The arithmetic of tinymia: numba kernels on NumPy arrays and on GGUF block formats. Knows nothing of models.
 
     matmul.py       products with weights as they lie in the file, unpacking rows
-    formats.py      the registry of block formats: floats.py, q8.py, q4_q5.py describe one family each
-    rows.py         the dot products from which every format gets its kernels; unpack.py the same for float32 rows
+    formats.py      the registry of block formats; one family each is described in
+                    floats.py, q8.py, q4_q5.py, k_quants.py, iq4.py, mxfp4.py, ternary.py, unrolled.py
+    rows.py         the dot products from which every format gets its kernels, products.py; unpack.py float32 rows
+    superblocks.py  the same for formats of 256 weights, panels.py for many tokens at once
     activations.py  rounding and quantising activations before a product
     attention.py    scores, softmax, weighted sums, and all of it in one; attention_rows.py holds its kernels
     ops.py          RMS norm, rotary positions, SiLU
@@ -13,16 +15,18 @@
     cpu.py          what only some CPUs have, beside a portable form
 """
 
-from . import floats, q4_q5, q8  # noqa: F401  each registers its formats
+from . import floats, iq4, k_quants, mxfp4, q4_q5, q8, ternary  # noqa: F401  each registers its formats
 from .attention import attention, kq, kqv, soft_max, store_keys, store_values
 from .formats import FORMATS, Format
 from .jit import announce_done
 from .matmul import dequantize, get_rows, matmul
-from .ops import cos_sin, rms_norm, rope, silu
+from .ops import rms_norm, rope, rope_angles, silu
 from .sampling import Sampler, softmax
 from .threads import Pool, physical_cores
+from .unrolled import UNROLLED
 
 __all__ = [
-    "FORMATS", "Format", "Pool", "Sampler", "announce_done", "attention", "cos_sin", "dequantize", "get_rows", "kq",
-    "kqv", "matmul", "physical_cores", "rms_norm", "rope", "silu", "soft_max", "softmax", "store_keys", "store_values",
+    "FORMATS", "UNROLLED", "Format", "Pool", "Sampler", "announce_done", "attention", "dequantize", "get_rows", "kq",
+    "kqv", "matmul", "physical_cores", "rms_norm", "rope", "rope_angles", "silu", "soft_max", "softmax", "store_keys",
+    "store_values",
 ]  # fmt: skip

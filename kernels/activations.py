@@ -13,17 +13,33 @@ Two groups make a record of 256 bytes, in which everything lies as the dot produ
     byte 192  s   16 x f32    the same of s, or zeros
 
 After an odd number of groups the second half of the last record is zero.
+
+Q8_K makes bytes of groups of 256: q = rint(x * i), i = -127 / (the x of largest magnitude, the first of them when
+there are several); the scale d = 1 / i stays float32. A group of zeros has d = 0.
+Source: ggml-quants.c, quantize_row_q8_K_ref. There a NaN counts as 0; here it makes d NaN, so that it is not lost.
+
+A record of 576 bytes holds one group:
+
+    byte   0  q  256 x i8     the quants
+    byte 256  b   16 x i16    sums of 16 quants each
+    byte 288  s    8 x i16    sums of 32
+    byte 304  d    4 x f32    the scale, four times
+    byte 320  c   64 x i32    -bias * (q[4k] + ... + q[4k+3])
 """
 
 import numpy as np
 
-from .cpu import dot4, round_bf16, round_half, widen_bf16, widen_half
+from .cpu import dot4, even, odd, round_bf16, round_half, widen_bf16, widen_half
 from .jit import inline, kernel, specialise
-from .lanes import fabs, largest, rint, total
-from .simd import address_of, store
-from .vectors import f32x8, i32x8, load_f32x1, load_f32x16, load_f32x32, to_half, to_i8, u8x32
+from .lanes import fabs, first, largest, maximum, rint, total
+from .simd import address_of, keep, store
 
-RECORD = 256
+from .vectors import (  # isort: skip
+    as_i32, f32x4, f32x8, i16x1, i32x8, load_f32x1, load_f32x16, load_f32x32, load_i8x32, to_f32, to_half, to_i8,
+    to_i16, u8x32,
+)  # fmt: skip
+
+RECORD, RECORD_K = 256, 576
 
 
 @inline
@@ -65,6 +81,78 @@ def new_records(n_tok: int, n_in: int) -> tuple[np.ndarray, int]:
     """Room for the records of n_tok tokens, and the bytes from one token's first record to the next token's."""
     stride = RECORD * ((n_in // 32 + 1) // 2)
     return np.empty(n_tok * stride + 63, np.uint8), stride
+
+
+@inline
+def furthest(x, n):
+    """The first of n numbers of largest magnitude; NaN when one of them is NaN."""
+    top = fabs(load_f32x32(x))
+    for i in range(32, n, 32):
+        top = maximum(top, fabs(load_f32x32(x + 4 * i)))
+    amax = largest(top)
+    for i in range(n):
+        v = first(load_f32x1(x + 4 * i))
+        if abs(v) == amax:
+            return v
+    return amax
+
+
+@inline
+def quantise_superblock(x, record, bias):
+    most = furthest(x, 256)
+    inverse = np.float32(-127) / most if most != 0 else np.float32(0)
+    store(record + 304, f32x4(np.float32(1) / inverse if most != 0 else np.float32(0)))
+    for k in range(8):
+        # Beside 1.5 * 2 ** 23 the last bits of a float32 are whole numbers: the sum rounds, to even as rint does.
+        shifted = as_i32(load_f32x32(x + 128 * k) * inverse + 12582912.0)
+        q = to_i8((shifted & 0x7FFFFF) - 0x400000)
+        sums = dot4(i32x8(0), u8x32(1), q)
+        of_8 = even(sums) + odd(sums)
+        store(record + 32 * k, q)
+        store(record + 256 + 4 * k, to_i16(even(of_8) + odd(of_8)))
+        store(record + 288 + 2 * k, i16x1(total(sums)))
+        store(record + 320 + 32 * k, sums * -bias)
+
+
+@kernel
+def quantise_q8_k(x, y, bias, t0, t1):
+    """Fill the Q8_K records of the tokens t0 to t1 from x [n_tok, n_in]; y as new_records_k makes it."""
+    n_blocks, x, y = x.shape[1] // 256, address_of(x), first_record(y)
+    for i in range(t0 * n_blocks, t1 * n_blocks):
+        quantise_superblock(x + 1024 * i, y + RECORD_K * i, bias)
+
+
+def new_records_k(n_tok: int, n_in: int) -> tuple[np.ndarray, int]:
+    """The same as new_records for Q8_K."""
+    stride = RECORD_K * (n_in // 256)
+    return np.empty(n_tok * stride + 63, np.uint8), stride
+
+
+# The same for weights that are plain numbers here: activations go through the quants and become float32 again.
+
+
+@kernel
+def round_to_q8_0(x, y, j0, j1):
+    """y = quant * d of the groups of 32 from j0 to j1."""
+    scratch = np.empty(RECORD, np.uint8)
+    x, y, record = address_of(x), address_of(y), address_of(scratch)
+    for j in range(j0, j1):
+        quantise_group(x + 128 * j, record, 0, 0, False)
+        store(y + 128 * j, to_f32(load_i8x32(record)) * first(load_f32x1(record + 128)))
+    keep(scratch)
+
+
+@kernel
+def round_to_q8_k(x, y, j0, j1):
+    """The same for groups of 256."""
+    scratch = np.empty(RECORD_K, np.uint8)
+    x, y, record = address_of(x), address_of(y), address_of(scratch)
+    for j in range(j0, j1):
+        quantise_superblock(x + 1024 * j, record, 0)
+        d = first(load_f32x1(record + 304))
+        for k in range(8):
+            store(y + 1024 * j + 128 * k, to_f32(load_i8x32(record + 32 * k)) * d)
+    keep(scratch)
 
 
 def round_floats(x, y, i0, i1):

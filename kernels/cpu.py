@@ -70,6 +70,44 @@ def dot4_vnni(_, acc, q, x):
 dot4 = dot4_vnni if HAS_VNNI else dot4_portable
 
 
+# Looking bytes up in a table of 16.
+
+SHUFFLES = {16: ("ssse3", "llvm.x86.ssse3.pshuf.b.128"), 32: ("avx2", "llvm.x86.avx2.pshuf.b"),
+            64: ("avx512bw", "llvm.x86.avx512.pshuf.b.512")}  # fmt: skip
+
+
+def lookup_portable(table):
+    """f(bytes 0 to 15) -> table[byte]: 15 choices, bit by bit of the byte."""
+
+    def emit(b, index, v, to):
+        options = [_constant(index, number) for number in table]
+        for k in range(4):
+            bit = b.trunc(b.lshr(index, _constant(index, k)), ir.VectorType(ir.IntType(1), v.n))
+            options = [b.select(bit, one, zero) for zero, one in zip(options[::2], options[1::2], strict=True)]
+        return options[0]
+
+    return unary(lambda v: v, emit)
+
+
+def lookup_shuffle(table):
+    """The same by an instruction that shuffles bytes.
+
+    Source: Intel 64 and IA-32 Architectures Software Developer's Manual, PSHUFB.
+    """
+
+    def emit(b, index, v, to):
+        numbers = ir.Constant(index.type, [table[k % 16] for k in range(v.n)])
+        function_type = ir.FunctionType(index.type, [index.type] * 2)
+        function = cgutils.get_or_insert_function(b.module, function_type, SHUFFLES[v.n][1])
+        return b.call(function, [numbers, index])
+
+    return unary(lambda v: v, emit)
+
+
+HAS_SHUFFLES = {feature for feature, _ in SHUFFLES.values()} <= FEATURES
+lookup = lookup_shuffle if HAS_SHUFFLES else lookup_portable
+
+
 # F16 and BF16 as bit patterns in u16 lanes.
 # Source: IEEE 754-2019, 3.4 (binary16); ggml-impl.h, ggml_compute_fp32_to_bf16.
 

@@ -6,15 +6,14 @@ Source: ggml.h, enum ggml_type; gguf.GGML_QUANT_SIZES.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from . import rows
+from . import panels, products, rows, superblocks
 from . import unpack as unpacking
 from .activations import first_record
 from .jit import specialise
-from .lanes import total
 from .simd import address_of
 
 
@@ -28,11 +27,12 @@ class Format:
     type_size: int
     activation: str
     bias: int = field(default=0, repr=False)  # weight = scale * (quant - bias) + minimum
-    matmul: Callable | None = field(default=None, repr=False, compare=False)  # rows.matmul_rows of this format
+    matmul: Callable | None = field(default=None, repr=False, compare=False)  # products.matmul_rows of this format
     matmul_f32: Callable | None = field(default=None, repr=False, compare=False)  # the same for float32 activations
     unpack_rows: Callable | None = field(default=None, repr=False, compare=False)  # unpack.unpack_rows
     dot: Callable | None = field(default=None, repr=False, compare=False)  # float formats: rows.dot_floats, a part
     tile: Callable | None = field(default=None, repr=False, compare=False)
+    matmul_many: Callable | None = field(default=None, repr=False, compare=False)  # panels.matmul_panels
 
     def row_bytes(self, n_in: int) -> int:
         """Bytes of a row of n_in weights; ValueError when n_in is no multiple of block_size."""
@@ -66,29 +66,69 @@ def register_floats(name: str, type: int, size: int, weights, weight, pairs: boo
     parts["dot"] = dot = specialise(rows.dot_floats, f"dot_{name}", part=True, **parts)
     tile = specialise(rows.tile_floats, f"tile_{name}", part=True, **parts)
     unpack = specialise(unpacking.unpack_floats, f"unpack_{name}", part=True, **parts)
-    matmul = specialise(rows.matmul_rows, f"matmul_{name}", dot=dot, tile=tile, start=address_of)
+    matmul = specialise(products.matmul_rows, f"matmul_{name}", dot=dot, tile=tile, start=address_of)
     unpack_rows = specialise(unpacking.unpack_rows, f"unpack_rows_{name}", unpack=unpack)
     return register(Format(name, type, 1, size, name, 0, matmul, matmul, unpack_rows, dot, tile))
 
 
 def register_quants(
-    name: str, type: int, block_size: int, type_size: int, activation: str, bias: int, quants, scale, minimum=None
+    name: str, type: int, block_size: int, type_size: int, activation: str, bias: int, quants, scale, minimum=None,
+    sums=None,
 ) -> Format:
-    """Enter a quantised format, see rows.py for quants, scale, minimum and bias."""
+    """Enter a quantised format, see rows.py for quants, scale, minimum and bias, and for sums other than usual."""
+    nothing, step, whole = sums or (rows.SCALE_MINIMUM if minimum else rows.SCALE)
     parts = {"quants": quants, "scale": scale, "minimum": minimum or rows.no_minimum, "BIAS": np.float32(bias)}
     groups = {
         "pair": specialise(rows.two_groups, f"two_groups_{name}", part=True, **parts),
         "single": specialise(rows.one_group, f"one_group_{name}", part=True, **parts),
-        "step": rows.step_scale_minimum if minimum else rows.step_scale,
-        "nothing": rows.nothing_scale_minimum if minimum else rows.nothing_scale,
-        "whole": rows.whole_scale_minimum if minimum else total,
+        "step": step, "nothing": nothing, "whole": whole,
     }
     dot = specialise(rows.dot_quantised, f"dot_{name}", part=True, **groups)
     tile = specialise(rows.tile_quantised, f"tile_{name}", part=True, **groups)
     unpack_template = unpacking.unpack_quantised_minimum if minimum else unpacking.unpack_quantised
     unpack = specialise(unpack_template, f"unpack_{name}", part=True, **parts)
-    matmul = specialise(rows.matmul_rows, f"matmul_{name}", dot=dot, tile=tile, start=first_record)
+    return register(_with_kernels(Format(name, type, block_size, type_size, activation, bias), dot, tile, unpack))
+
+
+def superblock_format(
+    name: str, type: int, type_size: int, bias: int, span: int, sums: superblocks.Sums,
+    quants, scales, factor, minimums=None, min_factor=superblocks.no_factor,
+) -> Format:  # fmt: skip
+    """A format of superblocks of 256 weights, see superblocks.py.
+
+    `span` weights have one scale; it is 0 for a format of which ggml adds up many tokens no otherwise than few.
+    """
+    lowest, minimums = minimums, minimums or superblocks.no_minimums
+    parts = {"quants": quants, "scales": scales, "minimums": minimums, "factor": factor, "min_factor": min_factor}
+    rest = specialise(sums.rest, f"rest_{name}", part=True, **parts, BIAS=np.int32(bias))
+    steps = {"nothing": sums.nothing, "step": sums.step, "whole": sums.whole, "SIZE": type_size}
+    steps["open_block"] = specialise(superblocks.open_template, f"open_{name}", part=True, **parts, rest=rest)
+    dot = specialise(superblocks.dot_superblocks, f"dot_{name}", part=True, **steps)
+    tile = specialise(superblocks.tile_superblocks, f"tile_{name}", part=True, **steps)
+    unpack = specialise(
+        unpacking.unpack_superblocks, f"unpack_{name}", part=True, **parts, SIZE=type_size, BIAS=np.float32(bias)
+    )
+    many = {"SIZE": type_size, "SPAN": span, "BIAS": np.int32(bias), "beside": lowest or scales}
+    many["unpack_row"] = specialise(panels.unpack_row_template, f"unpack_row_{name}", part=True, **parts, **many)
+    result = panels.result_minimums if lowest else panels.result_bias
+    many["result"] = specialise(result, f"result_{name}", part=True, **many)
+    many["block_sums"] = specialise(panels.block_sums_template, f"block_sums_{name}", part=True, **many)
+    many["panel_sums"] = specialise(panels.panel_sums_template, f"panel_sums_{name}", part=True, **many)
+    matmul_many = specialise(panels.matmul_panels, f"matmul_many_{name}", **many)
+    fmt = Format(name, type, 256, type_size, "Q8_K", bias, matmul_many=matmul_many if span else None)
+    return _with_kernels(fmt, dot, tile, unpack)
+
+
+def register_superblocks(*args) -> Format:
+    """Enter a format of superblocks, see superblock_format."""
+    return register(superblock_format(*args))
+
+
+def _with_kernels(fmt: Format, dot, tile, unpack) -> Format:
+    """The format with the kernels that are made of its dot product, its tile and its unpacking of a row."""
+    name = fmt.name
+    matmul = specialise(products.matmul_rows, f"matmul_{name}", dot=dot, tile=tile, start=first_record)
     f32 = {"dot": FORMATS[0].dot, "tile": FORMATS[0].tile, "unpack": unpack}
-    matmul_f32 = specialise(rows.matmul_unpacked, f"matmul_f32_{name}", **f32)
+    matmul_f32 = specialise(products.matmul_unpacked, f"matmul_f32_{name}", **f32)
     unpack_rows = specialise(unpacking.unpack_rows, f"unpack_rows_{name}", unpack=unpack)
-    return register(Format(name, type, block_size, type_size, activation, bias, matmul, matmul_f32, unpack_rows))
+    return replace(fmt, matmul=matmul, matmul_f32=matmul_f32, unpack_rows=unpack_rows)

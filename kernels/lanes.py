@@ -43,6 +43,17 @@ def splat(vec: Vec):
     return f
 
 
+def constant(vec: Vec, numbers):
+    """f() -> vec of these numbers"""
+    value = ir.Constant(vec.llvm, list(numbers))
+
+    @intrinsic
+    def f(_):
+        return vec(), lambda context, builder, sig, args: value
+
+    return f
+
+
 def convert(element: str):
     """f(vector) -> the same numbers in another element type; floats that do not fit saturate, NaN becomes 0"""
 
@@ -63,6 +74,11 @@ def convert(element: str):
 def bitcast(element: str):
     """f(vector) -> the same bits in another element type of the same width"""
     return unary(lambda v: Vec(element, v.n), lambda b, value, v, to: b.bitcast(value, to.llvm))
+
+
+def bitcast_to(vec: Vec):
+    """f(vector) -> the same bits as a vec"""
+    return unary(lambda v: vec, lambda b, value, v, to: b.bitcast(value, to.llvm))
 
 
 def shuffle(mask):

@@ -2,12 +2,17 @@
 
 import numpy as np
 
-from .activations import new_records, quantise_q8, round_to_bf16, round_to_f16
+from .activations import (  # isort: skip
+    new_records, new_records_k, quantise_q8, quantise_q8_k, round_to_bf16, round_to_f16, round_to_q8_0, round_to_q8_k,
+)  # fmt: skip
 from .formats import Format
+from .panels import MANY, make_panels, panel_bytes
 from .threads import Pool, run
 
-ROUND = {"F16": round_to_f16, "BF16": round_to_bf16}
-
+# How activations are rounded for weights that are plain numbers, and how many at a time.
+ROUND = {
+    "F16": (round_to_f16, 1), "BF16": (round_to_bf16, 1), "Q8_0": (round_to_q8_0, 32), "Q8_K": (round_to_q8_k, 256),
+}  # fmt: skip
 
 
 def _weights(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int) -> tuple[np.ndarray, int]:
@@ -24,17 +29,28 @@ def _weights(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int) -> tuple[np.n
 
 
 def _prepare(x: np.ndarray, fmt: Format, pool: Pool | None) -> tuple[np.ndarray, int, int]:
-    """The activations as fmt.activation says: records for Q8_0 and Q8_1, rounded float32 for float formats.
+    """The activations as fmt.activation says: records for blocks, panels of many, rounded float32 for float formats.
 
     Also the bytes from one token to the next, and the length of a row as the kernel counts it.
     """
     n_tok, n_in = x.shape
     if fmt.activation == "F32":
         return x, 4 * n_in, n_in
-    if fmt.activation in ROUND:
+    if fmt.block_size == 1:
+        kernel, group = ROUND[fmt.activation]
+        if n_in % group:
+            raise ValueError(f"rows of {n_in} weights: {fmt.name} rows are multiples of {group} weights")
         y = np.empty((n_tok, n_in), np.float32)
-        run(pool, x.nbytes, ROUND[fmt.activation], x.size, x.reshape(-1), y.reshape(-1))
+        run(pool, x.nbytes, kernel, x.size // group, x.reshape(-1), y.reshape(-1))
         return y, 4 * n_in, n_in
+    if fmt.activation == "Q8_K":
+        y, stride = new_records_k(n_tok, n_in)
+        run(pool, x.nbytes, quantise_q8_k, n_tok, x, y, fmt.bias)
+        if fmt.matmul_many and n_tok >= MANY:
+            panels = np.empty(panel_bytes(n_tok, n_in), np.uint8)
+            run(pool, x.nbytes, make_panels, -(-n_tok // 16), y, n_tok, n_in // 256, panels)
+            return panels, 0, n_in // 256
+        return y, stride, n_in // 256
     y, stride = new_records(n_tok, n_in)
     run(pool, x.nbytes, quantise_q8, n_tok, x, y, fmt.bias, fmt.activation == "Q8_1")
     return y, stride, n_in // 32
@@ -57,7 +73,8 @@ def matmul(
     raw, row_bytes = _weights(raw, fmt, n_out, n_in)
     out = np.empty((n_tok, n_out), np.float32)
     if numerics == "ggml":
-        kernel, (y, stride, n) = fmt.matmul, _prepare(x, fmt, pool)
+        kernel = fmt.matmul_many if fmt.matmul_many and n_tok >= MANY else fmt.matmul
+        y, stride, n = _prepare(x, fmt, pool)
     elif numerics == "f32":
         kernel, y, stride, n = fmt.matmul_f32, x, 4 * n_in, n_in
     else:

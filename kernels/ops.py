@@ -52,11 +52,40 @@ def cos_sin_all(theta, cos, sin):
         cos[i], sin[i] = math.cos(theta[i]), math.sin(theta[i])
 
 
-def cos_sin(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of float32 angles of any shape, by the C library's cosf and sinf, as ggml."""
-    cos, sin = np.empty(theta.shape, np.float32), np.empty(theta.shape, np.float32)
-    cos_sin_all(np.ascontiguousarray(theta, np.float32).reshape(-1), cos.reshape(-1), sin.reshape(-1))
-    return cos, sin
+def rope_angles(
+    positions: np.ndarray,
+    n_rot: int,
+    base: float,
+    scale: float = 1.0,
+    gain: float = 1.0,
+    yarn: tuple[float, float] | None = None,
+    freqs: np.ndarray | None = None,
+    numerics: str = "ggml",
+) -> tuple[np.ndarray, np.ndarray]:
+    """gain * cos and gain * sin of the angles position * scale * base^(-2i / n_rot) / freqs[i].
+
+    positions: [n_tok]; freqs: float32 [n_rot / 2]. Returns float32 [n_tok, n_rot / 2] twice. With yarn = (low, high)
+    pairs up to low are not scaled, pairs from high on wholly, those between in part.
+    numerics "ggml" multiplies step by step in float32 and takes the C library's cosf and sinf; "f32" rounds once.
+    Source: ggml-cpu/ops.cpp, ggml_rope_cache_init and rope_yarn.
+    """
+    real = np.float32 if numerics == "ggml" else np.float64
+    theta = np.empty((len(positions), n_rot // 2), real)
+    theta[:, 0] = positions
+    theta[:, 1:] = base ** float(real(-2) / real(n_rot))
+    np.multiply.accumulate(theta, axis=1, out=theta)
+    if freqs is not None:
+        theta /= freqs
+    scaled = theta * real(scale)
+    if yarn is not None:
+        low, high = map(real, yarn)
+        keep = 1 - np.clip((np.arange(n_rot // 2, dtype=real) - low) / max(real(0.001), high - low), 0, 1)
+        scaled = (scaled.astype(np.float64) * (1 - keep) + theta * keep).astype(real)  # one product is not rounded
+    if numerics != "ggml":
+        return (np.cos(scaled) * gain).astype(np.float32), (np.sin(scaled) * gain).astype(np.float32)
+    cos, sin = np.empty(scaled.shape, real), np.empty(scaled.shape, real)
+    cos_sin_all(scaled.reshape(-1), cos.reshape(-1), sin.reshape(-1))
+    return cos * real(gain), sin * real(gain)
 
 
 @kernel

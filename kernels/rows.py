@@ -1,4 +1,4 @@
-"""Dot products of rows: the templates from which each block format gets its kernels.
+"""Dot products of rows: the templates from which each block format gets its kernels (products.py).
 
 A float format brings
     weights(address)   -> f32x16    16 weights
@@ -25,14 +25,11 @@ import numpy as np
 from .cpu import dot4, even, odd
 from .jit import inline
 from .lanes import concat, first, fma, high, low, total
-from .simd import address_of, keep
 from .vectors import f32x8, f32x16, load_f32x1, load_f32x16, load_f32x32, load_i8x64, load_i32x16, to_f32, u8x32
-
-ROWS = 16  # rows that all tokens pass before the next rows: they stay in the nearest cache
 
 # What jit.specialise puts into the templates.
 weights = weight = quants = scale = minimum = rest = None
-pair = single = nothing = step = whole = uneven = start = dot = tile = unpack = None
+pair = single = nothing = step = whole = uneven = dot = None
 SIZE = CHUNK = 0
 
 
@@ -75,6 +72,14 @@ def step_scale(acc, group, record):
 
 
 @inline
+def step_two_sums(acc, group, record):
+    """Even and odd groups by themselves."""
+    products = to_f32(dot4(load_i32x16(record + 64), group[0], load_i8x64(record)))
+    scales = group[1] * load_f32x16(record + 128)
+    return fma(low(products), low(scales), acc[0]), fma(high(products), high(scales), acc[1])
+
+
+@inline
 def step_scale_minimum(acc, group, record):
     s = load_f32x16(record + 192)
     return step_scale(acc[0], group, record), fma(high(group[2]), high(s), fma(low(group[2]), low(s), acc[1]))
@@ -91,8 +96,19 @@ def nothing_scale_minimum():
 
 
 @inline
+def whole_two_sums(acc):
+    return total(acc[0] + acc[1])
+
+
+@inline
 def whole_scale_minimum(acc):
     return total(acc[0]) + first(acc[1])
+
+
+# nothing, step and whole of the formats, by what they have.
+SCALE = nothing_scale, step_scale, total
+SCALE_MINIMUM = nothing_scale_minimum, step_scale_minimum, whole_scale_minimum
+TWO_SUMS = nothing_scale_minimum, step_two_sums, whole_two_sums
 
 
 def dot_quantised(row, n_groups, record, stride):
@@ -173,8 +189,11 @@ def uneven_pairs(row, n, x):
 
 
 def rest_f32(acc, row, n, x):
-    for i in range(n - n % 64, n):
+    """Products rounded by themselves, but for the last up to 7: so a compiler makes ggml's loop."""
+    for i in range(n - n % 64, n - n % 8):
         acc += first(weight(row + SIZE * i) * load_f32x1(x + 4 * i))
+    for i in range(n - n % 8, n):
+        acc = first(fma(weight(row + SIZE * i), load_f32x1(x + 4 * i), acc))
     return acc
 
 
@@ -184,42 +203,3 @@ def rest_f64(acc, row, n, x):
     for i in range(n - n % 64, n):
         acc += first(weight(row + SIZE * i) * load_f32x1(x + 4 * i))
     return np.float32(acc)
-
-
-# Kernels.
-
-
-def matmul_rows(y, stride, w, row_bytes, n, out, i0, i1):
-    """out[t, i] = row i of w . activations t, for the rows i0 to i1; n is the length that `dot` asks for."""
-    n_tok, w, y = out.shape[0], address_of(w), start(y)
-    for begin in range(i0, i1, ROWS):
-        end = min(begin + ROWS, i1)
-        for t in range(0, n_tok - 3, 4):
-            for i in range(begin, end, 2):
-                k = min(i + 1, end - 1)
-                a, b = tile(w + i * row_bytes, w + k * row_bytes, n, y + t * stride, stride)
-                out[t, i], out[t + 1, i], out[t + 2, i], out[t + 3, i] = a
-                out[t, k], out[t + 1, k], out[t + 2, k], out[t + 3, k] = b
-        for t in range(n_tok - n_tok % 4, n_tok):
-            for i in range(begin, end):
-                out[t, i] = dot(w + i * row_bytes, n, y + t * stride, stride)
-
-
-def matmul_unpacked(x, stride, w, row_bytes, n, out, i0, i1):
-    """The same with rows unpacked to float32 and float32 activations."""
-    unpacked = np.empty((ROWS, n), np.float32)
-    n_tok, w, x, rows = out.shape[0], address_of(w), address_of(x), address_of(unpacked)
-    for begin in range(i0, i1, ROWS):
-        end = min(begin + ROWS, i1)
-        for i in range(begin, end):
-            unpack(w + i * row_bytes, n, rows + 4 * n * (i - begin))
-        for t in range(0, n_tok - 3, 4):
-            for i in range(begin, end, 2):
-                k = min(i + 1, end - 1)
-                a, b = tile(rows + 4 * n * (i - begin), rows + 4 * n * (k - begin), n, x + t * stride, stride)
-                out[t, i], out[t + 1, i], out[t + 2, i], out[t + 3, i] = a
-                out[t, k], out[t + 1, k], out[t + 2, k], out[t + 3, k] = b
-        for t in range(n_tok - n_tok % 4, n_tok):
-            for i in range(begin, end):
-                out[t, i] = dot(rows + 4 * n * (i - begin), n, x + t * stride, stride)
-    keep(unpacked)

@@ -8,13 +8,19 @@ from .jit import inline
 from .lanes import bitcast, convert, first, fma, maximum, minimum, shuffle, splat
 from .simd import Vec, loader
 
-load_u8x16, load_u8x32, load_i8x32 = loader(Vec("u8", 16)), loader(Vec("u8", 32)), loader(Vec("i8", 32))
-load_i8x64, load_u32x1, load_u16x1 = loader(Vec("i8", 64)), loader(Vec("u32", 1)), loader(Vec("u16", 1))
+load_u8x1 = loader(Vec("u8", 1))
+load_u8x16, load_u8x32, load_u8x64 = loader(Vec("u8", 16)), loader(Vec("u8", 32)), loader(Vec("u8", 64))
+load_i8x16, load_i8x32, load_i8x64 = loader(Vec("i8", 16)), loader(Vec("i8", 32)), loader(Vec("i8", 64))
+load_u32x1, load_i32x1, load_u16x1 = loader(Vec("u32", 1)), loader(Vec("i32", 1)), loader(Vec("u16", 1))
+load_i16x8, load_i16x16, load_i16x32 = loader(Vec("i16", 8)), loader(Vec("i16", 16)), loader(Vec("i16", 32))
 load_u16x16, load_u16x32, load_i32x16 = loader(Vec("u16", 16)), loader(Vec("u16", 32)), loader(Vec("i32", 16))
 load_f32x1, load_f32x16, load_f32x32 = loader(Vec("f32", 1)), loader(Vec("f32", 16)), loader(Vec("f32", 32))
-u8x32, i32x8, f32x1 = splat(Vec("u8", 32)), splat(Vec("i32", 8)), splat(Vec("f32", 1))
+u8x32, u8x64, i16x1 = splat(Vec("u8", 32)), splat(Vec("u8", 64)), splat(Vec("i16", 1))
+i32x8, i32x16 = splat(Vec("i32", 8)), splat(Vec("i32", 16))
+f32x1, f32x4 = splat(Vec("f32", 1)), splat(Vec("f32", 4))
 f32x8, f32x16, f64x1, f64x16 = splat(Vec("f32", 8)), splat(Vec("f32", 16)), splat(Vec("f64", 1)), splat(Vec("f64", 16))
-to_f32, to_f64, to_i8, to_i32, to_u8 = convert("f32"), convert("f64"), convert("i8"), convert("i32"), convert("u8")
+to_f32, to_f64, to_u8 = convert("f32"), convert("f64"), convert("u8")
+to_i8, to_i16, to_i32 = convert("i8"), convert("i16"), convert("i32")
 spread8 = shuffle([0] * 8)
 as_f32, as_i32 = bitcast("f32"), bitcast("i32")
 
