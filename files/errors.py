@@ -4,10 +4,10 @@
 class Error(Exception):
     """Something wrong with a file, a name, an index or a flag."""
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, limit: int = 400):
         """Names from a hostile file may stand in the message: it stays one line that a terminal can show."""
         line = "".join(c if c.isprintable() else "\ufffd" for c in message)
-        super().__init__(line if len(line) <= 400 else line[:397] + "...")
+        super().__init__(line if len(line) <= limit else line[: limit - 3] + "...")
 
 
 class FileError(Error):

@@ -18,6 +18,7 @@ import numpy as np
 
 import tinymia_kernels as kernels
 
+from .decode import decodable, decode, say_cost
 from .errors import GGUFError
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -51,6 +52,19 @@ class Reader:
         pos = self.need(n, what)
         return str(self.data[pos : pos + n], "utf-8", "replace")
 
+    def strings(self, n: int, what: str) -> list[str]:
+        """n strings after one another, as string() would read them: of a vocabulary there are hundreds of thousands."""
+        data, pos, end, found, length = self.data, self.pos, self.end, [], struct.Struct("<Q").unpack_from
+        for _ in range(n):
+            size = length(data, pos)[0] if pos <= end - 8 else 0
+            if pos > end - 8 or size > end - pos - 8:
+                self.pos = pos
+                self.string(what)  # says what is missing
+            found.append(data[pos + 8 : pos + 8 + size])
+            pos += 8 + size
+        self.pos = pos
+        return [piece.decode("utf-8", "replace") for piece in found]
+
     def value(self, kind: int, key: str) -> Any:
         if kind in SCALARS:
             return self.scalar(SCALARS[kind], key)
@@ -62,7 +76,7 @@ class Reader:
         if kind == STRING:
             if n > (self.end - self.pos) // 8:  # before a hostile count makes us loop
                 raise GGUFError(f"{self.path}: {key} claims {n} strings, more than the file has room for")
-            return [self.string(key) for _ in range(n)]
+            return self.strings(n, key)
         if kind not in SCALARS:
             raise GGUFError(f"{self.path}: {key} is an array of type {kind}; only scalars and strings are supported")
         dtype = np.dtype("<" + SCALARS[kind] if kind != 7 else "?")
@@ -92,8 +106,27 @@ class Tensor:
         return f"Tensor({self.name!r}, {self.type_name}, {list(self.shape)})"
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Map a GGUF file and read its index: (metadata, tensors by name).
+class Decoded(Tensor):
+    """A weight of a type that has no kernel: in memory, as plain numbers, from when its numbers are first asked for."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], stored: kernels.Format, data: np.ndarray):
+        vars(self).update(name=name, shape=shape, stored=stored, data=data)
+
+    def __getattr__(self, key: str) -> Any:
+        """format and raw, as long as they are not there."""
+        if key not in ("format", "raw"):
+            raise AttributeError(key)
+        fmt, raw = decode(self.data, self.stored, math.prod(self.shape[:-1]), self.shape[-1])
+        vars(self).update(format=fmt, raw=raw)
+        return vars(self)[key]
+
+    @property
+    def type_name(self) -> str:
+        return self.stored.name
+
+
+def read_part(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Map one GGUF file and read its index: (metadata, tensors by name). split.py's read_gguf knows models of several.
 
     Versions 2 and 3, little-endian. Raises GGUFError for anything that does not add up: nothing in a file is trusted.
     """
@@ -152,13 +185,15 @@ def _place(table: list[Info], r: Reader, start: int, alignment: int) -> dict[str
     tensors: dict[str, Tensor] = {}
     data = np.frombuffer(r.data, np.uint8)
     last, taken = "the header", 0  # the tensor before, and where its bytes end
+    decoded: list[tuple[kernels.Format, int]] = []
     for name, shape, kind, offset in sorted(table, key=lambda entry: entry[3]):
         if name in tensors:
             raise GGUFError(f"{r.path}: tensor {name} occurs twice")
-        fmt = kernels.FORMATS.get(kind)
+        fmt = kernels.FORMATS.get(kind) or decodable(kind)
         if fmt is None:
             known = ", ".join(f.name for f in kernels.FORMATS.values())
-            raise GGUFError(f"{r.path}: tensor {name} has type {_type_name(kind)}; supported: {known}")
+            what = f"tensor {name} has type {_type_name(kind)}; supported: {known}, and what gguf-py can decode"
+            raise GGUFError(f"{r.path}: {what}")
         if min(shape) < 1 or math.prod(shape) > 8 * r.end:  # no format takes less than a bit a weight
             raise GGUFError(f"{r.path}: tensor {name} has shape {list(shape)}, which the file has no room for")
         if shape[-1] % fmt.block_size:
@@ -172,8 +207,11 @@ def _place(table: list[Info], r: Reader, start: int, alignment: int) -> dict[str
         begin, end = start + offset, start + offset + size
         if end > r.end:
             raise GGUFError(f"{r.path}: tensor {name} ends at byte {end}, the file at {r.end}: is it truncated?")
-        tensors[name] = Tensor(name, shape, fmt, data[begin:end])
+        if fmt.matmul is None:
+            decoded.append((fmt, math.prod(shape)))
+        tensors[name] = (Tensor if fmt.matmul else Decoded)(name, shape, fmt, data[begin:end])
         last, taken = name, offset + size
+    say_cost(r.path, decoded)
     return tensors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,20 @@ def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -
     n_head_kv = get(f"{arch}.attention.head_count_kv", n_head, 1)
     d_head = get(f"{arch}.attention.key_length", n_embd // n_head, 1)
     n_rot = get(f"{arch}.rope.dimension_count", d_head, 2)
+    n_ctx = get(f"{arch}.context_length", None, 1)
     if n_head % n_head_kv:
         raise GGUFError(f"{path}: {n_head} query heads cannot share {n_head_kv} key heads evenly")
     if n_rot % 2 or n_rot > d_head:
         raise GGUFError(f"{path}: {arch}.rope.dimension_count is {n_rot}; it must be even and at most {d_head}")
+    rope_base = get(f"{arch}.rope.freq_base", 10000.0, 1e-6, float)
     scaling = meta.get(f"{arch}.rope.scaling.type", "linear")
-    if scaling not in ("none", "linear"):
-        raise GGUFError(f"{path}: rope scaling {short(scaling)} is not supported; supported: none, linear")
-    factor = get(f"{arch}.rope.scaling.factor", get(f"{arch}.rope.scale_linear", 1.0, 0, float), 0, float)
+    if not isinstance(scaling, str) or scaling not in ("none", "linear", "yarn"):
+        raise GGUFError(f"{path}: rope scaling {short(scaling)} is not supported; supported: none, linear, yarn")
+    factor = get(f"{arch}.rope.scaling.factor", get(f"{arch}.rope.scale_linear", 1.0, 0, float), 0, float) or 1.0
+    factor = 1.0 if scaling == "none" else factor
+    if scaling == "yarn" and not (1e-3 <= factor <= 1e6 and rope_base > 1):
+        wrong = f"rope scaling yarn with factor {factor:g} and base {rope_base:g}"
+        raise GGUFError(f"{path}: {wrong}; the factor must be 0.001 to 1e6, the base above 1")
     embd = tensors.get("token_embd.weight")
     if not tensors:
         raise GGUFError(f"{path}: the file holds no weights (a vocabulary only?)")
@@ -63,9 +70,44 @@ def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -
         d_head_v=get(f"{arch}.attention.value_length", n_embd // n_head, 1),
         n_ff=get(f"{arch}.feed_forward_length", None, 1),
         n_vocab=embd.shape[0],
-        n_ctx=get(f"{arch}.context_length", None, 1),
+        n_ctx=n_ctx,
         n_rot=n_rot,
         eps=get(f"{arch}.attention.layer_norm_rms_epsilon", None, 0, float),
-        rope_base=get(f"{arch}.rope.freq_base", 10000.0, 1e-6, float),
-        rope_scale=1 / factor if scaling == "linear" and factor else 1.0,
-    )
+        rope_base=rope_base,
+        rope_scale=1 / factor,
+        rope_gain=_gain(get(f"{arch}.rope.scaling.attn_factor", 1.0, 0, float), factor if scaling == "yarn" else None),
+        yarn=_corrections(n_rot, get(f"{arch}.rope.scaling.original_context_length", n_ctx, 1), rope_base)
+        if scaling == "yarn" else None,
+    )  # fmt: skip
+
+
+def _gain(attn_factor: float, yarn_factor: float | None) -> float:
+    """What cos and sin are multiplied by: attn_factor, with yarn times 1 + 0.1 ln(factor), step by step in float32.
+
+    llama.cpp divides attn_factor by that gain where ggml will multiply by it, and yarn's own gain comes back: all that
+    remains of it are roundings, and a factor below 1, which gives no gain.
+    Source: llama-context.cpp, llama_context (yarn_attn_factor); ggml-cpu/ops.cpp, rope_yarn (mscale).
+    """
+    f32 = np.float32
+    if yarn_factor is None:
+        return float(f32(attn_factor))
+    log = f32(math.log(f32(1) / (f32(1) / f32(yarn_factor))))
+    wanted = f32(1) if log <= 0 else f32(0.1) * log + f32(1)
+    given = wanted * (f32(1) / (f32(1) + f32(0.1) * log)) * f32(attn_factor)
+    return float(given * f32(1 + float(f32(0.1)) * float(log)))  # 1 + 0.1 * log is rounded once in ggml's kernel
+
+
+def _corrections(n_rot: int, n_ctx: int, base: float) -> tuple[float, float]:
+    """The pairs between which yarn goes over from turning as trained (before) to turning slower (after).
+
+    A pair that turns 32 times or more in the context it was trained for is left as it is, one that turns once or less
+    is slowed: llama.cpp reads other numbers than 32 and 1 for other architectures only.
+    Source: ggml.c, ggml_rope_yarn_corr_dims; llama-hparams.h, yarn_beta_fast and yarn_beta_slow.
+    """
+    f32 = np.float32
+
+    def pair(turns: float) -> np.float32:
+        inside = f32(n_ctx) / (f32(turns) * f32(2) * f32(math.pi))
+        return f32(n_rot) * f32(math.log(inside)) / (f32(2) * f32(math.log(base)))
+
+    return max(0.0, math.floor(pair(32))), min(n_rot - 1.0, math.ceil(pair(1)))

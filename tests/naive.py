@@ -61,10 +61,24 @@ def linear(m, x, name, numerics="f32"):
     return y + m.w.get(name + ".bias", 0)
 
 
-def rope(x, pos, n_rot, base, scale, factors):
-    """Rotate pairs (2i, 2i+1), i < n_rot/2, by pos / scale * base^(-2i/n_rot) / factors[i]; x [n_tok, .., d_head]."""
-    angle = (pos / scale)[:, None] * base ** (-np.arange(0, n_rot, 2) / n_rot) / factors          # [n_tok, n_rot/2]
-    c, s, out = np.cos(angle)[:, None], np.sin(angle)[:, None], x.copy()
+def rope(x, pos, n_rot, base, scale, factors, gain=1.0, n_ctx=None):
+    """Rotate pairs (2i, 2i+1), i < n_rot/2, by pos / scale * base^(-2i/n_rot) / factors[i]; x [n_tok, .., d_head].
+
+    With yarn (n_ctx, the context trained for): a pair that turns more than 32 times in n_ctx is not scaled, one that
+    turns less than once wholly, and between them, counted in pairs, the share falls in a straight line; what comes out
+    is longer by 1 + 0.1 ln(scale).  Source: Peng et al., YaRN (2023), sections 3.2 to 3.4; gain is llama.cpp's own.
+    """
+    angle = pos[:, None] * base ** (-np.arange(0, n_rot, 2) / n_rot) / factors                    # [n_tok, n_rot/2]
+    share = 0.0
+    if n_ctx:
+        def pair(turns):  # the pair that turns so often in n_ctx positions: n_ctx / (2 pi base^(2i/n_rot)) = turns
+            return n_rot * np.log(n_ctx / (turns * 2 * np.pi)) / (2 * np.log(base))
+
+        low, high = max(0, np.floor(pair(32))), min(n_rot - 1, np.ceil(pair(1)))
+        share = 1 - np.clip((np.arange(n_rot // 2) - low) / max(1e-3, high - low), 0, 1)
+        gain = gain * (1 + 0.1 * np.log(max(1.0, scale)))
+    angle = angle * share + angle / scale * (1 - share)
+    c, s, out = gain * np.cos(angle)[:, None], gain * np.sin(angle)[:, None], x.copy()
     a, b = x[..., 0:n_rot:2], x[..., 1:n_rot:2]
     out[..., 0:n_rot:2], out[..., 1:n_rot:2] = a * c - b * s, a * s + b * c
     return out
@@ -78,8 +92,11 @@ def forward(m, ids, numerics="f32", given=None):
     d_head = key("attention.key_length", n_embd // n_head)
     d_head_v = key("attention.value_length", n_embd // n_head)
     eps, n_rot = key("attention.layer_norm_rms_epsilon"), key("rope.dimension_count", d_head)
-    scale = key("rope.scaling.factor", 1.0) if key("rope.scaling.type") == "linear" else key("rope.scale_linear", 1.0)
-    rotate = (n_rot, key("rope.freq_base", 10000.0), scale, m.w.get("rope_freqs.weight", 1.0))
+    scaling = key("rope.scaling.type", "linear")
+    scale = 1.0 if scaling == "none" else key("rope.scaling.factor", key("rope.scale_linear", 1.0))
+    trained = key("rope.scaling.original_context_length", key("context_length")) if scaling == "yarn" else None
+    rotate = (n_rot, key("rope.freq_base", 10000.0), scale, m.w.get("rope_freqs.weight", 1.0),
+              key("rope.scaling.attn_factor", 1.0), trained)
     n, pos, stored = len(ids), np.arange(len(ids)), half if numerics == "ggml" else np.asarray  # stored: as cached
     heads = np.arange(n_head) // (n_head // n_head_kv)                          # the K/V head of each head
     out = {}

@@ -319,13 +319,14 @@ def test_sizes_out_of_range(raw, tmp_path, key):
     ("llama.rope.freq_base", 6, float("inf")), ("llama.rope.freq_base", 6, -1.0), ("llama.rope.freq_base", 8, "x"),
     ("llama.attention.layer_norm_rms_epsilon", 6, float("nan")), ("llama.attention.layer_norm_rms_epsilon", 6, -1.0),
     ("llama.attention.layer_norm_rms_epsilon", 6, float("inf")), ("llama.rope.scaling.factor", 6, float("nan")),
-    ("llama.rope.scaling.factor", 6, -2.0), ("llama.rope.scaling.type", 8, "yarn"), ("llama.rope.scaling.type", 4, 1),
+    ("llama.rope.scaling.factor", 6, -2.0), ("llama.rope.scaling.type", 8, "longrope"),
+    ("llama.rope.scaling.type", 4, 1),
     ("llama.expert_count", 4, 8), ("general.architecture", 8, ""), ("general.architecture", 8, "llama\0"),
 ])
 def test_wrong_values(raw, tmp_path, key, kind, value):
     text = refused(raw.set(key, kind, value).write(tmp_path / "f.gguf"), "f.gguf")
-    if value == "yarn":
-        assert "yarn" in text and "linear" in text
+    if value == "longrope":
+        assert "longrope" in text and "linear" in text and "yarn" in text
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "gpt2", "mamba", "clip"])
