@@ -34,15 +34,15 @@ from tinymia_files import (
     GGUFError,
     Tensor,
     Text,
-    Tokenizer,
     as_rows,
     check_target,
     read_gguf,
     read_hparams,
     read_tensor,
+    read_tokenizer,
     write_tensors,
 )
-from tinymia_kernels import Sampler, attention, cos_sin, rms_norm, rope, silu, softmax, store_keys, store_values
+from tinymia_kernels import Sampler, attention, rms_norm, rope, rope_angles, silu, softmax, store_keys, store_values
 
 __version__ = "0.1.0"
 __all__ = [
@@ -82,7 +82,9 @@ class Config:
     n_rot: int          # leading elements of each head that RoPE turns
     eps: float          # RMS norm
     rope_base: float
-    rope_scale: float   # positions are multiplied by it: 1 / factor of linear scaling
+    rope_scale: float   # positions are multiplied by it: 1 / factor of linear scaling and yarn
+    rope_gain: float    # cos and sin are multiplied by it: 1 where neither yarn nor the metadata say otherwise
+    yarn: tuple[float, float] | None    # pairs up to the first are not scaled, from the second on wholly
 
     def sizes(self) -> dict[str, int]:
         """Size of each dimension in the table of names that a prompt does not decide."""
@@ -637,26 +639,6 @@ class Tap:
 # ---------------------------------------------------------------------------------------- forward
 
 
-def rope_angles(
-    c: Config, freqs: np.ndarray | None, positions: np.ndarray, numerics: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of RoPE's angles, float32 [n_tok, n_rot / 2]: position * rope_scale * base^(-2i / n_rot) / freqs[i].
-
-    "ggml" multiplies step by step in float32, as ggml_rope_cache_init does; "f32" rounds once, at the end.
-    """
-    real = np.float32 if numerics == "ggml" else np.float64
-    theta = np.empty((len(positions), c.n_rot // 2), real)
-    theta[:, 0] = positions
-    theta[:, 1:] = c.rope_base ** float(real(-2) / real(c.n_rot))
-    np.multiply.accumulate(theta, axis=1, out=theta)
-    if freqs is not None:
-        theta /= freqs
-    theta *= real(c.rope_scale)
-    if numerics == "ggml":
-        return cos_sin(theta)
-    return np.cos(theta).astype(np.float32), np.sin(theta).astype(np.float32)
-
-
 def forward(
     m: Model, tokens: np.ndarray, cache: Cache, t: Tap, start: tuple[int, np.ndarray] | None = None, last: bool = False
 ) -> np.ndarray:
@@ -667,7 +649,8 @@ def forward(
     """
     c, w, n, n_tok = m.config, m.weights, cache.n, len(tokens)
     cache.reserve(n + n_tok)
-    cos, sin = rope_angles(c, w.rope_freqs, np.arange(n, n + n_tok), m.numerics)
+    angles = c.n_rot, c.rope_base, c.rope_scale, c.rope_gain, c.yarn, w.rope_freqs, m.numerics
+    cos, sin = rope_angles(np.arange(n, n + n_tok), *angles)                        # [n_tok, n_rot / 2]
     scale = 1 / np.sqrt(np.float32(c.d_head))
     first, x = start or (0, t("inp_embd", None, m.rows(w.token_embd, tokens)))      # [n_tok, n_embd]
     for il in range(first, c.n_layer):
@@ -755,7 +738,7 @@ class Model:
         meta, tensors = read_gguf(self.path)
         self.config = Config(**read_hparams(meta, tensors, self.path))
         self.weights = Weights(tensors, self.config, self.path)
-        self.tokenizer = Tokenizer(meta, self.path)
+        self.tokenizer = read_tokenizer(meta, self.path)
         self.pool = kernels.Pool(threads or kernels.physical_cores())
         self.table = name_table(self.config.n_layer)
         self.about = {k: getattr(self.config, k) for k in ("name", "n_embd", "n_layer", "n_head", "n_vocab")}
@@ -928,8 +911,12 @@ class Model:
             raise
 
 
-def load(path: str | Path, threads: int | None = None, numerics: str = "ggml") -> Model:
-    """Map a GGUF file and check it; threads default to the physical cores. Raises GGUFError."""
+def load(path: str | Path | None = None, threads: int | None = None, numerics: str = "ggml") -> Model:
+    """Map a GGUF file, by default the bundled one, and check it; threads: the physical cores. Raises GGUFError."""
+    if path is None:
+        from tinymia_models import DEFAULT, bundled
+
+        path = bundled()[DEFAULT]
     return Model(path, threads, numerics)
 
 

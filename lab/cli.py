@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +23,8 @@ import numpy as np
 
 import tinymia
 from tinymia import Error, Model, Record
-from tinymia_files import check_target
+from tinymia_files import check_target, read_gguf
+from tinymia_models import DEFAULT, bundled
 
 EXAMPLES = """\
 the post's commands (https://grgv.xyz/blog; any Llama in GGUF will do for llama2.gguf):
@@ -51,14 +53,14 @@ class Spec:
     to_idx: int | None = None
 
 
-SUBCOMMANDS: tuple[str, ...] = ()  # modules of the lab whose command(argv) gives an exit status
+SUBCOMMANDS: tuple[str, ...] = ("verify",)  # modules of the lab whose command(argv) gives an exit status
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are ours."""
 
     def error(self, message: str) -> NoReturn:
-        raise Error(f"{message} (tinymia --help shows the flags)")
+        raise Error(f"{message} ({self.prog} --help shows the flags)")
 
 
 class Act(argparse.Action):
@@ -88,6 +90,37 @@ def integers(text: str) -> list[int]:
 integers.__name__ = "position"  # argparse names it in its messages
 
 
+def patch_flags(g: Any) -> None:
+    """The flags that patch, for this command and for the lab's."""
+    act, qualify = partial(g.add_argument, action=Act), partial(g.add_argument, action=Qualify)
+    act("--patch", nargs="+", metavar=("NAME FILE", "FROM TO"),
+        help="put row FROM of a saved tensor in place of row TO; without them, all of it")
+    act("--patch-avg", dest="patch_avg", nargs=5, metavar=("NAME", "FILE1", "FILE2", "FROM", "TO"),
+        help="the mean of two saved rows")
+    qualify("--from-token-idx", dest="from_idx", type=int, metavar="I",
+            help="FROM of the patch before, or the row of the --add before")
+    qualify("--to-token-idx", dest="to_idx", type=int, metavar="J", help="TO of the patch before")
+
+
+def change_flags(g: Any) -> None:
+    """The flags that change a tensor by itself, for this command and for the lab's."""
+    act, qualify = partial(g.add_argument, action=Act), partial(g.add_argument, action=Qualify)
+    act("-a", "--ablate", nargs=1, metavar="HEADS",
+        help="heads to silence: 3,9 (layer * n_head + head) or 1.4,2.0 (layer.head)")
+    g.add_argument("--ablate-mode", choices=("zero", "mean"),
+                   help="by zeros (default) or by the head's mean over the prompt's positions")
+    act("-s", "--select", nargs=2, metavar=("LAYER", "HEAD"), help="silence the layer's other heads")
+    act("--add", nargs="+", metavar=("NAME FILE", "COEF"), help="add COEF (1) times a saved vector")
+    act("--add-token", dest="add_token", nargs=3, metavar=("NAME", "TOKEN", "COEF"),
+        help="add COEF times a token's embedding; TOKEN is a piece (' reverse') or #id")
+    act("--project-out-token", dest="project_out_token", nargs=2, metavar=("NAME", "TOKEN"),
+        help="remove the direction of a token's embedding")
+    act("--scale", nargs=2, metavar=("NAME", "FACTOR"), help="multiply by FACTOR")
+    qualify("--at", type=integers, metavar="POS", help="positions of the change before: 3 or 3,5 or -1 (default: all)")
+    qualify("--when", choices=("prompt", "decode", "all"),
+            help="passes of the action before: over the prompt (default), over generated tokens, or all")
+
+
 def parser() -> Parser:
     """All flags, in groups."""
     p = Parser("tinymia", description="Run a Llama from a GGUF file and look at, save or change any tensor on the way.",
@@ -95,7 +128,8 @@ def parser() -> Parser:
     p.set_defaults(specs=[])
 
     g = p.add_argument_group("model and prompt")
-    g.add_argument("-m", "--model", metavar="FILE", help="GGUF file")
+    g.add_argument("-m", "--model", metavar="FILE", help=f"GGUF file (default: {DEFAULT}, which is bundled)")
+    g.add_argument("--list-models", action="store_true", help="the bundled models: name, bytes, what it is, path")
     g.add_argument("-p", "--prompt", metavar="TEXT")
     g.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file (its last line end is dropped)")
     g.add_argument("--no-bos", action="store_true", help="no BOS token before the prompt")
@@ -114,13 +148,8 @@ def parser() -> Parser:
     g.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
     g.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
 
-    def act(*flags: str, **rest: Any) -> None:
-        g.add_argument(*flags, action=Act, **rest)
-
-    def qualify(*flags: str, **rest: Any) -> None:
-        g.add_argument(*flags, action=Qualify, **rest)
-
     g = p.add_argument_group("look")
+    act = partial(g.add_argument, action=Act)
     act("--logit-lens", "--ll", dest="lens", nargs=2, metavar=("NAME", "K"),
         help="the K best tokens for each row of each matching tensor")
     g.add_argument("--lens-score", choices=("raw", "logit", "prob"),
@@ -131,31 +160,12 @@ def parser() -> Parser:
     g.add_argument("--list-tensors", action="store_true", help="the weights: name, type, shape, bytes")
 
     g = p.add_argument_group("save and patch")
-    act("--save", nargs=2, metavar=("NAME", "FILE"),
-        help="raw float32, as mia; .npy and .npz keep shape, name, prompt, tokens and model")
-    act("--patch", nargs="+", metavar=("NAME FILE", "FROM TO"),
-        help="put row FROM of a saved tensor in place of row TO; without them, all of it")
-    act("--patch-avg", dest="patch_avg", nargs=5, metavar=("NAME", "FILE1", "FILE2", "FROM", "TO"),
-        help="the mean of two saved rows")
-    qualify("--from-token-idx", dest="from_idx", type=int, metavar="I",
-            help="FROM of the patch before, or the row of the --add before")
-    qualify("--to-token-idx", dest="to_idx", type=int, metavar="J", help="TO of the patch before")
+    g.add_argument("--save", action=Act, nargs=2, metavar=("NAME", "FILE"),
+                   help="raw float32, as mia; .npy and .npz keep shape, name, prompt, tokens and model")
+    patch_flags(g)
 
     g = p.add_argument_group("change")
-    act("-a", "--ablate", nargs=1, metavar="HEADS",
-        help="heads to silence: 3,9 (layer * n_head + head) or 1.4,2.0 (layer.head)")
-    g.add_argument("--ablate-mode", choices=("zero", "mean"),
-                   help="by zeros (default) or by the head's mean over the prompt's positions")
-    act("-s", "--select", nargs=2, metavar=("LAYER", "HEAD"), help="silence the layer's other heads")
-    act("--add", nargs="+", metavar=("NAME FILE", "COEF"), help="add COEF (1) times a saved vector")
-    act("--add-token", dest="add_token", nargs=3, metavar=("NAME", "TOKEN", "COEF"),
-        help="add COEF times a token's embedding; TOKEN is a piece (' reverse') or #id")
-    act("--project-out-token", dest="project_out_token", nargs=2, metavar=("NAME", "TOKEN"),
-        help="remove the direction of a token's embedding")
-    act("--scale", nargs=2, metavar=("NAME", "FACTOR"), help="multiply by FACTOR")
-    qualify("--at", type=integers, metavar="POS", help="positions of the change before: 3 or 3,5 or -1 (default: all)")
-    qualify("--when", choices=("prompt", "decode", "all"),
-            help="passes of the action before: over the prompt (default), over generated tokens, or all")
+    change_flags(g)
 
     g = p.add_argument_group("output")
     g.add_argument("--json", action="store_true", help="all that would be printed, as one JSON object")
@@ -286,6 +296,15 @@ class Printer:
             self.patterns[r.layer] = r.value
 
 
+def list_models() -> list[dict[str, Any]]:
+    """The bundled models, described by the first sentence of their metadata."""
+    found = []
+    for name, path in bundled().items():
+        about = str(read_gguf(path)[0].get("general.description", ""))
+        found.append({"name": name, "bytes": path.stat().st_size, "about": about.split(". ")[0], "path": str(path)})
+    return found
+
+
 def read_prompt(args: argparse.Namespace) -> str | None:
     if args.file is None:
         return args.prompt
@@ -301,8 +320,10 @@ def read_prompt(args: argparse.Namespace) -> str | None:
 
 def run(args: argparse.Namespace) -> int:
     """What main does once the flags are read."""
-    if args.model is None:
-        raise Error("no model: give a GGUF file with -m")
+    if args.list_models:
+        models = list_models()
+        print(json.dumps(models) if args.json else table([list(m.values()) for m in models]))
+        return 0
     if args.n_predict < 0:
         raise Error(f"-n {args.n_predict}: it must be 0 or more")
     if args.draw and importlib.util.find_spec("matplotlib") is None:
@@ -317,6 +338,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.temp and (args.top_k or args.top_p != 1 or args.min_p):
         raise Error("--top-k, --top-p and --min-p choose among tokens to draw from: they need --temp above 0")
     prompt, clock = read_prompt(args), time.perf_counter()
+    if args.model is None:
+        print(f"no -m: the bundled model {DEFAULT} runs", file=sys.stderr)
     model = tinymia.load(args.model, args.threads, args.numerics)
     if args.verbose:
         for key, value in vars(model.config).items():

@@ -1,0 +1,100 @@
+"""Recordings of llama.cpp's tensors: .npz files, so that numerics can be checked where there is no llama.cpp.
+
+They hold the tensors by our names, as --save writes them, so a row of llama.cpp's can also be patched in from one.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from tinymia import Model
+from tinymia_files import FileError, short
+from tinymia_files.tensors import read_tensors
+
+from .llama import Item, Outcome
+
+
+def fingerprint(model: Model) -> int:
+    """A checksum of all weights."""
+    crc = 0
+    for name in sorted(model.weights):
+        crc = zlib.crc32(np.ascontiguousarray(model.weights[name].raw), crc)
+    return crc
+
+
+class Recorder:
+    """Writes tensors into an .npz as they come, and what they are at the end."""
+
+    def __init__(self, f: IO[bytes]):
+        self.zip, self.names = zipfile.ZipFile(f, "w"), dict[str, str]()
+
+    def add(self, item: Item) -> None:
+        self.names[item.name] = item.theirs
+        self._write(item.name, item.value)
+
+    def finish(
+        self, model: Model, prompt: str | None, ids: Sequence[int], how: dict[str, Any], outcome: Outcome
+    ) -> None:
+        """After the last tensor: what this is, so that nothing else is compared with it."""
+        said = {**vars(outcome), "names": self.names, "weights": fingerprint(model), **how}
+        about = {"model": model.about, "prompt": prompt, "tokens": list(ids), "llama.cpp": said}
+        self._write("about", np.array(json.dumps(about)))
+        self.zip.close()
+
+    def _write(self, name: str, array: np.ndarray) -> None:
+        info = zipfile.ZipInfo(f"{name}.npy")  # its date is 1980: the same tensors give the same file
+        with self.zip.open(info, "w", force_zip64=True) as f:
+            np.lib.format.write_array(f, array, allow_pickle=False)
+
+
+def read_recording(
+    path: str | Path, model: Model, ids: Sequence[int], how: dict[str, Any], n_predict: int
+) -> tuple[dict[str, Item], Outcome]:
+    """The tensors of a recording, in our order; refuses one of another model, prompt or way of running."""
+    tensors, about = read_tensors(path)
+    had = about.get("llama.cpp")
+    if not isinstance(had, dict) or not isinstance(had.get("names"), dict):
+        raise FileError(f"{path}: no recording of llama.cpp: make one with verify --record")
+    if about.get("model") != model.about or had.get("weights") != fingerprint(model):
+        raise FileError(f"{path}: recorded from another model, or from other weights, than {model.path}")
+    if about.get("tokens") != list(ids):
+        raise FileError(f"{path}: recorded with another prompt: {short(about.get('prompt'))}")
+    for key, value in how.items():
+        if had.get(key) != value:
+            raise FileError(f"{path}: recorded with {key} {had.get(key)}, and this run has {key} {value}")
+    for name, array in tensors.items():
+        if name not in model.table:
+            raise FileError(f"{path}: holds {name}, which is no tensor of this model")
+        dims, sizes = model.table[name][0].dims, {**model.config.sizes(), "n_tok": len(ids), "n_kv": len(ids)}
+        if array.shape != tuple(sizes[d] for d in dims):
+            raise FileError(f"{path}: {name} is {list(array.shape)}; it is {[sizes[d] for d in dims]} for this prompt")
+    try:
+        outcome = Outcome(str(had["version"]), tokens=had["tokens"], output=had["output"], absent=list(had["absent"]))
+        outcome.steps.update(dict(had["steps"]))
+        outcome.unknown.update(dict(had["unknown"]))
+        output = list(outcome.output or [])
+    except (KeyError, TypeError, ValueError) as e:
+        raise FileError(f"{path}: not what verify --record writes: {short(repr(e))}") from e
+    if n_predict:
+        if len(output) < n_predict and (not output or output[-1] not in model.tokenizer.end):
+            raise FileError(f"{path}: recorded with -n {len(output)}, and this run has -n {n_predict}")
+        outcome.output = output[:n_predict]
+    return {n: Item(n, str(had["names"].get(n, n)), tensors[n]) for n in model.table if n in tensors}, outcome
+
+
+def check_recorded(
+    path: str | Path, given: Mapping[str, Item], names: Sequence[str], shown: set[str], asked: bool, inject: bool
+) -> set[str]:
+    """The names to show: all that were recorded, or those asked for, which must have been."""
+    lost = [name for name in names if name not in given and (inject or (asked and name in shown))]
+    if lost:
+        raise FileError(f"{path}: holds no {lost[0]}{': --inject needs every tensor' if inject else ''}; it holds "
+                        f"{short(', '.join(given))}")
+    return shown & given.keys()
