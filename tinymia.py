@@ -36,6 +36,7 @@ from tinymia_files import (
     Text,
     as_rows,
     check_target,
+    decode_now,
     read_gguf,
     read_hparams,
     read_tensor,
@@ -138,6 +139,8 @@ class Weights(Mapping[str, Tensor]):
         self.rope_freqs = None                                                      # [n_rot / 2]
         if "rope_freqs.weight" in tensors:
             self.rope_freqs = self._part("rope_freqs", (c.n_rot // 2,))
+        decode_now(path, [self.token_embd, self.output.weight] + [w.weight for b in self.blk for w in vars(b).values()
+                                                                  if isinstance(w, Linear)])
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._tensors.get(name)

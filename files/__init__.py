@@ -7,7 +7,7 @@
 """
 
 from .errors import Error, FileError, GGUFError, short
-from .gguf import Tensor
+from .gguf import Tensor, decode_now
 from .hparams import read_hparams
 from .split import read_gguf
 from .tensors import as_rows, check_target, read_tensor, write_atomic, write_tensors
@@ -15,7 +15,6 @@ from .tokenizer import Text, read_tokenizer
 from .vocab import Tokenizer
 
 __all__ = [
-    "Error", "FileError", "GGUFError", "Tensor", "Text", "Tokenizer",
-    "as_rows", "check_target", "read_gguf", "read_hparams", "read_tensor", "read_tokenizer", "short", "write_atomic",
-    "write_tensors",
+    "Error", "FileError", "GGUFError", "Tensor", "Text", "Tokenizer", "as_rows", "check_target", "decode_now",
+    "read_gguf", "read_hparams", "read_tensor", "read_tokenizer", "short", "write_atomic", "write_tensors",
 ]

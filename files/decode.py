@@ -102,5 +102,5 @@ def say_cost(path: Path, weights: list[tuple[kernels.Format, int]]) -> None:
     types = ", ".join(sorted({fmt.name for fmt, _ in weights}))
     to = " and ".join(sorted({"bytes" if _target(fmt) is UNROLLED else "F16" for fmt, _ in weights}))
     size = sum(n * _target(fmt).type_size // _target(fmt).block_size for fmt, n in weights)
-    print(f"tinymia: {path}: {len(weights)} tensors of type {types} are decoded to {to} when first used: "
-          f"{size / 1e6:.1f} MB of memory for all", file=sys.stderr, flush=True)
+    print(f"tinymia: {path}: decoding {len(weights)} tensors of type {types} to {to}: {size / 1e6:.1f} MB of memory",
+          file=sys.stderr, flush=True)

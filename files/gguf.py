@@ -10,6 +10,7 @@ import mmap
 import os
 import stat
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,11 @@ class Tensor:
         """ggml's name of the type, such as Q4_0."""
         return self.format.name
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.raw.size
+
     def numpy(self) -> np.ndarray:
         """Dequantised copy, float32 [shape]."""
         n_rows = math.prod(self.shape[:-1])
@@ -123,6 +129,18 @@ class Decoded(Tensor):
     @property
     def type_name(self) -> str:
         return self.stored.name
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.size
+
+
+def decode_now(path: Path, tensors: Iterable[Tensor]) -> None:
+    """Decode those of the tensors that have no kernel, and say on stderr what they cost in memory."""
+    weights = {t.name: t for t in tensors if isinstance(t, Decoded)}
+    say_cost(path, [(t.stored, math.prod(t.shape)) for t in weights.values()])
+    for tensor in weights.values():
+        _ = tensor.raw
 
 
 def read_part(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -185,7 +203,6 @@ def _place(table: list[Info], r: Reader, start: int, alignment: int) -> dict[str
     tensors: dict[str, Tensor] = {}
     data = np.frombuffer(r.data, np.uint8)
     last, taken = "the header", 0  # the tensor before, and where its bytes end
-    decoded: list[tuple[kernels.Format, int]] = []
     for name, shape, kind, offset in sorted(table, key=lambda entry: entry[3]):
         if name in tensors:
             raise GGUFError(f"{r.path}: tensor {name} occurs twice")
@@ -207,11 +224,8 @@ def _place(table: list[Info], r: Reader, start: int, alignment: int) -> dict[str
         begin, end = start + offset, start + offset + size
         if end > r.end:
             raise GGUFError(f"{r.path}: tensor {name} ends at byte {end}, the file at {r.end}: is it truncated?")
-        if fmt.matmul is None:
-            decoded.append((fmt, math.prod(shape)))
         tensors[name] = (Tensor if fmt.matmul else Decoded)(name, shape, fmt, data[begin:end])
         last, taken = name, offset + size
-    say_cost(r.path, decoded)
     return tensors
 
 

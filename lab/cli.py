@@ -35,6 +35,7 @@ more:
   tinymia -m llama2.gguf -p "France ->" -n 8 --add-token l_out-15 " reverse" -1 --at -1 --when all
   tinymia -m llama2.gguf -p "France ->" --ablate 14.3,14.7 --draw attention.png
   tinymia -m llama2.gguf --print-cgraph
+  tinymia verify -m llama2.gguf -p "France ->"        every tensor beside llama.cpp's; tinymia verify --help
 
 NAME is exact (l_out-14), a base name (l_out: every layer), a glob (l_out-1?) or all. Positions count from 0, which is
 BOS; negative ones from the end.
@@ -356,7 +357,7 @@ def run(args: argparse.Namespace) -> int:
         ]))
     if args.list_tensors:
         printer.out["tensors"] = [
-            {"name": w.name, "type": w.type_name, "shape": list(w.shape), "bytes": w.raw.size}
+            {"name": w.name, "type": w.type_name, "shape": list(w.shape), "bytes": w.nbytes}
             for w in model.weights.values()
         ]
         printer.line(table([list(w.values()) for w in printer.out["tensors"]]))
@@ -375,7 +376,7 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
     if args.draw:
         check_target(args.draw, [])
         actions.append(tinymia.Save("kq_soft_max"))
-    rows = [[i, token, model.tokenizer.pieces[token]] for i, token in enumerate(ids)]
+    rows = [[i, token, model.piece(token).replace(" ", "▁")] for i, token in enumerate(ids)]
     print(table([["index", "id", "piece"], *rows]), file=sys.stderr, flush=True)
     live = sys.stdout.isatty() and not args.json
     live = live and all(a.when == "prompt" for a in actions if isinstance(a, (tinymia.Lens, tinymia.Log)))

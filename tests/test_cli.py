@@ -342,7 +342,11 @@ def test_errors(cli, args, words):
 
 
 def test_no_model(capsys):
-    for argv, word in (([], "model"), (["-m", "absent.gguf", "-p", "x"], "absent.gguf"), (["-p", "x"], "model")):
+    """Without -m the bundled model runs, and says so; a file that is not there is no reason to fall back on it."""
+    assert tinymia.main(["-p", "France ->", "-n", "1"]) == 0
+    out = capsys.readouterr()
+    assert out.out == 'output: " Italy"\n' and out.err.startswith("no -m: the bundled model copycat runs\n")
+    for argv, word in (([], "prompt"), (["-m", "absent.gguf", "-p", "x"], "absent.gguf")):
         status = tinymia.main(argv)
         out = capsys.readouterr()
         fails((status, out.out, out.err), word)
@@ -424,7 +428,7 @@ def test_stdout_on_a_full_device(tiny):
 
 
 def test_ctrl_c_ends_it_cleanly(tiny):
-    endless = tiny(n_ctx=50_000, n_layer=4, meta={"tokenizer.ggml.eos_token_id": None})
+    endless = tiny(n_ctx=50_000, n_layer=4, seed=6)                 # a seed that says nothing like </s> for long
     p = subprocess.Popen([sys.executable, "-m", "tinymia", "-m", endless, "-p", "the", "-n", "40000", "-t", "1"],
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     line = b""
