@@ -132,6 +132,11 @@ _announcer = _Announcer()
 event.register("numba:compile", _announcer)
 
 
+def compiling() -> bool:
+    """Whether a kernel is being compiled, when numba would swallow an exception that a signal handler raises."""
+    return bool(_announcer.began)
+
+
 def announce_done() -> None:
     """Say on stderr how many kernels were compiled, and how long that took, since the last call; else say nothing."""
     count, seconds = _announcer.kernels, _announcer.seconds

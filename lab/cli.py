@@ -11,7 +11,9 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ import numpy as np
 import tinymia
 from tinymia import Error, Model, Record
 from tinymia_files import check_target, read_gguf
+from tinymia_kernels import compiling
 from tinymia_models import DEFAULT, bundled
 
 EXAMPLES = """\
@@ -380,18 +383,35 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
     print(table([["index", "id", "piece"], *rows]), file=sys.stderr, flush=True)
     live = sys.stdout.isatty() and not args.json
     live = live and all(a.when == "prompt" for a in actions if isinstance(a, (tinymia.Lens, tinymia.Log)))
-    begun = False
+    begun, interrupted = False, False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal interrupted
+        if not compiling():
+            raise KeyboardInterrupt
+        interrupted = True  # numba would swallow the exception: the next piece of text ends the run
 
     def show(text: str) -> None:
-        nonlocal begun
+        nonlocal begun, interrupted
+        if interrupted:
+            interrupted = False
+            raise KeyboardInterrupt
+        if not live:
+            return
         print(text if begun else f'output: "{text}', end="", flush=True)
         begun = True
 
-    gen = model.generate(
-        prompt, args.n_predict, actions, temp=args.temp, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-        repeat_penalty=args.repeat_penalty, seed=args.seed, stop=args.stop, bos=False if args.no_bos else None,
-        special=not args.no_special, on_text=show if live else None, on_record=printer.record,
-    )
+    foremost = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    before = signal.signal(signal.SIGINT, interrupt) if foremost else None
+    try:
+        gen = model.generate(
+            prompt, args.n_predict, actions, temp=args.temp, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+            repeat_penalty=args.repeat_penalty, seed=args.seed, stop=args.stop, bos=False if args.no_bos else None,
+            special=not args.no_special, on_text=show, on_record=printer.record,
+        )
+    finally:
+        if foremost:
+            signal.signal(signal.SIGINT, before)
     if not args.json:
         print('"' if begun else f'output: "{gen.text}"', flush=True)
     if args.draw:
@@ -405,10 +425,10 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
     if gen.stop_reason == "interrupted":
         print("interrupted", file=sys.stderr)
     if args.verbose:
-        before, after = gen.seconds
-        rates = len(ids) / max(before, 1e-9), max(len(gen.tokens) - 1, 0) / max(after, 1e-9)
-        print(f"prompt: {len(ids)} tokens in {before:.3f} s, {rates[0]:.1f} a second\n"
-              f"generation: {len(gen.tokens)} tokens in {after:.3f} s, {rates[1]:.1f} a second", file=sys.stderr)
+        first, rest = gen.seconds
+        rates = len(ids) / max(first, 1e-9), max(len(gen.tokens) - 1, 0) / max(rest, 1e-9)
+        print(f"prompt: {len(ids)} tokens in {first:.3f} s, {rates[0]:.1f} a second\n"
+              f"generation: {len(gen.tokens)} tokens in {rest:.3f} s, {rates[1]:.1f} a second", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
