@@ -3,7 +3,7 @@
     python models/train_copycat.py sample                       # a few documents of the corpus
     python models/train_copycat.py train --out build            # 30 to 50 minutes of one core; resumes when run again
     python models/train_copycat.py train --out build0 --tv-weight 0      # what emerges by itself
-    python models/train_copycat.py export build copycat.gguf --type q8_0
+    python models/train_copycat.py export build copycat.gguf
     python models/train_copycat.py evaluate models/copycat.gguf [without.gguf]
 
 Map of the file: facts and tasks, documents, tokenizer, model, optimiser, training, export, evaluation, command line.
@@ -792,7 +792,7 @@ def load_checkpoint(path: Path, p, optimiser, opts: Options, only_stage_1: bool 
 
 # ------------------------------------------------------------------------------------------------------ export
 
-GGUF_TYPES = ("f32", "f16", "q8_0")
+GGUF_TYPES = ("f32", "f16", "q8_0", "q5_0", "q4_0")
 
 
 def full_embedding(p, vocab: Vocab) -> np.ndarray:
@@ -847,8 +847,8 @@ def export_gguf(run: Path, path: Path, kind: str) -> None:
             elif kind == "f16":
                 w.add_tensor(name, array.astype(np.float16))
             else:
-                q8 = gguf.GGMLQuantizationType.Q8_0
-                w.add_tensor(name, gguf.quants.quantize(array, q8), raw_dtype=q8)
+                blocks = gguf.GGMLQuantizationType[kind.upper()]
+                w.add_tensor(name, gguf.quants.quantize(array, blocks), raw_dtype=blocks)
         w.write_header_to_file()
         w.write_kv_data_to_file()
         w.write_tensors_to_file()
@@ -892,6 +892,8 @@ def describe(w, opts: Options, step: int, seconds: float, vocab: Vocab, kind: st
             "f32": gguf.LlamaFileType.ALL_F32,
             "f16": gguf.LlamaFileType.MOSTLY_F16,
             "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+            "q5_0": gguf.LlamaFileType.MOSTLY_Q5_0,
+            "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
         }[kind]
     )
     w.add_vocab_size(len(vocab.pieces))
@@ -1227,7 +1229,7 @@ def parser() -> Parser:
     a = add("export", "write a run's checkpoint as GGUF")
     a.add_argument("run", type=Path)
     a.add_argument("gguf", type=Path)
-    a.add_argument("--type", choices=GGUF_TYPES, default="q8_0")
+    a.add_argument("--type", choices=GGUF_TYPES, default="q5_0")
     a = add("evaluate", "print the tables of the model card; exit status 1 when something that must hold does not")
     a.add_argument("gguf", type=Path)
     a.add_argument(
