@@ -832,14 +832,15 @@ class Model:
             raise Error(str(e)) from e
         ids, clock = self._ids(prompt, bos, special), time.perf_counter()
         tap, cache, out = Tap(self, actions, on_record), self.cache(), Text(stop, on_text)
-        new: list[int] = []
+        seen, new = [*ids], list[int]()
         reason, prompt_seconds = "length", 0.0
         try:
             last = not tap.wants(None, "norm", "result_norm", "result_output")
             rows = self._pass(ids, cache, tap, "prompt", None, last)
             prompt_seconds = time.perf_counter() - clock
             while len(new) < n:
-                new.append(sampler.sample(rows[-1], [*ids, *new]))
+                new.append(sampler.sample(rows[-1], seen))
+                seen.append(new[-1])
                 if new[-1] in self.tokenizer.end:
                     reason = "eos"
                     break
@@ -854,7 +855,7 @@ class Model:
         except KeyboardInterrupt:
             reason = "interrupted"
         text, seconds = out.close(), (prompt_seconds, time.perf_counter() - clock - prompt_seconds)
-        tap.finish(tokens=[*ids, *new], prompt=self._text(prompt), output=text)
+        tap.finish(tokens=seen, prompt=self._text(prompt), output=text)
         return Generation(text, new, ids, reason, tap.records, seconds)
 
     def lens(self, x: np.ndarray, k: int = 5, score: str = "raw") -> list[list[tuple[str, float]]]:

@@ -17,10 +17,10 @@ Source: ggml-common.h, block_iq4_nl, block_iq4_xs, kvalues_iq4nl; ggml-quants.c,
 from .cpu import lookup
 from .formats import register_quants, register_superblocks
 from .jit import inline
-from .lanes import concat, constant, shuffle
+from .lanes import constant, shuffle
 from .simd import Vec
 from .superblocks import BIAS_BY_LANE
-from .vectors import half_at, load_u8x16, load_u8x32, load_u16x1, load_u32x1, to_i32
+from .vectors import half_at, load_u8x16, load_u8x32, load_u16x1, load_u32x1, nibbles, to_i32
 
 VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -29,8 +29,7 @@ values = lookup([value + 128 for value in VALUES])
 
 @inline
 def quants_nl(row, j):
-    q = load_u8x16(row + 18 * j + 2)
-    return values(concat(q & 15, q >> 4))
+    return values(nibbles(load_u8x16(row + 18 * j + 2)))
 
 
 @inline
@@ -43,8 +42,7 @@ by_group = shuffle([*range(16), *range(32, 48), *range(16, 32), *range(48, 64)])
 
 @inline
 def two_groups(at):
-    q = load_u8x32(at)
-    return values(by_group(concat(q & 15, q >> 4)))
+    return values(by_group(nibbles(load_u8x32(at))))
 
 
 @inline

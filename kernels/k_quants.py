@@ -31,7 +31,7 @@ from .formats import register_superblocks
 from .jit import inline
 from .lanes import concat, shuffle
 from .superblocks import BIAS_BY_16, BIAS_BY_LANE, MINIMUMS_IN_ONE, MINIMUMS_OF_16, MINIMUMS_OF_32
-from .vectors import half_at, load_i8x16, load_u8x16, load_u8x32, load_u8x64, to_i32
+from .vectors import half_at, load_i8x16, load_u8x16, load_u8x32, load_u8x64, nibbles, to_i32
 
 
 @inline
@@ -43,11 +43,6 @@ def low_halves(v):
 @inline
 def high_halves(v):
     return concat(v >> 4, v >> 6) & 3
-
-
-@inline
-def nibbles(v):
-    return concat(v & 15, v >> 4)
 
 
 # Q2_K.

@@ -18,8 +18,8 @@ from . import rows
 from .cpu import lookup
 from .formats import register_quants
 from .jit import inline
-from .lanes import concat, first
-from .vectors import as_f32, i32x8, load_u8x1, load_u8x16
+from .lanes import first
+from .vectors import as_f32, i32x8, load_u8x1, load_u8x16, nibbles
 
 VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
@@ -28,8 +28,7 @@ values = lookup([value + 12 for value in VALUES])
 
 @inline
 def quants(row, j):
-    q = load_u8x16(row + 17 * j + 1)
-    return values(concat(q & 15, q >> 4))
+    return values(nibbles(load_u8x16(row + 17 * j + 1)))
 
 
 @inline

@@ -17,14 +17,8 @@ Source: ggml-common.h, block_q4_0 to block_q5_1; ggml-quants.c, dequantize_row_q
 
 from .formats import register_quants
 from .jit import inline
-from .lanes import bits_of, concat
-from .vectors import half_at, load_u8x16, load_u32x1
-
-
-@inline
-def nibbles(address):
-    both = load_u8x16(address)
-    return concat(both & 15, both >> 4)
+from .lanes import bits_of
+from .vectors import half_at, load_u8x16, load_u32x1, nibbles
 
 
 @inline
@@ -34,7 +28,7 @@ def fifth_bits(address):
 
 @inline
 def quants_q4_0(row, j):
-    return nibbles(row + 18 * j + 2)
+    return nibbles(load_u8x16(row + 18 * j + 2))
 
 
 @inline
@@ -44,7 +38,7 @@ def scale_q4_0(row, j):
 
 @inline
 def quants_q4_1(row, j):
-    return nibbles(row + 20 * j + 4)
+    return nibbles(load_u8x16(row + 20 * j + 4))
 
 
 @inline
@@ -59,7 +53,7 @@ def minimum_q4_1(row, j):
 
 @inline
 def quants_q5_0(row, j):
-    return nibbles(row + 22 * j + 6) | fifth_bits(row + 22 * j + 2)
+    return nibbles(load_u8x16(row + 22 * j + 6)) | fifth_bits(row + 22 * j + 2)
 
 
 @inline
@@ -69,7 +63,7 @@ def scale_q5_0(row, j):
 
 @inline
 def quants_q5_1(row, j):
-    return nibbles(row + 24 * j + 8) | fifth_bits(row + 24 * j + 4)
+    return nibbles(load_u8x16(row + 24 * j + 8)) | fifth_bits(row + 24 * j + 4)
 
 
 @inline

@@ -5,7 +5,7 @@ Names say what they make: `load_f32x16(address)`, `f32x16(number)`.
 
 from .cpu import round_half, widen_half
 from .jit import inline
-from .lanes import bitcast, convert, first, fma, maximum, minimum, shuffle, splat
+from .lanes import bitcast, concat, convert, first, fma, maximum, minimum, shuffle, splat
 from .simd import Vec, loader
 
 load_u8x1 = loader(Vec("u8", 1))
@@ -66,3 +66,9 @@ def exp(x):
 
 # Each of 8 lanes four times: from a number per dot4 lane to a number per weight.
 spread = shuffle([lane // 4 for lane in range(32)])
+
+
+@inline
+def nibbles(v):
+    """The low four bits of each byte, then the high four."""
+    return concat(v & 15, v >> 4)
