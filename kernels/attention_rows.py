@@ -49,7 +49,7 @@ def store_values_template(cache, x, n_past):
 def dots_template(x, n, rows, stride, n_rows, out):
     """out[i] = x . row i, for n_rows rows of length n, their starts `stride` numbers apart."""
     for i in range(n_rows):
-        store(out + 4 * i, f32x1(dot(rows + SIZE * stride * i, n, x, 0)))
+        store(out + 4 * i, f32x1(dot(rows + SIZE * stride * i, n, x)))
 
 
 @inline

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from . import panels, products, rows, superblocks
+from . import block_panels, panels, products, rows, stacks, superblocks
 from . import unpack as unpacking
 from .activations import first_record
-from .jit import specialise
+from .jit import inline, specialise
 from .simd import address_of
+
+MANY = 8  # tokens from which quantised rows meet panels; for superblocks the sums change there, as in ggml
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,12 @@ class Format:
     type_size: int
     activation: str
     bias: int = field(default=0, repr=False)  # weight = scale * (quant - bias) + minimum
+    many: int = field(default=0, repr=False)  # tokens from which matmul_many is taken; 0: never
     matmul: Callable | None = field(default=None, repr=False, compare=False)  # products.matmul_rows of this format
     matmul_f32: Callable | None = field(default=None, repr=False, compare=False)  # the same for float32 activations
+    matmul_many: Callable | None = field(default=None, repr=False, compare=False)  # for many tokens at once
     unpack_rows: Callable | None = field(default=None, repr=False, compare=False)  # unpack.unpack_rows
     dot: Callable | None = field(default=None, repr=False, compare=False)  # float formats: rows.dot_floats, a part
-    tile: Callable | None = field(default=None, repr=False, compare=False)
-    matmul_many: Callable | None = field(default=None, repr=False, compare=False)  # panels.matmul_panels
 
     def row_bytes(self, n_in: int) -> int:
         """Bytes of a row of n_in weights; ValueError when n_in is no multiple of block_size."""
@@ -66,16 +68,21 @@ def register_floats(name: str, type: int, size: int, weights, weight, pairs: boo
     parts["dot"] = dot = specialise(rows.dot_floats, f"dot_{name}", part=True, **parts)
     tile = specialise(rows.tile_floats, f"tile_{name}", part=True, **parts)
     unpack = specialise(unpacking.unpack_floats, f"unpack_{name}", part=True, **parts)
-    matmul = specialise(products.matmul_rows, f"matmul_{name}", dot=dot, tile=tile, start=address_of)
+    stack = _row_by_row(name, dot)
+    matmul = specialise(products.matmul_rows, f"matmul_{name}", stack=stack, tile=tile, start=address_of)
     unpack_rows = specialise(unpacking.unpack_rows, f"unpack_rows_{name}", unpack=unpack)
-    return register(Format(name, type, 1, size, name, 0, matmul, matmul, unpack_rows, dot, tile))
+    many = None if pairs else specialise(products.matmul_unpacked, f"matmul_many_{name}", unpack=unpack)
+    return register(Format(name, type, 1, size, name, 0, 0 if pairs else 32, matmul, matmul, many, unpack_rows, dot))
 
 
 def register_quants(
     name: str, type: int, block_size: int, type_size: int, activation: str, bias: int, quants, scale, minimum=None,
-    sums=None,
-) -> Format:
-    """Enter a quantised format, see rows.py for quants, scale, minimum and bias, and for sums other than usual."""
+    sums=None, fours=None,
+) -> Format:  # fmt: skip
+    """Enter a quantised format, see rows.py for quants, scale, minimum and bias, and for sums other than usual.
+
+    fours: the same of four rows, see stacks.py, for formats whose rows share vectors when a single token comes.
+    """
     nothing, step, whole = sums or (rows.SCALE_MINIMUM if minimum else rows.SCALE)
     parts = {"quants": quants, "scale": scale, "minimum": minimum or rows.no_minimum, "BIAS": np.float32(bias)}
     groups = {
@@ -83,11 +90,24 @@ def register_quants(
         "single": specialise(rows.one_group, f"one_group_{name}", part=True, **parts),
         "step": step, "nothing": nothing, "whole": whole,
     }
-    dot = specialise(rows.dot_quantised, f"dot_{name}", part=True, **groups)
     tile = specialise(rows.tile_quantised, f"tile_{name}", part=True, **groups)
+    if fours:
+        four = dict(zip(("four_quants", "four_scales", "four_minimums"), fours), SIZE=type_size * 32 // block_size)
+        four["add_group"] = specialise(stacks.add_group_template, f"add_group_{name}", part=True, **four)
+        template = stacks.stack_scale_minimum if minimum else stacks.stack_scale
+        stack = specialise(template, f"stack_{name}", part=True, **four)
+    else:
+        stack = _row_by_row(name, specialise(rows.dot_quantised, f"dot_{name}", part=True, **groups))
     unpack_template = unpacking.unpack_quantised_minimum if minimum else unpacking.unpack_quantised
     unpack = specialise(unpack_template, f"unpack_{name}", part=True, **parts)
-    return register(_with_kernels(Format(name, type, block_size, type_size, activation, bias), dot, tile, unpack))
+    partial_sums = block_panels.apart if sums is rows.TWO_SUMS else block_panels.together
+    minima = block_panels.add_minima if minimum else block_panels.no_minima
+    panel = {"partial_sums": inline(partial_sums), "minima": inline(minima)}
+    panel["tile"] = specialise(block_panels.tile_template, f"panel_tile_{name}", part=True, **panel)
+    panel["unpack_row"] = specialise(block_panels.unpack_row_template, f"unpack_row_{name}", part=True, **parts)
+    matmul_many = specialise(block_panels.matmul_panels, f"matmul_many_{name}", **panel)
+    fmt = Format(name, type, block_size, type_size, activation, bias, MANY, matmul_many=matmul_many)
+    return register(_with_kernels(fmt, stack, tile, unpack))
 
 
 def superblock_format(
@@ -104,6 +124,7 @@ def superblock_format(
     steps = {"nothing": sums.nothing, "step": sums.step, "whole": sums.whole, "SIZE": type_size}
     steps["open_block"] = specialise(superblocks.open_template, f"open_{name}", part=True, **parts, rest=rest)
     dot = specialise(superblocks.dot_superblocks, f"dot_{name}", part=True, **steps)
+    stack = _row_by_row(name, dot)
     tile = specialise(superblocks.tile_superblocks, f"tile_{name}", part=True, **steps)
     unpack = specialise(
         unpacking.unpack_superblocks, f"unpack_{name}", part=True, **parts, SIZE=type_size, BIAS=np.float32(bias)
@@ -114,9 +135,9 @@ def superblock_format(
     many["result"] = specialise(result, f"result_{name}", part=True, **many)
     many["block_sums"] = specialise(panels.block_sums_template, f"block_sums_{name}", part=True, **many)
     many["panel_sums"] = specialise(panels.panel_sums_template, f"panel_sums_{name}", part=True, **many)
-    matmul_many = specialise(panels.matmul_panels, f"matmul_many_{name}", **many)
-    fmt = Format(name, type, 256, type_size, "Q8_K", bias, matmul_many=matmul_many if span else None)
-    return _with_kernels(fmt, dot, tile, unpack)
+    matmul_many = specialise(panels.matmul_panels, f"matmul_many_{name}", **many) if span else None
+    fmt = Format(name, type, 256, type_size, "Q8_K", bias, MANY if span else 0, matmul_many=matmul_many)
+    return _with_kernels(fmt, stack, tile, unpack)
 
 
 def register_superblocks(*args) -> Format:
@@ -124,11 +145,14 @@ def register_superblocks(*args) -> Format:
     return register(superblock_format(*args))
 
 
-def _with_kernels(fmt: Format, dot, tile, unpack) -> Format:
+def _row_by_row(name: str, dot):
+    return specialise(stacks.stack_rows, f"stack_{name}", part=True, dot=dot)
+
+
+def _with_kernels(fmt: Format, stack, tile, unpack) -> Format:
     """The format with the kernels that are made of its dot product, its tile and its unpacking of a row."""
     name = fmt.name
-    matmul = specialise(products.matmul_rows, f"matmul_{name}", dot=dot, tile=tile, start=first_record)
-    f32 = {"dot": FORMATS[0].dot, "tile": FORMATS[0].tile, "unpack": unpack}
-    matmul_f32 = specialise(products.matmul_unpacked, f"matmul_f32_{name}", **f32)
+    matmul = specialise(products.matmul_rows, f"matmul_{name}", stack=stack, tile=tile, start=first_record)
+    matmul_f32 = specialise(products.matmul_unpacked, f"matmul_f32_{name}", unpack=unpack)
     unpack_rows = specialise(unpacking.unpack_rows, f"unpack_rows_{name}", unpack=unpack)
     return replace(fmt, matmul=matmul, matmul_f32=matmul_f32, unpack_rows=unpack_rows)

@@ -19,6 +19,7 @@ from .formats import register_quants, register_superblocks
 from .jit import inline
 from .lanes import constant, shuffle
 from .simd import Vec
+from .stacks import four_halves, four_loads
 from .superblocks import BIAS_BY_LANE
 from .vectors import half_at, load_u8x16, load_u8x32, load_u16x1, load_u32x1, nibbles, to_i32
 
@@ -30,6 +31,17 @@ values = lookup([value + 128 for value in VALUES])
 @inline
 def quants_nl(row, j):
     return values(nibbles(load_u8x16(row + 18 * j + 2)))
+
+
+@inline
+def four_nl(row, stride, j):
+    v = four_loads(row + 18 * j + 2, stride)
+    return values(v & 15), values(v >> 4)
+
+
+@inline
+def scales_nl(row, stride, j):
+    return four_halves(row + 18 * j, stride)
 
 
 @inline
@@ -61,5 +73,5 @@ def scales_xs(block):
     return (l >> place_in_l() & 15 | (h >> place_in_h() & 3) << 4) - 32
 
 
-IQ4_NL = register_quants("IQ4_NL", 20, 32, 18, "Q8_0", 128, quants_nl, scale_nl)
+IQ4_NL = register_quants("IQ4_NL", 20, 32, 18, "Q8_0", 128, quants_nl, scale_nl, fours=(four_nl, scales_nl))
 IQ4_XS = register_superblocks("IQ4_XS", 23, 136, 128, 32, BIAS_BY_LANE, quants_xs, scales_xs, half_at)

@@ -2,11 +2,12 @@
 
 import numpy as np
 
+from . import block_panels, panels
+
 from .activations import (  # isort: skip
     new_records, new_records_k, quantise_q8, quantise_q8_k, round_to_bf16, round_to_f16, round_to_q8_0, round_to_q8_k,
 )  # fmt: skip
 from .formats import Format
-from .panels import MANY, make_panels, panel_bytes
 from .threads import Pool, run
 
 # How activations are rounded for weights that are plain numbers, and how many at a time.
@@ -28,7 +29,7 @@ def _weights(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int) -> tuple[np.n
     return raw, row_bytes
 
 
-def _prepare(x: np.ndarray, fmt: Format, pool: Pool | None) -> tuple[np.ndarray, int, int]:
+def _prepare(x: np.ndarray, fmt: Format, many: bool, pool: Pool | None) -> tuple[np.ndarray, int, int]:
     """The activations as fmt.activation says: records for blocks, panels of many, rounded float32 for float formats.
 
     Also the bytes from one token to the next, and the length of a row as the kernel counts it.
@@ -46,14 +47,17 @@ def _prepare(x: np.ndarray, fmt: Format, pool: Pool | None) -> tuple[np.ndarray,
     if fmt.activation == "Q8_K":
         y, stride = new_records_k(n_tok, n_in)
         run(pool, x.nbytes, quantise_q8_k, n_tok, x, y, fmt.bias)
-        if fmt.matmul_many and n_tok >= MANY:
-            panels = np.empty(panel_bytes(n_tok, n_in), np.uint8)
-            run(pool, x.nbytes, make_panels, -(-n_tok // 16), y, n_tok, n_in // 256, panels)
-            return panels, 0, n_in // 256
-        return y, stride, n_in // 256
+        return (_panels(panels, y, n_tok, n_in, 256, pool) if many else y), stride, n_in // 256
     y, stride = new_records(n_tok, n_in)
     run(pool, x.nbytes, quantise_q8, n_tok, x, y, fmt.bias, fmt.activation == "Q8_1")
-    return y, stride, n_in // 32
+    return (_panels(block_panels, y, n_tok, n_in, 32, pool) if many else y), stride, n_in // 32
+
+
+def _panels(module, records: np.ndarray, n_tok: int, n_in: int, block: int, pool: Pool | None) -> np.ndarray:
+    """The records of the tokens as panels.py or block_panels.py want them."""
+    y = np.empty(module.panel_bytes(n_tok, n_in), np.uint8)
+    run(pool, y.nbytes, module.make_panels, -(-n_tok // 16), records, n_tok, n_in // block, y)
+    return y
 
 
 def matmul(
@@ -73,8 +77,9 @@ def matmul(
     raw, row_bytes = _weights(raw, fmt, n_out, n_in)
     out = np.empty((n_tok, n_out), np.float32)
     if numerics == "ggml":
-        kernel = fmt.matmul_many if fmt.matmul_many and n_tok >= MANY else fmt.matmul
-        y, stride, n = _prepare(x, fmt, pool)
+        many = 0 < fmt.many <= n_tok and n_in % 16 == 0
+        kernel = fmt.matmul_many if many else fmt.matmul
+        y, stride, n = _prepare(x, fmt, many, pool)
     elif numerics == "f32":
         kernel, y, stride, n = fmt.matmul_f32, x, 4 * n_in, n_in
     else:

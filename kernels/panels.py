@@ -32,7 +32,6 @@ from .vectors import (  # isort: skip
     u8x64,
 )  # fmt: skip
 
-MANY = 8  # tokens
 PANEL, UNPACKED = 4672, 384
 quants = scales = minimums = factor = min_factor = beside = unpack_row = result = block_sums = panel_sums = None
 SIZE = SPAN = BIAS = 0  # see jit.specialise; SPAN weights have one scale

@@ -18,6 +18,7 @@ Source: ggml-common.h, block_q4_0 to block_q5_1; ggml-quants.c, dequantize_row_q
 from .formats import register_quants
 from .jit import inline
 from .lanes import bits_of
+from .stacks import four_fifth_bits, four_halves, four_loads
 from .vectors import half_at, load_u8x16, load_u32x1, nibbles
 
 
@@ -76,7 +77,72 @@ def minimum_q5_1(row, j):
     return half_at(row + 24 * j + 2)
 
 
-Q4_0 = register_quants("Q4_0", 2, 32, 18, "Q8_0", 8, quants_q4_0, scale_q4_0)
-Q4_1 = register_quants("Q4_1", 3, 32, 20, "Q8_1", 0, quants_q4_1, scale_q4_1, minimum_q4_1)
-Q5_0 = register_quants("Q5_0", 6, 32, 22, "Q8_0", 16, quants_q5_0, scale_q5_0)
-Q5_1 = register_quants("Q5_1", 7, 32, 24, "Q8_1", 0, quants_q5_1, scale_q5_1, minimum_q5_1)
+# The same of four rows, see stacks.py.
+
+
+@inline
+def four_nibbles(at, stride):
+    v = four_loads(at, stride)
+    return v & 15, v >> 4
+
+
+@inline
+def four_q4_0(row, stride, j):
+    return four_nibbles(row + 18 * j + 2, stride)
+
+
+@inline
+def scales_q4_0(row, stride, j):
+    return four_halves(row + 18 * j, stride)
+
+
+@inline
+def four_q4_1(row, stride, j):
+    return four_nibbles(row + 20 * j + 4, stride)
+
+
+@inline
+def scales_q4_1(row, stride, j):
+    return four_halves(row + 20 * j, stride)
+
+
+@inline
+def minimums_q4_1(row, stride, j):
+    return four_halves(row + 20 * j + 2, stride)
+
+
+@inline
+def four_q5_0(row, stride, j):
+    q, h = four_nibbles(row + 22 * j + 6, stride), four_fifth_bits(row + 22 * j + 2, stride)
+    return q[0] | h[0], q[1] | h[1]
+
+
+@inline
+def scales_q5_0(row, stride, j):
+    return four_halves(row + 22 * j, stride)
+
+
+@inline
+def four_q5_1(row, stride, j):
+    q, h = four_nibbles(row + 24 * j + 8, stride), four_fifth_bits(row + 24 * j + 4, stride)
+    return q[0] | h[0], q[1] | h[1]
+
+
+@inline
+def scales_q5_1(row, stride, j):
+    return four_halves(row + 24 * j, stride)
+
+
+@inline
+def minimums_q5_1(row, stride, j):
+    return four_halves(row + 24 * j + 2, stride)
+
+
+Q4_0 = register_quants("Q4_0", 2, 32, 18, "Q8_0", 8, quants_q4_0, scale_q4_0, fours=(four_q4_0, scales_q4_0))
+Q4_1 = register_quants(
+    "Q4_1", 3, 32, 20, "Q8_1", 0, quants_q4_1, scale_q4_1, minimum_q4_1, fours=(four_q4_1, scales_q4_1, minimums_q4_1)
+)
+Q5_0 = register_quants("Q5_0", 6, 32, 22, "Q8_0", 16, quants_q5_0, scale_q5_0, fours=(four_q5_0, scales_q5_0))
+Q5_1 = register_quants(
+    "Q5_1", 7, 32, 24, "Q8_1", 0, quants_q5_1, scale_q5_1, minimum_q5_1, fours=(four_q5_1, scales_q5_1, minimums_q5_1)
+)

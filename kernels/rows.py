@@ -111,7 +111,7 @@ SCALE_MINIMUM = nothing_scale_minimum, step_scale_minimum, whole_scale_minimum
 TWO_SUMS = nothing_scale_minimum, step_two_sums, whole_two_sums
 
 
-def dot_quantised(row, n_groups, record, stride):
+def dot_quantised(row, n_groups, record):
     acc = nothing()
     for j in range(0, n_groups - 1, 2):
         acc = step(acc, pair(row, j), record)
@@ -147,7 +147,7 @@ def step_pairs(acc, v, x):
     return fma(even(v), even(y), fma(odd(v), odd(y), acc))
 
 
-def dot_floats(row, n, x, stride):
+def dot_floats(row, n, x):
     if n % CHUNK:
         return uneven(row, n, x)
     acc = f32x16(0)
@@ -159,8 +159,8 @@ def dot_floats(row, n, x, stride):
 def tile_floats(row, row2, n, x, stride):
     if n % CHUNK:
         y, z = x + 2 * stride, x + 3 * stride
-        a = dot(row, n, x, 0), dot(row, n, x + stride, 0), dot(row, n, y, 0), dot(row, n, z, 0)
-        b = dot(row2, n, x, 0), dot(row2, n, x + stride, 0), dot(row2, n, y, 0), dot(row2, n, z, 0)
+        a = dot(row, n, x), dot(row, n, x + stride), dot(row, n, y), dot(row, n, z)
+        b = dot(row2, n, x), dot(row2, n, x + stride), dot(row2, n, y), dot(row2, n, z)
         return a, b
     a = b = f32x16(0), f32x16(0), f32x16(0), f32x16(0)
     for i in range(0, n, CHUNK):

@@ -10,7 +10,7 @@ them: the functions that Python calls check shapes and lengths first.
 import operator
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
@@ -131,3 +131,65 @@ def store(_, address, vector):
         return context.get_dummy_value()
 
     return types.none(types.intp, vector), codegen
+
+
+@intrinsic
+def prefetch(_, address):
+    """Ask for the cache line at an address, which need not be ours."""
+
+    def codegen(context, builder, sig, args):
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function_type = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+        builder.call(function, [builder.inttoptr(args[0], pointer)] + [number(k) for k in (0, 3, 1)])
+        return context.get_dummy_value()
+
+    return types.none(types.intp), codegen
+
+
+# What threads share: words of 64 bits.
+
+WORD = ir.IntType(64)
+
+
+def _on_word(result, emit, n_values: int):
+    """f(address, ...) by `emit(builder, pointer, values)`."""
+    word = types.int64
+
+    def typed(args):
+        def codegen(context, builder, sig, values):
+            done = emit(builder, builder.inttoptr(values[0], WORD.as_pointer()), values[1:])
+            return context.get_dummy_value() if result is types.none else done
+
+        return result(*[word] * (n_values + 1)), codegen
+
+    if n_values == 0:
+        return intrinsic(lambda _, address: typed((address,)))
+    if n_values == 1:
+        return intrinsic(lambda _, address, value: typed((address, value)))
+    return intrinsic(lambda _, address, old, new: typed((address, old, new)))
+
+
+load_word = _on_word(types.int64, lambda b, at, values: b.load(at, align=8), 0)
+store_word = _on_word(types.none, lambda b, at, values: b.store(values[0], at, align=8), 1)
+atomic_load = _on_word(types.int64, lambda b, at, values: b.load_atomic(at, "seq_cst", 8), 0)
+atomic_store = _on_word(types.none, lambda b, at, values: b.store_atomic(values[0], at, "seq_cst", 8), 1)
+atomic_add = _on_word(types.int64, lambda b, at, values: b.atomic_rmw("add", at, values[0], "seq_cst"), 1)
+# Whether the word was `old`, and is `new` now.
+compare_and_swap = _on_word(
+    types.boolean, lambda b, at, values: b.extract_value(b.cmpxchg(at, *values, "seq_cst", "seq_cst"), 1), 2
+)
+
+
+@intrinsic
+def pause(_):
+    """Let the CPU's other thread, or nobody, run for a moment."""
+
+    def codegen(context, builder, sig, args):
+        triple = builder.module.triple
+        name = "llvm.x86.sse2.pause" if triple.startswith(("x86_64", "i686")) else None
+        if name:
+            builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), []), name), [])
+        return context.get_dummy_value()
+
+    return types.none(), codegen

@@ -190,7 +190,7 @@ MINIMUMS_IN_ONE = Sums(rest_minimums_of_32, nothing8_and_1, step_minimums_in_one
 # What formats.py makes dot products of.
 
 
-def dot_superblocks(row, n_blocks, record, stride):
+def dot_superblocks(row, n_blocks, record):
     acc = nothing()
     for j in range(n_blocks):
         acc = step(acc, open_block(row + SIZE * j), record + RECORD_K * j)

@@ -1,10 +1,12 @@
 """What the kernels promise, each beside a slow NumPy oracle."""
 
+import gc
 import os
 import platform
 import subprocess
 import sys
 import threading
+import time
 
 import gguf
 import numpy as np
@@ -14,6 +16,7 @@ from formats import MANY, as_activation, lengths, quantise, random_weights, to_b
 import tinymia_kernels as tk
 from tinymia_kernels import activations, cpu, jit, simd, vectors
 from tinymia_kernels.formats import register
+from tinymia_kernels.jit import kernel
 
 FORMATS = list(tk.FORMATS.values())
 BLOCKS = [fmt for fmt in FORMATS if fmt.block_size > 1]
@@ -391,39 +394,82 @@ def test_nothing_in_nothing_out():
 # Threads.
 
 
-def _record(seen, i0, i1):
-    seen.append((i0, i1, threading.current_thread().name))
+@kernel
+def count_visits(visits, chunks, i0, i1):
+    """Each item's number grows by one, and the item that begins a chunk is marked."""
+    for i in range(i0, i1):
+        visits[i] += 1
+    if i1 > i0:
+        chunks[i0] = i1 - i0
+
+
+@kernel
+def fail_late(n, i0, i1):
+    if i1 == n:
+        raise OverflowError("in the last chunk")
+
+
+@kernel
+def fill_slowly(out, i0, i1):
+    """The work grows with the item's number."""
+    for i in range(i0, i1):
+        x = 0.0
+        for k in range(300 * i):
+            x += 1.0 / (k + 1)
+        out[i] = x
 
 
 def test_chunks_cover_the_items_once():
     pool = tk.Pool(3)
     for n_items in (0, 1, 2, 3, 10, 1001):
-        seen = []
-        pool.run(_record, n_items, seen)
-        assert sorted(i for i0, i1, _ in seen for i in range(i0, i1)) == list(range(n_items))
-        assert len(seen) == max(1, min(3, n_items))
+        for _ in range(20):
+            visits, chunks = np.zeros(n_items, np.int64), np.zeros(n_items, np.int64)
+            pool.run(count_visits, n_items, visits, chunks)
+            assert (visits == 1).all() and chunks.sum() == n_items
+            assert np.count_nonzero(chunks) == min(12, n_items)  # four for each thread
+
+
+def test_unequal_chunks_and_sleeping_threads():
+    want = np.zeros(200)
+    fill_slowly(want, 0, 200)
+    pool = tk.Pool(3)
+    for nap in (0, 0, 0.1, 0, 0.1):
+        time.sleep(nap)  # longer than the pool's patience: its threads sleep
+        out = np.zeros(200)
+        pool.run(fill_slowly, 200, out)
+        assert np.array_equal(out, want)
 
 
 def test_one_thread_is_the_caller():
     before = threading.active_count()
-    seen = []
-    tk.Pool(1).run(_record, 5, seen)
-    assert seen == [(0, 5, threading.current_thread().name)] and threading.active_count() == before
+    visits = np.zeros(5, np.int64)
+    tk.Pool(1).run(count_visits, 5, visits, np.zeros(5, np.int64))
+    assert (visits == 1).all() and threading.active_count() == before
     with pytest.raises(ValueError, match="a pool of 0 threads"):
         tk.Pool(0)
     assert tk.Pool().n == tk.physical_cores() <= (os.cpu_count() or 1)
 
 
 def test_errors_of_a_chunk_reach_the_caller():
-    def fail(i0, i1):
-        if i0 > 0:
-            raise OverflowError("in a worker")
-
     pool = tk.Pool(2)
     for _ in range(3):
-        with pytest.raises(OverflowError, match="in a worker"):
-            pool.run(fail, 2)
-    pool.run(_record, 2, [])
+        with pytest.raises(OverflowError, match="in the last chunk"):
+            pool.run(fail_late, 200, 200)
+    visits = np.zeros(200, np.int64)
+    pool.run(count_visits, 200, visits, visits.copy())
+    assert (visits == 1).all()
+
+
+def test_threads_end_with_their_pool():
+    pool = tk.Pool(3)
+    pool.run(count_visits, 9, np.zeros(9, np.int64), np.zeros(9, np.int64))
+    started = [t for t in threading.enumerate() if t.name == "tinymia"]
+    del pool
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and sum(t.is_alive() for t in started) > len(started) - 2:
+        time.sleep(0.01)
+    assert sum(t.is_alive() for t in started) <= len(started) - 2
 
 
 def test_threads_may_share_a_pool(rng):
