@@ -1,7 +1,7 @@
 """The command `tinymia`: what the post's program took, and more.
 
-Results go to stdout and end with `output: "..."`; the token table, progress and errors go to stderr. Flags that act on
-a tensor are kept in the order given, and --at, --when and the like qualify the one before them.
+Results go to stdout and end with `output: "..."`; the token table, progress and errors go to stderr. The first word may
+be a command of the lab instead: a module of its name, whose command(argv) gives the exit status.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import importlib
 import importlib.util
 import json
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 import tinymia
 from tinymia import Error, Model, Record
 from tinymia_files import check_target, read_gguf
-from tinymia_kernels import compiling
 from tinymia_models import DEFAULT, bundled
+
+from .action_flags import Act, change_flags, patch_flags, read_actions
+from .arguments import Parser, model_flags, prompt_flags, read_prompt
+from .progress import interruptible
+from .terminal import table
 
 EXAMPLES = """\
 the post's commands (https://grgv.xyz/blog; any Llama in GGUF will do for llama2.gguf):
@@ -38,91 +38,22 @@ more:
   tinymia -m llama2.gguf -p "France ->" -n 8 --add-token l_out-15 " reverse" -1 --at -1 --when all
   tinymia -m llama2.gguf -p "France ->" --ablate 14.3,14.7 --draw attention.png
   tinymia -m llama2.gguf --print-cgraph
-  tinymia verify -m llama2.gguf -p "France ->"        every tensor beside llama.cpp's; tinymia verify --help
+commands, each with --help:
+  tinymia lens            what each layer would say      tinymia sweep            patch every layer and position
+  tinymia attend          attention patterns             tinymia ablate           every head's effect on the answer
+  tinymia attribute       a logit split into its parts   tinymia task-vector      Hendel et al. 2023
+  tinymia trace           the forward pass, op by op     tinymia function-vector  Todd et al. 2023
+  tinymia report          all about a prompt, a page     tinymia steer            add a difference of means
+  tinymia verify          every tensor beside llama.cpp's
 
 NAME is exact (l_out-14), a base name (l_out: every layer), a glob (l_out-1?) or all. Positions count from 0, which is
 BOS; negative ones from the end.
 """
 
-
-@dataclass
-class Spec:
-    """An action as typed; it becomes a tinymia.Action when the model is known."""
-
-    flag: str
-    args: list[str]
-    at: list[int] | None = None
-    when: str = "prompt"
-    from_idx: int | None = None
-    to_idx: int | None = None
-
-
-SUBCOMMANDS: tuple[str, ...] = ("verify",)  # modules of the lab whose command(argv) gives an exit status
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours."""
-
-    def error(self, message: str) -> NoReturn:
-        raise Error(f"{message} ({self.prog} --help shows the flags)")
-
-
-class Act(argparse.Action):
-    """A flag that acts on a tensor."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        lengths = {"patch": (2, 4), "add": (2, 3)}.get(self.dest)
-        if lengths and len(values) not in lengths:
-            parser.error(f"{option_string} takes {lengths[0]} or {lengths[1]} values, not {len(values)}")
-        namespace.specs.append(Spec(self.dest, values if isinstance(values, list) else [values]))
-
-
-class Qualify(argparse.Action):
-    """A flag that says more of the action before it."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if not namespace.specs:
-            parser.error(f"{option_string} qualifies the action before it, and none was given")
-        setattr(namespace.specs[-1], self.dest, values)
-
-
-def integers(text: str) -> list[int]:
-    """3 or 3,5 or -1."""
-    return [int(part) for part in text.split(",")]
-
-
-integers.__name__ = "position"  # argparse names it in its messages
-
-
-def patch_flags(g: Any) -> None:
-    """The flags that patch, for this command and for the lab's."""
-    act, qualify = partial(g.add_argument, action=Act), partial(g.add_argument, action=Qualify)
-    act("--patch", nargs="+", metavar=("NAME FILE", "FROM TO"),
-        help="put row FROM of a saved tensor in place of row TO; without them, all of it")
-    act("--patch-avg", dest="patch_avg", nargs=5, metavar=("NAME", "FILE1", "FILE2", "FROM", "TO"),
-        help="the mean of two saved rows")
-    qualify("--from-token-idx", dest="from_idx", type=int, metavar="I",
-            help="FROM of the patch before, or the row of the --add before")
-    qualify("--to-token-idx", dest="to_idx", type=int, metavar="J", help="TO of the patch before")
-
-
-def change_flags(g: Any) -> None:
-    """The flags that change a tensor by itself, for this command and for the lab's."""
-    act, qualify = partial(g.add_argument, action=Act), partial(g.add_argument, action=Qualify)
-    act("-a", "--ablate", nargs=1, metavar="HEADS",
-        help="heads to silence: 3,9 (layer * n_head + head) or 1.4,2.0 (layer.head)")
-    g.add_argument("--ablate-mode", choices=("zero", "mean"),
-                   help="by zeros (default) or by the head's mean over the prompt's positions")
-    act("-s", "--select", nargs=2, metavar=("LAYER", "HEAD"), help="silence the layer's other heads")
-    act("--add", nargs="+", metavar=("NAME FILE", "COEF"), help="add COEF (1) times a saved vector")
-    act("--add-token", dest="add_token", nargs=3, metavar=("NAME", "TOKEN", "COEF"),
-        help="add COEF times a token's embedding; TOKEN is a piece (' reverse') or #id")
-    act("--project-out-token", dest="project_out_token", nargs=2, metavar=("NAME", "TOKEN"),
-        help="remove the direction of a token's embedding")
-    act("--scale", nargs=2, metavar=("NAME", "FACTOR"), help="multiply by FACTOR")
-    qualify("--at", type=integers, metavar="POS", help="positions of the change before: 3 or 3,5 or -1 (default: all)")
-    qualify("--when", choices=("prompt", "decode", "all"),
-            help="passes of the action before: over the prompt (default), over generated tokens, or all")
+SUBCOMMANDS: tuple[str, ...] = (
+    "lens", "attend", "attribute", "trace", "report", "sweep", "ablate", "task-vector", "function-vector", "steer",
+    "verify",
+)  # fmt: skip
 
 
 def parser() -> Parser:
@@ -132,15 +63,9 @@ def parser() -> Parser:
     p.set_defaults(specs=[])
 
     g = p.add_argument_group("model and prompt")
-    g.add_argument("-m", "--model", metavar="FILE", help=f"GGUF file (default: {DEFAULT}, which is bundled)")
+    model_flags(g)
+    prompt_flags(g)
     g.add_argument("--list-models", action="store_true", help="the bundled models: name, bytes, what it is, path")
-    g.add_argument("-p", "--prompt", metavar="TEXT")
-    g.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file (its last line end is dropped)")
-    g.add_argument("--no-bos", action="store_true", help="no BOS token before the prompt")
-    g.add_argument("--no-special", action="store_true", help="take <s> and the like in the prompt as plain text")
-    g.add_argument("-t", "--threads", type=int, metavar="N", help="default: the physical cores")
-    g.add_argument("--numerics", choices=("ggml", "f32"), default="ggml",
-                   help="ggml: activations quantised as llama.cpp does (default); f32: float32 throughout")
 
     g = p.add_argument_group("generation")
     g.add_argument("-n", "--n-predict", type=int, default=32, metavar="N", help="tokens at most (default 32)")
@@ -179,66 +104,6 @@ def parser() -> Parser:
     return p
 
 
-def number(text: str, flag: str, kind: type = int) -> Any:
-    """A number out of a flag of several values."""
-    try:
-        return kind(text)
-    except ValueError:
-        raise Error(f"--{flag.replace('_', '-')}: {text!r} is no {'whole ' if kind is int else ''}number") from None
-
-
-def actions_of(spec: Spec, model: Model, args: argparse.Namespace) -> list[tinymia.Action]:
-    """The actions that a flag stands for."""
-    flag, (name, *rest), when = spec.flag, spec.args, spec.when
-    where: dict[str, Any] = {"at": spec.at, "when": when}
-    if (spec.from_idx is not None or spec.to_idx is not None) and flag not in ("patch", "patch_avg", "add"):
-        raise Error(f"--from-token-idx and --to-token-idx qualify --patch, --patch-avg and --add, not --{flag}")
-    if spec.at is not None and flag in ("lens", "log", "save", "patch", "patch_avg"):
-        raise Error(f"--at does not apply to --{flag.replace('_', '-')}{'; FROM and TO do' if 'patch' in flag else ''}")
-    if flag == "lens":
-        return [tinymia.Lens(name, number(rest[0], "logit-lens"), args.lens_score or "raw", when=when)]
-    if flag == "log":
-        return [tinymia.Log(name, when=when)]
-    if flag == "save":
-        return [tinymia.Save(name, rest[0], when=when)]
-    if flag in ("patch", "patch_avg"):
-        files, idx = (rest[:1], rest[1:]) if flag == "patch" else (rest[:2], rest[2:])
-        src, to = (number(i, flag) for i in idx) if idx else (spec.from_idx, spec.to_idx)
-        return [tinymia.Patch(name, tuple(files) if len(files) > 1 else files[0], src, at=to, when=when)]
-    if flag in ("ablate", "select"):
-        return [tinymia.Ablate(f"kqv_merged-{layer}", args.ablate_mode or "zero", heads=heads, **where)
-                for layer, heads in heads_of(spec, model).items()]
-    if flag == "scale":
-        return [tinymia.Scale(name, number(rest[0], flag, float), **where)]
-    if flag == "add":
-        coef = number(rest[1], flag, float) if len(rest) > 1 else 1.0
-        return [tinymia.Add(name, rest[0], coef, row=spec.from_idx, **where)]
-    embedding = model.rows(model.weights.token_embd, np.array([model.tokenizer.one(rest[0])]))
-    if flag == "add_token":
-        return [tinymia.Add(name, embedding, number(rest[1], flag, float), **where)]
-    return [tinymia.ProjectOut(name, embedding, **where)]
-
-
-def heads_of(spec: Spec, model: Model) -> dict[int, list[int]]:
-    """Heads to silence by layer, from `3,9`, `1.4,2.0` or, to keep, a layer and a head."""
-    c, heads = model.config, {}
-    if spec.flag == "select":
-        pairs = [(number(spec.args[0], "select"), number(spec.args[1], "select"))]
-    else:
-        pairs = []
-        for part in spec.args[0].split(","):
-            layer, dot, head = part.partition(".")
-            one = number(layer, "ablate")
-            pairs.append((one, number(head, "ablate")) if dot else divmod(one, c.n_head))
-    for layer, head in pairs:
-        if not (0 <= layer < c.n_layer and 0 <= head < c.n_head):
-            raise Error(f"--{spec.flag}: no head {layer}.{head}: the model has {c.n_layer} layers of {c.n_head} heads")
-        heads.setdefault(layer, []).append(head)
-    if spec.flag == "select":
-        return {layer: [h for h in range(c.n_head) if h not in kept] for layer, kept in heads.items()}
-    return heads
-
-
 def cgraph(model: Model, n_tok: int | None) -> list[dict[str, Any]]:
     """Every op in the order of computation: name, op, shape, inputs, weight and its type."""
     sizes = {**model.config.sizes(), "n_tok": n_tok or "n_tok", "n_kv": n_tok or "n_kv"}
@@ -256,13 +121,6 @@ def cgraph(model: Model, n_tok: int | None) -> list[dict[str, Any]]:
             "type": tensor and tensor.type_name, "weight_shape": tensor and list(tensor.shape),
         })
     return rows
-
-
-def table(rows: list[list[Any]]) -> str:
-    """Columns, left-aligned."""
-    text = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*text)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in text)
 
 
 class Printer:
@@ -309,19 +167,6 @@ def list_models() -> list[dict[str, Any]]:
     return found
 
 
-def read_prompt(args: argparse.Namespace) -> str | None:
-    if args.file is None:
-        return args.prompt
-    if args.prompt is not None:
-        raise Error("-p and -f: one prompt at a time")
-    try:
-        return Path(args.file).expanduser().read_text("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as e:
-        raise Error(f"{args.file}: the prompt is not valid UTF-8 at byte {e.start}") from e
-    except OSError as e:
-        raise Error(f"{args.file}: {e.strerror or e}") from e
-
-
 def run(args: argparse.Namespace) -> int:
     """What main does once the flags are read."""
     if args.list_models:
@@ -331,14 +176,11 @@ def run(args: argparse.Namespace) -> int:
     if args.n_predict < 0:
         raise Error(f"-n {args.n_predict}: it must be 0 or more")
     if args.draw and importlib.util.find_spec("matplotlib") is None:
-        raise Error("--draw needs matplotlib: pip install tinymia[draw]")
+        raise Error("--draw needs matplotlib: pip install tinymia[lab]")
     if args.draw and not args.draw.endswith(".png"):
         raise Error(f"--draw {args.draw}: it draws .png files")
-    flags = {spec.flag for spec in args.specs}
-    if args.lens_score and "lens" not in flags:
+    if args.lens_score and all(spec.flag != "lens" for spec in args.specs):
         raise Error("--lens-score goes with --logit-lens")
-    if args.ablate_mode and not flags & {"ablate", "select"}:
-        raise Error("--ablate-mode goes with --ablate or --select")
     if not args.temp and (args.top_k or args.top_p != 1 or args.min_p):
         raise Error("--top-k, --top-p and --min-p choose among tokens to draw from: they need --temp above 0")
     prompt, clock = read_prompt(args), time.perf_counter()
@@ -375,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
 
 def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int], printer: Printer) -> None:
     """Run the prompt with its actions, and print what comes of it."""
-    actions = [action for spec in args.specs for action in actions_of(spec, model, args)]
+    actions = read_actions(args, model)
     if args.draw:
         check_target(args.draw, [])
         actions.append(tinymia.Save("kq_soft_max"))
@@ -383,35 +225,22 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
     print(table([["index", "id", "piece"], *rows]), file=sys.stderr, flush=True)
     live = sys.stdout.isatty() and not args.json
     live = live and all(a.when == "prompt" for a in actions if isinstance(a, (tinymia.Lens, tinymia.Log)))
-    begun, interrupted = False, False
-
-    def interrupt(*_: Any) -> None:
-        nonlocal interrupted
-        if not compiling():
-            raise KeyboardInterrupt
-        interrupted = True  # numba would swallow the exception: the next piece of text ends the run
+    begun = False
 
     def show(text: str) -> None:
-        nonlocal begun, interrupted
-        if interrupted:
-            interrupted = False
-            raise KeyboardInterrupt
+        nonlocal begun
+        check_interrupt()
         if not live:
             return
         print(text if begun else f'output: "{text}', end="", flush=True)
         begun = True
 
-    foremost = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-    before = signal.signal(signal.SIGINT, interrupt) if foremost else None
-    try:
+    with interruptible() as check_interrupt:
         gen = model.generate(
             prompt, args.n_predict, actions, temp=args.temp, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
             repeat_penalty=args.repeat_penalty, seed=args.seed, stop=args.stop, bos=False if args.no_bos else None,
             special=not args.no_special, on_text=show, on_record=printer.record,
         )
-    finally:
-        if foremost:
-            signal.signal(signal.SIGINT, before)
     if not args.json:
         print('"' if begun else f'output: "{gen.text}"', flush=True)
     if args.draw:
@@ -439,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(encoding="utf-8", errors="replace")
         if argv and argv[0] in SUBCOMMANDS:
-            status = importlib.import_module(f"tinymia_lab.{argv[0]}").command(argv[1:])
+            status = importlib.import_module(f"tinymia_lab.{argv[0].replace('-', '_')}").command(argv[1:])
         else:
             status = run(parser().parse_args(argv))
         sys.stdout.flush()

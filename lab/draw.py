@@ -43,10 +43,11 @@ class Layout:
 
 
 def draw(patterns: Patterns, path: str | os.PathLike[str], tokens: Sequence[str] | None = None,
-         title: str | None = None) -> None:
+         title: str | None = None, heads: Sequence[int] | None = None) -> None:
     """Write attention patterns, {layer: float32 [n_head, n_tok, n_kv]}, to `path` as one PNG.
 
-    `tokens` are the texts of the n_kv keys; the queries are the last n_tok of them. Colours run from 0 to 1 on a
+    `tokens` are the texts of the n_kv keys; the queries are the last n_tok of them. `heads` are the numbers of the
+    heads, where these are not all. Colours run from 0 to 1 on a
     square-root scale, so that weak attention shows beside strong. Where weights share a pixel it shows the largest.
     Raises tinymia.Error without matplotlib, and for patterns, tokens or a path that do not fit.
     """
@@ -57,9 +58,10 @@ def draw(patterns: Patterns, path: str | os.PathLike[str], tokens: Sequence[str]
     if tokens is not None and len(tokens) != shape[2]:
         raise Error(f"a picture with {shape[2]} keys needs as many tokens, not {len(tokens)}")
     try:
-        figure = _figure(patterns, _layout(len(patterns), *shape), tokens, " ".join((title or "").split()))
+        figure = _figure(patterns, _layout(len(patterns), *shape), tokens, " ".join((title or "").split()),
+                         range(shape[0]) if heads is None else heads)
     except ImportError:
-        raise Error("drawing needs matplotlib: pip install 'tinymia[draw]'") from None
+        raise Error("drawing needs matplotlib: pip install 'tinymia[lab]'") from None
     write_atomic(os.fspath(path), lambda file: figure.savefig(file, format="png"))
 
 
@@ -72,7 +74,8 @@ def _layout(n_layer: int, n_head: int, n_tok: int, n_kv: int) -> Layout:
     return Layout(pool, zoom, high, wide, tops, lefts)
 
 
-def _figure(patterns: Patterns, at: Layout, tokens: Sequence[str] | None, title: str) -> Figure:
+def _figure(patterns: Patterns, at: Layout, tokens: Sequence[str] | None, title: str,
+            heads: Sequence[int]) -> Figure:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import PowerNorm
@@ -80,7 +83,7 @@ def _figure(patterns: Patterns, at: Layout, tokens: Sequence[str] | None, title:
 
     colours = ScalarMappable(PowerNorm(0.5, 0, 1), colormaps["inferno"])
     image = _image(patterns, at, colours)
-    labels = _labels(tokens) if tokens is not None and at.zoom >= LABEL else []
+    labels = drawable([t.replace(" ", "▁") for t in tokens]) if tokens is not None and at.zoom >= LABEL else []
     size = min(9.0, 0.6 * at.zoom)                              # of the labels, in points
     edge = int(0.85 * size * max(map(len, labels), default=0))  # pixels they take; a monospaced letter is 0.6 em wide
     left, right, top, bottom = 90 + edge, 70, 80 if title else 36, 16 + edge
@@ -90,7 +93,7 @@ def _figure(patterns: Patterns, at: Layout, tokens: Sequence[str] | None, title:
     axes = figure.add_axes((left / width, low, image.shape[1] / width, tall), frameon=False)
     axes.imshow(image, interpolation="nearest", aspect="auto")
     _write_tokens(axes, at, labels, size)
-    _write_numbers(axes, at, sorted(patterns), -edge - 14)
+    _write_numbers(axes, at, sorted(patterns), heads, -edge - 14)
     figure.colorbar(colours, cax=figure.add_axes((1 - (right - 18) / width, low, 12 / width, tall)))
     room = (width - 20) // 10                                   # letters of the title
     title = title if len(title) <= room else title[:room - 1] + "…"
@@ -126,22 +129,22 @@ def _write_tokens(axes: Axes, at: Layout, labels: list[str], size: float) -> Non
     axes.tick_params(length=0, pad=3)
 
 
-def _write_numbers(axes: Axes, at: Layout, layers: list[int], x: int) -> None:
+def _write_numbers(axes: Axes, at: Layout, layers: list[int], heads: Sequence[int], x: int) -> None:
     """Layer numbers left of the picture, head numbers on top."""
     for top, layer in zip(at.tops, layers, strict=True):
         axes.text(x, top + at.high / 2, f"{layer}", ha="right", va="center", fontsize=12)
-    for head, left in enumerate(at.lefts):
+    for head, left in zip(heads, at.lefts, strict=True):
         axes.text(left + at.wide / 2, -8, f"{head}", ha="center", va="bottom", fontsize=12)
     axes.text(x, -8, "layer / head", ha="right", va="bottom", fontsize=8)
 
 
-def _labels(tokens: Sequence[str]) -> list[str]:
-    """Tokens as one sees them: blanks drawn, long ones cut, and a code point for what the font lacks."""
+def drawable(texts: Sequence[str], most: int = 14) -> list[str]:
+    """Texts as the font can show them: line ends drawn, long ones cut, and a code point for what it lacks."""
     from matplotlib.font_manager import findfont, get_font
 
     font, labels = get_font(findfont("monospace")), []
-    for token in tokens:
-        text = token.translate({ord(" "): "▁", ord("\n"): "↵", ord("\t"): "⇥"})
+    for text in texts:
+        text = text.translate({ord("\n"): "↵", ord("\t"): "⇥"})
         text = "".join(c if font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in text)
-        labels.append(text if len(text) <= 14 else text[:13] + "…")
+        labels.append(text if len(text) <= most else text[: most - 1] + "…")
     return labels

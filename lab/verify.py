@@ -6,7 +6,6 @@ prompt of a big model needs the memory of a layer and not of two passes. docs/ve
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -20,12 +19,15 @@ from tinymia import Action, Error, Model
 from tinymia_files import check_target, short, write_atomic
 from tinymia_models import DEFAULT
 
-from .cli import Parser, actions_of, change_flags, patch_flags, read_prompt, table
+from .action_flags import change_flags, patch_flags, read_actions
+from .arguments import Parser, read_prompt
 from .compare import Compared, Feed, Others, Progress, compare, divergence
 from .edits import Edits
 from .llama import FLASH, FUSED, Item, Outcome, compute
 from .recording import Recorder, check_recorded, read_recording
 from .reference import Reference
+from .result import dumps
+from .terminal import table
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -303,32 +305,20 @@ def command(argv: Sequence[str]) -> int:
     model = tinymia.load(args.model, args.threads)
     ticker = Ticker(len(model.table))
     common = {"tolerance": args.tolerance, "inject": args.inject, "progress": ticker}
-    args.lens_score = None
-    if args.ablate_mode and not {spec.flag for spec in args.specs} & {"ablate", "select"}:
-        raise Error("--ablate-mode goes with --ablate or --select")
     try:
         if args.self:
             out = verify_self(model, prompt, **common, **({"only": args.only} if args.only else {}))
         else:
-            actions = [action for spec in args.specs for action in actions_of(spec, model, args)]
+            actions = read_actions(args, model)
             out = verify(model, prompt, only=args.only, flash=args.flash, repack=args.repack, record=args.record,
                          against=args.against, actions=actions, n_predict=args.n_predict, **common)
     finally:
         ticker.close()
     if args.json:
-        print(json.dumps(finite(out), ensure_ascii=False, allow_nan=False))
+        print(dumps(out))
     else:
         print("\n".join(self_report(out) if args.self else report(out, model)))
     return 0 if out["ok"] else 1
-
-
-def finite(value: Any) -> Any:
-    """The same with null for what JSON cannot hold."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def logits_line(out: dict[str, Any]) -> str:

@@ -1,0 +1,152 @@
+"""The command line that the lab's commands share: model, prompt, threads, --json, and -o for what they found.
+
+    p = parser("lens", "What each layer would say.")        # -m -t --numerics -o --json --debug
+    prompt_flags(p)                                         # -p -f --no-bos --no-special
+    args = p.parse_args(argv)
+    model = open_model(args)
+    result = lens(model, prompt_ids(args, model))
+    return emit(args, result, text, heatmap)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import tinymia
+from tinymia import Error, Model
+from tinymia_files import check_target
+from tinymia_models import DEFAULT
+
+from .heatmap import Heatmap, draw_png
+from .page import page, write_page
+from .result import Result, dumps
+
+RESULTS, PICTURES = (".npz", ".json"), (".png", ".html")    # what -o takes
+Writer = Callable[[Path], None]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Error(f"{message} ({self.prog} --help shows the flags)")
+
+
+def model_flags(g: argparse._ActionsContainer) -> None:
+    """-m, -t, --numerics."""
+    g.add_argument("-m", "--model", metavar="FILE", help=f"GGUF file (default: {DEFAULT}, which is bundled)")
+    g.add_argument("-t", "--threads", type=int, metavar="N", help="default: the physical cores")
+    g.add_argument("--numerics", choices=("ggml", "f32"), default="ggml",
+                   help="ggml: activations quantised as llama.cpp does (default); f32: float32 throughout")
+
+
+def prompt_flags(g: argparse._ActionsContainer) -> None:
+    """-p, -f, --no-bos, --no-special."""
+    g.add_argument("-p", "--prompt", metavar="TEXT")
+    g.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file (its last line end is dropped)")
+    g.add_argument("--no-bos", action="store_true", help="no BOS token before the prompt")
+    g.add_argument("--no-special", action="store_true", help="take <s> and the like in the prompt as plain text")
+
+
+def parser(command: str, description: str, epilog: str = "", pictures: Sequence[str] = PICTURES) -> Parser:
+    """The flags that every command of the lab has; `pictures` are the kinds that it draws."""
+    p = Parser(f"tinymia {command}", description=description, epilog=epilog, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.set_defaults(specs=[], kinds=(*RESULTS, *pictures))
+    model_flags(p)
+    drawn = f"; {', '.join(pictures)} the picture" if pictures else ""
+    p.add_argument("-o", "--out", action="append", default=[], metavar="FILE",
+                   help=f".npz or .json keeps the result, and long work goes on from there{drawn}; more than once")
+    p.add_argument("--json", action="store_true", help="the result as one JSON object")
+    p.add_argument("--debug", action="store_true", help="a traceback with errors")
+    return p
+
+
+def check_file(flag: str, path: str, kinds: Sequence[str]) -> None:
+    """Raise Error now for a file that could not be written after a long run."""
+    if Path(path).suffix not in kinds:
+        raise Error(f"{flag} {path}: the kinds of file are {', '.join(kinds)}")
+    check_target(path, [])
+    if path.endswith(".png") and importlib.util.find_spec("matplotlib") is None:
+        raise Error(f"{flag} {path}: drawing needs matplotlib: pip install 'tinymia[lab]'")
+
+
+def out_file(args: argparse.Namespace) -> Path | None:
+    """The file of -o that a stopped run leaves its result in, and goes on from."""
+    return next((Path(path) for path in args.out if Path(path).suffix in RESULTS), None)
+
+
+def open_model(args: argparse.Namespace) -> Model:
+    """The model of -m, after a look at where the results go."""
+    for path in args.out:
+        check_file("-o", path, args.kinds)
+    if args.model is None:
+        print(f"no -m: the bundled model {DEFAULT} runs", file=sys.stderr)
+    return tinymia.load(args.model, args.threads, args.numerics)
+
+
+def read_prompt(args: argparse.Namespace) -> str | None:
+    """The text of -p or -f."""
+    if args.file is None:
+        return args.prompt
+    if args.prompt is not None:
+        raise Error("-p and -f: one prompt at a time")
+    try:
+        return Path(args.file).expanduser().read_text("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as e:
+        raise Error(f"{args.file}: the prompt is not valid UTF-8 at byte {e.start}") from e
+    except OSError as e:
+        raise Error(f"{args.file}: {e.strerror or e}") from e
+
+
+def prompt_ids(args: argparse.Namespace, model: Model) -> str | list[int]:
+    """The prompt that must be there: its text, or ids where --no-bos or --no-special say how it is cut."""
+    prompt = read_prompt(args)
+    if prompt is None:
+        raise Error("no prompt: give one with -p or -f")
+    if args.no_bos or args.no_special:
+        return model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
+    return prompt
+
+
+def chosen(wanted: str | Sequence[int] | None, n: int, what: str) -> list[int]:
+    """Which of n layers or heads: numbers, or a text such as 0,3-5; all where None. Raises Error."""
+    if wanted is None:
+        return list(range(n))
+    if isinstance(wanted, str):
+        try:
+            ends = [[int(end) for end in part.split("-", 1)] for part in wanted.split(",")]
+        except ValueError:
+            raise Error(f"{what}s {wanted!r}: write 0,3-5 for {what}s 0, 3, 4 and 5") from None
+        wanted = [i for end in ends for i in range(end[0], end[-1] + 1)]
+    numbers = sorted({int(i) for i in wanted})
+    if not numbers:
+        raise Error(f"no {what} is chosen")
+    for i in numbers:
+        if not 0 <= i < n:
+            raise Error(f"{what} {i} is out of range: there are {n} {what}s, 0 to {n - 1}")
+    return numbers
+
+
+def emit(args: argparse.Namespace, result: Result, text: str, picture: Heatmap | Sequence[Heatmap] | None = None,
+         writers: Mapping[str, Writer] | None = None) -> int:
+    """Print the text, or with --json the result, and write every file of -o: the exit status, 0.
+
+    `writers`, by suffix, draw what a heatmap cannot.
+    """
+    pictures = [picture] if isinstance(picture, Heatmap) else list(picture or ())
+    title = " ".join(["tinymia", result.about["command"], result.about["model"]["name"]])
+    draw: dict[str, Writer] = {
+        ".npz": result.save, ".json": result.save, ".png": lambda path: draw_png(path, pictures),
+        ".html": lambda path: write_page(path, page(title, [p.html() for p in pictures])),
+        **(writers or {}),
+    }
+    for path in args.out:
+        draw[Path(path).suffix](Path(path))
+    print(dumps(result.to_json()) if args.json else text)
+    return 0

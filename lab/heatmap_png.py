@@ -1,0 +1,108 @@
+"""Heatmaps as a PNG, by matplotlib: cells as large as their texts need, or without texts where there are too many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tinymia_files import Error, write_atomic
+
+from .colours import ink, stops
+from .heatmap import Heatmap
+from .terminal import visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# In pixels:
+DPI = 100
+LETTER = 6.7            # of the cells' texts, of 8 points
+LINE = 20               # a row of the grid with texts
+WIDEST = 5000           # a grid with texts; what is wider goes without
+SMALL = 1600            # a grid without, where its cells have two pixels or more
+TOP, RIGHT = 60, 76     # the title; the scale of colours
+TITLE = 900             # what titles have at least, 7 a letter; what is longer is cut
+MOST = 6000             # cells with texts
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of one heatmap in pixels."""
+
+    texts: bool     # whether the cells show theirs
+    wide: float     # the grid
+    high: float
+    left: float     # what the labels take
+    bottom: float
+
+
+def draw(path: str | Path, heatmaps: Sequence[Heatmap]) -> None:
+    """Write heatmaps one below the other. Raises Error without matplotlib."""
+    try:
+        figure = _figure(heatmaps)
+    except ImportError:
+        raise Error("drawing needs matplotlib: pip install 'tinymia[lab]'") from None
+    write_atomic(os.fspath(path), lambda file: figure.savefig(file, format="png"))
+
+
+def _layout(h: Heatmap) -> Layout:
+    n_rows, n_cols = len(h.rows), len(h.columns)
+    longest = max((len(h.text(i, j)) for i in range(n_rows) for j in range(n_cols)), default=1)
+    cell = min(max(longest, 3), 12) * LETTER + 8
+    texts = n_cols * cell <= WIDEST and n_rows * n_cols <= MOST
+    wide = n_cols * cell if texts else max(SMALL, 2.0 * n_cols)
+    high = n_rows * LINE if texts else max(12.0 * n_rows, 2.0 * n_rows, 120)
+    left, bottom = (30 + LETTER * min(max(map(len, labels), default=1), 14) for labels in (h.rows, h.columns))
+    return Layout(texts, max(wide, 120), max(high, 60), left + 24, bottom + 24)
+
+
+def _figure(heatmaps: Sequence[Heatmap]) -> Figure:
+    from matplotlib.figure import Figure
+
+    layouts = [_layout(h) for h in heatmaps]
+    width = max(at.left + max(at.wide, min(TITLE, 7 * len(h.title))) + RIGHT for at, h in zip(layouts, heatmaps))
+    height = sum(TOP + at.high + at.bottom for at in layouts)
+    figure, top = Figure((width / DPI, height / DPI), dpi=DPI), height
+    for h, at in zip(heatmaps, layouts):
+        top -= TOP + at.high
+        _draw_one(figure, h, at, [at.left / width, top / height, at.wide / width, at.high / height], width)
+        top -= at.bottom
+    return figure
+
+
+def _draw_one(figure: Figure, h: Heatmap, at: Layout, box: list[float], width: float) -> None:
+    """One heatmap in its box [left, bottom, width, height] of the figure."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    from .draw import drawable
+
+    colours, there = h.colours(), np.isfinite(h.values)
+    axes, order = figure.add_axes((box[0], box[1], box[2], box[3])), list(h.order)
+    axes.imshow(np.where(there[..., None], colours, np.uint8(225))[order], aspect="auto", interpolation="nearest")
+    style = {"fontsize": 8, "fontfamily": "monospace", "parse_math": False}
+    if at.texts:
+        cells, dark = (iter(drawable([h.text(i, j) for i in order for j in range(len(h.columns))], 12)), ink(colours))
+        for y, i in enumerate(order):
+            for x in range(len(h.columns)):
+                axes.text(x, y, next(cells), color="black" if dark[i, x] or not there[i, x] else "white",
+                          ha="center", va="center", **style)
+    every_x, every_y = (max(1, -(-n * 12 // round(size))) for n, size in
+                        ((len(h.columns), at.wide), (len(h.rows), at.high)))
+    axes.set_xticks(range(0, len(h.columns), every_x), drawable(list(map(visible, h.columns)))[::every_x],
+                    rotation=90 if max(map(len, h.columns), default=0) > 2 else 0, **style)
+    axes.set_yticks(range(0, len(order), every_y), drawable([visible(h.rows[i]) for i in order])[::every_y], **style)
+    axes.tick_params(length=0, pad=3)
+    axes.set_xlabel(h.x, fontsize=9)
+    axes.set_ylabel(h.y, fontsize=9)
+    room = int(width - RIGHT - at.left) // 7
+    title = h.title if len(h.title) <= room else h.title[: room - 1] + "…"
+    axes.set_title(f"{title}\ncolour: {h.unit}", fontsize=9, loc="left", parse_math=False)
+    scale = ScalarMappable(Normalize(*h.span), LinearSegmentedColormap.from_list("", stops(h.diverging) / 255))
+    bar = figure.add_axes((box[0] + box[2] + 14 / width, box[1], 12 / width, box[3]))
+    figure.colorbar(scale, cax=bar).ax.tick_params(labelsize=8)

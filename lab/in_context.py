@@ -1,0 +1,164 @@
+"""Prompts with examples, run with as little work as can be: what task vectors and function vectors have in common.
+
+A prompt is scored on its tail: its last token and, for answers of several tokens, the answer's tokens but the last
+(teacher forcing), since greedy decoding gives an answer exactly when each of its tokens is the best after those before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+import tinymia
+from tinymia import Action, Cache, Context, Error, Model, Replace, Run
+from tinymia_kernels import attention, rope, rope_angles, softmax, store_keys, store_values
+
+from .task_files import Pair, Task
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+class Prompt(NamedTuple):
+    """Token ids of a prompt and of what counts as its answer."""
+
+    ids: list[int]
+    answer: list[int]
+
+    @property
+    def tail(self) -> list[int]:
+        """The tokens whose logits give the answer, one a token of it."""
+        return [self.ids[-1], *self.answer[:-1]]
+
+
+def make_prompt(model: Model, task: Task, demonstrations: list[Pair], query: str, y: str) -> Prompt:
+    """The prompt that asks `query` after the demonstrations, and the tokens of y that are scored.
+
+    With score "first" these end with the first token that shows (Llama writes " 6" as "▁" and "6": both).
+    Raises Error where the vocabulary joins the end of the prompt and the answer in one token, and where the context is
+    too small.
+    """
+    text = task.template.prompt(demonstrations, query)
+    ids = model.tokenize(text, special=False)
+    whole = model.tokenize(text + task.template.answer(y), special=False)
+    answer = whole[len(ids) :]
+    if whole[: len(ids)] != ids or not answer:
+        raise Error(f"task {task.name}: {text[-20:]!r} and the answer {y!r} share a token: it needs another template")
+    if task.score == "first":
+        shown = (k for k in range(1, len(answer)) if model.detokenize(answer[:k]).strip())
+        answer = answer[: next(shown, len(answer))]
+    if len(ids) + len(answer) - 1 > model.config.n_ctx:
+        raise Error(f"task {task.name}: {len(demonstrations)} demonstrations, {query!r} and its answer have "
+                    f"{len(ids) + len(answer)} tokens; the context has room for {model.config.n_ctx}: take fewer shots")
+    return Prompt(ids, answer)
+
+
+def commit(result: Any, **fields: np.ndarray) -> None:
+    """Set all fields of a result at once: Ctrl-C comes before or after, not between."""
+    vars(result).update(fields)
+
+
+class Reader:
+    """Runs prompts after one another; keys and values of what a prompt has in common with the one before are kept."""
+
+    def __init__(self, model: Model):
+        self.model, self.cache, self.ids = model, model.cache(), list[int]()
+
+    def run(self, prompt: Prompt, keep: Sequence[str] = ()) -> Run:
+        """A pass over the prompt and its answer's tokens but the last; the run's last rows are the prompt's tail."""
+        ids, k = prompt.ids + prompt.answer[:-1], len(prompt.answer)
+        same = next((i for i, (a, b) in enumerate(zip(ids, self.ids)) if a != b), min(len(ids), len(self.ids)))
+        n = min(same, len(ids) - k)
+        self.cache.truncate(n)
+        run = self.model.run(ids[n:], keep, logits="last" if k == 1 else "all", cache=self.cache)
+        self.ids = ids
+        return run
+
+    def before(self, prompt: Prompt) -> Cache:
+        """The cache, holding what stands before the tail of the prompt that was run last."""
+        self.cache.truncate(len(prompt.ids) - 1)
+        self.ids = prompt.ids[:-1]
+        return self.cache
+
+
+def right(logits: np.ndarray, answer: Sequence[int]) -> bool:
+    """Whether the best tokens of the last rows, [.., n_vocab], are the answer."""
+    return logits[-len(answer) :].argmax(-1).tolist() == list(answer)
+
+
+def probability(logits: np.ndarray, answer: Sequence[int]) -> float:
+    """Of the answer: the product of its tokens' probabilities in the last rows, [.., n_vocab]."""
+    rows = softmax(np.ascontiguousarray(logits[-len(answer) :], np.float32))
+    return float(np.prod(rows[np.arange(len(answer)), list(answer)], dtype=np.float64))
+
+
+def variants(
+    model: Model, cache: Cache, tokens: list[int], n: int, actions: Sequence[Action],
+    start: tuple[int, np.ndarray] | None = None,
+) -> np.ndarray:
+    """n versions of the tail `tokens`, each as if it alone followed what the cache holds: logits [n, n_tok, n_vocab].
+
+    All versions go through the layers as one batch of n * n_tok rows, so that every weight is read once. The actions
+    make the versions differ: they see these rows, a version after another. Each row turns and attends as at its own
+    place, which is put right in Qcur_pre, Kcur_pre, Vcur and kqv_merged. start = (il, x [n_tok, n_embd]) begins
+    all versions at layer il on the residual x. Raises Error when the batch has more rows than the context positions.
+    """
+    c, k, past = model.config, len(tokens), cache.n
+    if n * k > c.n_ctx:
+        raise Error(f"{n} versions of {k} tokens are more than the context's {c.n_ctx}: score the first token alone")
+    seen: dict[str, np.ndarray] = {}
+    angles = c.n_rot, c.rope_base, c.rope_scale, c.rope_gain, c.yarn, model.weights.rope_freqs, model.numerics
+    cos, sin = rope_angles(np.tile(np.arange(past, past + k), n), *angles)          # [n * n_tok, n_rot / 2]
+    scale = 1 / np.sqrt(np.float32(c.d_head))
+
+    def see(x: np.ndarray, ctx: Context) -> None:
+        seen[ctx.op.base] = x
+
+    def attend(out: np.ndarray, ctx: Context) -> np.ndarray:
+        k_cache, v_cache = cache.k[ctx.layer], cache.v[ctx.layer]
+        queries, keys = rope(seen["Qcur_pre"], cos, sin), rope(seen["Kcur_pre"], cos, sin)
+        for i in range(0, n * k, k):
+            store_keys(k_cache, keys[i : i + k], past)
+            store_values(v_cache, seen["Vcur"][i : i + k], past)
+            out[i : i + k] = attention(queries[i : i + k], k_cache, v_cache, past, scale, model.pool)
+        return out
+
+    cache.reserve(past + k)
+    apart = [*(Replace(name, see) for name in ("Qcur_pre", "Kcur_pre", "Vcur")), Replace("kqv_merged", attend)]
+    try:
+        begin = None if start is None else (start[0], np.tile(start[1], (n, 1)))
+        logits = model.run(tokens * n, actions=[*apart, *actions], start=begin).logits
+    finally:
+        cache.truncate(past)
+    return logits.reshape(n, k, -1)
+
+
+@lru_cache(maxsize=1)
+def _open(path: Path, threads: int, numerics: str) -> Model:
+    return tinymia.load(path, threads, numerics)
+
+
+def _call(how: tuple[Path, int, str], fn: Callable[[Model, Item], Found], item: Item) -> Found:
+    return fn(_open(*how), item)
+
+
+def spread(
+    model: Model, fn: Callable[[Model, Item], Found], items: Sequence[Item], executor: Executor | None = None
+) -> Iterator[Found]:
+    """fn(model, item) for each item, in their order. An executor's workers open the model's file themselves."""
+    if executor is None:
+        yield from (fn(model, item) for item in items)
+        return
+    how = (model.path.resolve(), model.pool.n, model.numerics)
+    futures = [executor.submit(_call, how, fn, item) for item in items]
+    try:
+        for future in futures:
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()

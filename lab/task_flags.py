@@ -1,0 +1,58 @@
+"""What task-vector and function-vector share on the command line: tasks, their prompts, the seed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+
+from tinymia import Error, Model
+
+from .in_context import make_prompt
+from .task_files import TEMPLATES, Task, names, read_task, read_tasks
+from .terminal import table
+
+
+def task_flags(p: argparse.ArgumentParser, shots: int) -> None:
+    """TASK ..., --list, --template, --separator, --shots, --score, --seed."""
+    p.add_argument("task", nargs="*", metavar="TASK", help="names of tasks, or JSON files")
+    p.add_argument("--list", action="store_true", help="the tasks that come with the lab, and no more")
+    p.add_argument("--template", metavar="TEXT", help="a demonstration, with {x} and {y}; or the name of one: "
+                   f"{', '.join(TEMPLATES)}; default: the task's")
+    p.add_argument("--separator", metavar="TEXT", help="what stands between demonstrations; \\n is a line end")
+    p.add_argument("--shots", type=int, metavar="N", help=f"demonstrations ({shots}, unless the task says otherwise)")
+    p.add_argument("--score", choices=("first", "whole"),
+                   help="right by the answer's first token, or by all of them; default: the task's, or first")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (0)")
+
+
+def tasks_of(args: argparse.Namespace) -> list[Task]:
+    """The tasks asked for."""
+    if not args.task:
+        raise Error("no task: name one or more, or a JSON file (--list shows all)")
+    template, separator = (None if t is None else t.replace("\\n", "\n") for t in (args.template, args.separator))
+    return read_tasks(args.task, template, separator, args.score)
+
+
+def list_tasks(as_json: bool) -> int:
+    """Print what comes with the lab; the exit status."""
+    rows = [(task.name, len(task.pairs), str(task.template), task.about) for task in map(read_task, names())]
+    if as_json:
+        print(json.dumps([dict(zip(("name", "pairs", "template", "about"), row)) for row in rows], ensure_ascii=False))
+    else:
+        print(table([["task", "pairs", "template", "what"], *rows]))
+    return 0
+
+
+def tell_answers(model: Model, tasks: list[Task]) -> None:
+    """A line on stderr for each task some of whose answers have more tokens than are scored, the first."""
+    for task in tasks:
+        many = list[str]()
+        for x, y in task.pairs:
+            scored, all_ = (make_prompt(model, replace(task, score=s), [], x, y).answer for s in (task.score, "whole"))
+            if scored != all_:
+                many.append(f"{model.detokenize(scored)!r} of {task.template.answer(y)!r}")
+        if many:
+            print(f"note: {task.name}: {len(many)} of {len(task.pairs)} answers have several tokens; the first counts, "
+                  f"as {many[0]} (--score whole: all)", file=sys.stderr)

@@ -1,0 +1,252 @@
+"""Task vectors against plain runs of whole prompts: no cache, no batch, an action at a time."""
+import json
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+from conftest import command, shared
+
+import tinymia
+from tinymia_lab import task_trials, task_vector
+from tinymia_lab.in_context import Prompt, Reader, variants
+from tinymia_lab.task_files import Task, read_task
+
+TASKS = ["copycat-next-letters", "copycat-first-letters"]
+SMALL = {"n_dev": 6, "n_test": 5}
+
+
+@pytest.fixture(scope="module", params=["ggml", "f32"])
+def copycat(request):
+    return tinymia.load(threads=1, numerics=request.param)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return tinymia.load(threads=1)
+
+
+@pytest.fixture(scope="module")
+def found(plain):
+    return task_vector.task_vector(plain, TASKS, conflict=True, **SMALL)
+
+
+def theta_of(model, task, drawn, layer):
+    """l_out of the layer at the last token, over prompts as text, averaged."""
+    texts = [task.template.prompt(drawn.shown, x) for x, _ in drawn.dummies]
+    return np.mean([model.run(text, keep=[f"l_out-{layer}"])[f"l_out-{layer}"][-1] for text in texts], axis=0)
+
+
+def says(model, task, text, answer, layer=None, theta=None):
+    """Whether greedy decoding after the text, theta put in, gives the whole answer."""
+    at = len(model.tokenize(text)) - 1
+    actions = [] if layer is None else [tinymia.Patch(f"l_out-{layer}", theta[None], at=at)]
+    n = len(model.tokenize(text + task.template.answer(answer))) - at - 1
+    return model.generate(text, n=n, actions=actions).text == task.template.answer(answer)
+
+
+@pytest.mark.parametrize("name", ["copycat-capital", "copycat-next-letters", "copycat-reverse-digits"])
+def test_every_layer_equals_plain_runs(copycat, name):
+    task = read_task(name)
+    drawn = task_trials.draw(task, task.shots, 2, 4, 4, seed=3)[0]
+    results = []
+    for one in drawn:
+        hits, theta = task_trials.dev_trial(copycat, task_trials.make_trial(copycat, task, one))
+        x, y = one.query
+        for layer in range(copycat.config.n_layer):
+            want = theta_of(copycat, task, one, layer)
+            np.testing.assert_allclose(theta[layer], want, rtol=0, atol=1e-4 * np.abs(want).max())
+            assert hits[layer] == says(copycat, task, task.template.prompt([], x), y, layer, want), (x, layer)
+        results.append(hits)
+    assert 0 < np.mean(results) < 1
+
+
+def test_the_tables_equal_plain_runs(plain, found):
+    for i, name in enumerate(TASKS):
+        task = read_task(name)
+        dev, test = task_trials.draw(task, task.shots, 2, **SMALL, seed=0)
+        assert found.dev_hits.shape == (2, 6, 6) and found.test_hits.shape == (2, 5, 3)
+        assert not {d.query for d in dev} & {d.query for d in test}
+        layer = int(found.layer[i])
+        np.testing.assert_array_equal(found.by_layer[i], found.dev_hits[i].mean(0))
+        assert found.by_layer[i, layer] == found.by_layer[i].max() > found.by_layer[i, :layer].max(initial=-1)
+        want = []
+        for one in test:
+            x, y = one.query
+            bare, full = task.template.prompt([], x), task.template.prompt(one.shown, x)
+            theta = theta_of(plain, task, one, layer)
+            want.append([says(plain, task, bare, y), says(plain, task, bare, y, layer, theta),
+                         says(plain, task, full, y)])
+        np.testing.assert_array_equal(found.test_hits[i], want)
+        np.testing.assert_array_equal(found.accuracy[i], np.mean(want, axis=0))
+        mean = np.mean([theta_of(plain, task, one, layer) for one in dev], axis=0)
+        np.testing.assert_allclose(found.vectors[i, layer], mean, rtol=0, atol=1e-4 * np.abs(mean).max())
+        assert [one["layer"] for one in found.lens[i]] == [layer, min(layer + 2, 5)]
+        want = plain.lens(mean, 5, "prob")[0]
+        np.testing.assert_allclose([p for _, p in found.lens[i][0]["best"]], [p for _, p in want], atol=1e-3)
+        assert found.lens[i][0]["best"][0][0] == want[0][0]
+
+
+def test_copycat_has_task_vectors(found):
+    """Numbers of the model card: letters come out with the vector, not without."""
+    assert found.accuracy[:, 0].max() <= 0.2 and found.accuracy[:, 1:].min() >= 0.8
+    assert [found.lens[i][1]["best"][0][0].strip() for i in (0, 1)] == ["next", "first"]
+
+
+def test_conflict_equals_plain_runs(plain, found):
+    a, b = (read_task(name) for name in TASKS)
+    tests = task_trials.draw(a, a.shots, 2, **SMALL, seed=0)[1]
+    other, layer, want = dict(b.pairs), int(found.layer[1]), []
+    items = task_trials.conflict_prompts(plain, a, b, tests, b.shots, 2, 0)
+    asked = [one for one in tests if other.get(one.query[0], one.query[1]) != one.query[1]]
+    assert len(asked) == len(items) == np.isfinite(found.conflict_hits[0, 1, :, 0]).sum() > 0
+    for one, (dummies, prompts) in zip(asked, items):
+        x, y = one.query
+        full = a.template.prompt(one.shown, x)
+        assert all(p.ids == plain.tokenize(full) for p in prompts)
+        ends = [plain.run(p.ids, keep=[f"l_out-{layer}"])[f"l_out-{layer}"][-1] for p in dummies]
+        theta = np.mean(ends, axis=0)
+        want.append([says(plain, a, full, y), says(plain, a, full, other[x]),
+                     says(plain, a, full, y, layer, theta), says(plain, a, full, other[x], layer, theta)])
+        texts = [plain.detokenize(p.ids) for p in dummies]
+        assert not any(text.startswith(f"{x} to") or f", {x} to" in text for text in texts)
+    np.testing.assert_array_equal(found.conflict_hits[0, 1, : len(want)], want)
+    assert np.isnan(found.conflict[0, 0]).all()
+    assert found.conflict[0, 1, 3] > found.conflict[0, 1, 1]    # the vector's task takes over
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"numerics": "f32"}, {"wtype": "Q4_0"}, {"rope_scale": 4.0, "n_head_kv": 4}, {"d_head": 32, "n_head_kv": 1},
+])
+@pytest.mark.parametrize("k", [1, 3])
+def test_versions_in_a_batch_equal_runs_one_by_one(load, how, k):
+    model = load(**how)
+    c = model.config
+    ids = [1, *np.random.default_rng(0).integers(3, c.n_vocab, 8).tolist()]
+    rows = np.random.default_rng(1).standard_normal((c.n_layer, c.n_embd)).astype(np.float32)
+    reader = Reader(model)
+    reader.run(Prompt(ids[: 10 - k], [*ids[10 - k :], 5]))
+    cache = reader.before(Prompt(ids[: 10 - k], [0]))
+    before = [v.copy() for v in cache.v]
+
+    def put(x, ctx):
+        x[ctx.layer * k] = rows[ctx.layer]
+        return x
+
+    got = variants(model, cache, ids[-k:], c.n_layer, [tinymia.Replace("l_out", put)])
+    for il in range(c.n_layer):
+        want = model.run(ids, actions=[tinymia.Patch(f"l_out-{il}", rows[il][None], at=len(ids) - k)]).logits[-k:]
+        np.testing.assert_allclose(got[il], want, rtol=0, atol=1e-4 * np.abs(want).max())
+    assert cache.n == len(ids) - k and all((a == b).all() for a, b in zip(before, cache.v))
+
+
+def test_versions_on_stories():
+    model = tinymia.load(shared("models/stories260K-f32.gguf"), threads=1)
+    ids = model.tokenize("Once upon a time there was a")
+    reader, c = Reader(model), model.config
+    reader.run(Prompt(ids, [1]))
+    patch = [tinymia.Scale("l_out-2", 0.5, at=0)]
+    got = variants(model, reader.before(Prompt(ids, [1])), ids[-1:], 1, patch)[0, 0]
+    want = model.run(ids, actions=[tinymia.Scale("l_out-2", 0.5, at=-1)]).logits[-1]
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    with pytest.raises(tinymia.Error, match="versions of 1 tokens"):
+        variants(model, model.cache(), [1], c.n_ctx + 1, [])
+
+
+def test_a_reader_gives_what_a_fresh_run_gives(plain):
+    reader = Reader(plain)
+    shown = "Egypt -> Cairo, Norway -> Oslo,"
+    for text in (f"{shown} Estonia ->", f"{shown} France ->", "France ->"):
+        ids = plain.tokenize(text)
+        np.testing.assert_allclose(reader.run(Prompt(ids, [7])).logits[-1], plain.run(ids).logits[-1], atol=1e-4)
+        reader.before(Prompt(ids, [7]))
+
+
+def same(a, b):
+    equal = [np.array_equal(x, b.arrays()[name], equal_nan=True) for name, x in a.arrays().items()]
+    return all(equal) and a.lens == b.lens
+
+
+def test_a_seed_gives_the_tables_again_and_executors_give_the_same(plain, found):
+    assert same(found, task_vector.task_vector(plain, TASKS, conflict=True, **SMALL))
+    alone = task_vector.task_vector(plain, TASKS[1], **SMALL)
+    np.testing.assert_array_equal(alone.dev_hits[0], found.dev_hits[1])
+    assert not np.array_equal(alone.vectors, task_vector.task_vector(plain, TASKS[1], seed=1, **SMALL).vectors)
+    for executor in (ThreadPoolExecutor(2), ProcessPoolExecutor(2, get_context("spawn"))):
+        with executor:
+            spread = task_vector.task_vector(plain, TASKS, conflict=True, executor=executor, **SMALL)
+        assert same(found, spread), type(executor)
+
+
+@pytest.mark.parametrize("stop", [("dev_trial", 3), ("measure_trial", 7), ("conflict_trial", 2)])
+@pytest.mark.parametrize("suffix", [".npz", ".json"])
+def test_a_stopped_run_goes_on_where_it_was(plain, found, monkeypatch, tmp_path, capsys, stop, suffix):
+    name, n = stop
+    calls, measure, out = [], getattr(task_vector, name), tmp_path / f"run{suffix}"
+
+    def stopping(*args):
+        calls.append(args)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(task_vector, name, stopping)
+    with pytest.raises(KeyboardInterrupt):
+        task_vector.task_vector(plain, TASKS, conflict=True, out=out, **SMALL)
+    assert "the same command goes on from there" in capsys.readouterr().err
+    before = len(calls)
+    whole = task_vector.task_vector(plain, TASKS, conflict=True, out=out, **SMALL)
+    conflicts = int(np.isfinite(found.conflict_hits[..., 0]).sum())
+    total = {"dev_trial": 12, "measure_trial": 10, "conflict_trial": conflicts}[name]
+    assert len(calls) - before == total - (n - 1)   # what was done is not done again
+    assert same(found, whole) and same(whole, task_vector.TaskVector.load(out))
+    with pytest.raises(tinymia.Error, match="settings seed is 0, not 1"):
+        task_vector.task_vector(plain, TASKS, conflict=True, out=out, seed=1, **SMALL)
+
+
+def test_errors(plain):
+    few = Task("few", tuple(read_task("copycat-capital").pairs[:7]))
+    with pytest.raises(tinymia.Error, match="few has 7 pairs: 5 demonstrations, 2 dummies and a query need 8"):
+        task_vector.task_vector(plain, few)
+    with pytest.raises(tinymia.Error, match="different answers"):
+        task_vector.task_vector(plain, ["copycat-capital", "copycat-past"], conflict=True)
+    for name in ("shots", "dummies", "n_dev", "n_test"):
+        with pytest.raises(tinymia.Error, match=f"{name} is 0: it must be 1 or more"):
+            task_vector.task_vector(plain, "copycat-capital", **{name: 0})
+    with pytest.raises(tinymia.Error, match="seed is -1"):
+        task_vector.task_vector(plain, "copycat-capital", seed=-1)
+
+
+def test_the_command(tmp_path):
+    png, html, npz = (tmp_path / f"v{suffix}" for suffix in (".png", ".html", ".npz"))
+    small = ["--n-dev", "6", "--n-test", "5"]
+    status, out, err = command("task-vector", *TASKS, "--conflict", *small, "-o", png, "-o", html, "-o", npz)
+    assert status == 0, err
+    assert out.splitlines()[0].split() == ["task", "dev", "test", "layer", "baseline", "vector", "regular"]
+    assert "the mean vector through the lens" in out and "conflict:" in out
+    assert png.read_bytes()[:4] == b"\x89PNG" and "copycat-next-letters" in html.read_text("utf-8")
+    status, again, err = command("task-vector", *TASKS, "--conflict", *small, "-o", npz)
+    assert status == 0 and again == out
+    status, text, _ = command("task-vector", *TASKS, "--conflict", *small, "--json")
+    found = task_vector.TaskVector.load(npz)
+    assert status == 0 and json.loads(text)["accuracy"] == found.accuracy.tolist()
+
+
+def test_the_command_with_the_papers_template_tells_of_long_answers():
+    status, _, err = command("task-vector", "person-language", "--template", "hendel", "--n-dev", "1", "--n-test", "1",
+                             "--shots", "1", "--dummies", "1")
+    assert status == 0 and "answers have several tokens; the first counts" in err, err
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    ([], "no task"),
+    (["nothing-such"], "no task is called 'nothing-such'"),
+    (["copycat-capital", "--template", "{x}"], "template '{x}'"),
+    (["copycat-capital", "--shots", "0"], "shots is 0"),
+    (["copycat-capital", "--shots", "90"], "90 demonstrations"),
+    (["copycat-capital", "-o", "v.txt"], "kinds of file"),
+])
+def test_the_commands_errors_are_one_line(args, says):
+    status, out, err = command("task-vector", *args)
+    error = err.strip().splitlines()[-1]
+    assert status == 2 and not out and error.startswith("error: ") and says in error and "Traceback" not in err
