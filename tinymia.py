@@ -659,13 +659,14 @@ def forward(
     for il in range(first, c.n_layer):
         blk, k_cache, v_cache = w.blk[il], cache.k[il], cache.v[il]
 
-        cur = t("norm", il, rms_norm(x, c.eps))                                     # [n_tok, n_embd]
+        cur = t("norm", il, rms_norm(x, c.eps, m.pool))                             # [n_tok, n_embd]
         cur = t("attn_norm", il, cur * blk.attn_norm)                               # [n_tok, n_embd]
-        q = t("Qcur_pre", il, m.linear(cur, blk.attn_q, c.n_head))                  # [n_tok, n_head, d_head]
-        k = t("Kcur_pre", il, m.linear(cur, blk.attn_k, c.n_head_kv))               # [n_tok, n_head_kv, d_head]
-        v = t("Vcur", il, m.linear(cur, blk.attn_v, c.n_head_kv))                   # [n_tok, n_head_kv, d_head_v]
-        q = t("Qcur", il, rope(q, cos, sin))                                        # [n_tok, n_head, d_head]
-        k = t("Kcur", il, rope(k, cos, sin))                                        # [n_tok, n_head_kv, d_head]
+        forms: dict[Any, Any] = {}                                                  # of cur, shared by its products
+        q = t("Qcur_pre", il, m.linear(cur, blk.attn_q, c.n_head, forms))           # [n_tok, n_head, d_head]
+        k = t("Kcur_pre", il, m.linear(cur, blk.attn_k, c.n_head_kv, forms))        # [n_tok, n_head_kv, d_head]
+        v = t("Vcur", il, m.linear(cur, blk.attn_v, c.n_head_kv, forms))            # [n_tok, n_head_kv, d_head_v]
+        q = t("Qcur", il, rope(q, cos, sin, m.pool))                                # [n_tok, n_head, d_head]
+        k = t("Kcur", il, rope(k, cos, sin, m.pool))                                # [n_tok, n_head_kv, d_head]
         store_keys(k_cache, k, n)                                                   # [n_head_kv, capacity, d_head]
         store_values(v_cache, v, n)                                                 # [n_head_kv, d_head_v, capacity]
         if t.wants(il, "kq", "kq_soft_max", "kqv"):
@@ -681,9 +682,10 @@ def forward(
 
         cur = t("norm_ffn", il, rms_norm(x, c.eps))                                 # [n_tok, n_embd]
         cur = t("ffn_norm", il, cur * blk.ffn_norm)                                 # [n_tok, n_embd]
-        gate = t("ffn_gate", il, m.linear(cur, blk.ffn_gate))                       # [n_tok, n_ff]
-        up = t("ffn_up", il, m.linear(cur, blk.ffn_up))                             # [n_tok, n_ff]
-        gate = t("ffn_silu", il, silu(gate))                                        # [n_tok, n_ff]
+        forms = {}
+        gate = t("ffn_gate", il, m.linear(cur, blk.ffn_gate, forms=forms))          # [n_tok, n_ff]
+        up = t("ffn_up", il, m.linear(cur, blk.ffn_up, forms=forms))                # [n_tok, n_ff]
+        gate = t("ffn_silu", il, silu(gate, m.pool))                                # [n_tok, n_ff]
         cur = t("ffn_gate_par", il, gate * up)                                      # [n_tok, n_ff]
         cur = t("ffn_out", il, m.linear(cur, blk.ffn_down))                         # [n_tok, n_embd]
         x = t("l_out", il, cur + x)                                                 # [n_tok, n_embd]
@@ -766,10 +768,15 @@ class Model:
         """Dequantised rows of a matrix, float32 [len(ids), n_in]."""
         return kernels.get_rows(weight.raw, weight.format, *weight.shape, ids)
 
-    def linear(self, x: np.ndarray, layer: Linear, n_head: int | None = None) -> np.ndarray:
-        """x W^T + b: float32 [n_tok, n_in] -> [n_tok, n_out], or [n_tok, n_head, n_out / n_head]."""
+    def linear(
+        self, x: np.ndarray, layer: Linear, n_head: int | None = None, forms: dict[Any, Any] | None = None
+    ) -> np.ndarray:
+        """x W^T + b: float32 [n_tok, n_in] -> [n_tok, n_out], or [n_tok, n_head, n_out / n_head].
+
+        Calls with the same x may share a dict `forms`, so that x is quantised once.
+        """
         w, b = layer
-        y = kernels.matmul(x, w.raw, w.format, w.shape[0], self.numerics, self.pool)
+        y = kernels.matmul(x, w.raw, w.format, w.shape[0], self.numerics, self.pool, forms)
         y = y if b is None else y + b
         return y if n_head is None else y.reshape(len(y), n_head, -1)
 

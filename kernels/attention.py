@@ -100,7 +100,7 @@ def attention(
 ) -> np.ndarray:
     """kqv(soft_max(kq(q, k, n_past + n_tok), scale, n_past), v) with the heads side by side.
 
-    Returns float32 [n_tok, n_head * d_v]; memory for n_kv scores a thread. ValueError when shapes do not fit.
+    Returns float32 [n_tok, n_head * d_v]; memory for 4 n_kv scores a thread. ValueError when shapes do not fit.
     """
     _like("q", q, k.shape[-1])
     n_tok, n_head = q.shape[:2]
@@ -110,5 +110,5 @@ def attention(
         raise ValueError(f"n_past {n_past}, k {k.dtype} {k.shape}, v {v.dtype} {v.shape}: they do not fit each other")
     out = np.empty((n_tok, n_head * v.shape[1]), np.float32)
     work = 8 * n_head * n_tok * (n_past + n_tok)
-    run(pool, work, kernels.attention, n_head * n_tok, q, k, v, n_past, np.float32(scale), out)
+    run(pool, work, kernels.attention, n_head * -(-n_tok // 4), q, k, v, n_past, np.float32(scale), out)
     return out

@@ -1,6 +1,6 @@
-"""The row functions of attention, and the kernels made of them: one query of one head at a time.
+"""The row functions of attention, and the kernels made of them: one query of one head at a time, or four.
 
-Items are numbered h * n_tok + t, so that a thread's items share the keys and values of few heads. Values are cached
+Items are numbered head after head, so that a thread's items share the keys and values of few heads. Values are cached
 with positions innermost, as ggml does, so that both products of attention are dots of contiguous rows. The templates
 are specialised for caches of F16 (cast rounds, narrow makes the 16 bits) and of F32 (both leave the numbers alone).
 """
@@ -16,7 +16,7 @@ from .lanes import largest, maximum, total
 from .simd import address_of, keep, store
 from .vectors import exp, f32x1, f32x16, load_f32x1, load_f32x16
 
-dot = cast = narrow = cast_row = dots = None  # see jit.specialise
+dot = tile = cast = narrow = cast_row = dots = tiles = None  # see jit.specialise
 SIZE = 0
 
 
@@ -50,6 +50,18 @@ def dots_template(x, n, rows, stride, n_rows, out):
     """out[i] = x . row i, for n_rows rows of length n, their starts `stride` numbers apart."""
     for i in range(n_rows):
         store(out + 4 * i, f32x1(dot(rows + SIZE * stride * i, n, x)))
+
+
+def tiles_template(x, x_stride, n, rows, stride, n_rows, out, out_stride):
+    """The same for four x, `x_stride` bytes apart; their results lie `out_stride` bytes apart."""
+    for i in range(0, n_rows, 2):
+        k = min(i + 1, n_rows - 1)
+        a, b = tile(rows + SIZE * stride * i, rows + SIZE * stride * k, n, x, x_stride)
+        for to, sums in ((out + 4 * i, a), (out + 4 * k, b)):
+            store(to, f32x1(sums[0]))
+            store(to + out_stride, f32x1(sums[1]))
+            store(to + 2 * out_stride, f32x1(sums[2]))
+            store(to + 3 * out_stride, f32x1(sums[3]))
 
 
 @inline
@@ -126,17 +138,31 @@ def kqv_template(p, v, out, i0, i1):
 
 def attention_template(q, k, v, n_past, scale, out, i0, i1):
     (n_tok, n_head, d), (n_head_kv, k_cap, d), (n_head_kv, d_v, v_cap) = q.shape, k.shape, v.shape
-    scratch = np.empty(up16(d) + up16(n_past + n_tok), np.float32)
-    row, q, k, v, out = address_of(scratch), address_of(q), address_of(k), address_of(v), address_of(out)
-    p = row + 4 * up16(d)
+    wide, blocks = 4 * up16(d), (n_tok + 3) // 4
+    scratch = np.empty(4 * (up16(d) + up16(n_past + n_tok)), np.float32)
+    x, q, k, v, out = address_of(scratch), address_of(q), address_of(k), address_of(v), address_of(out)
     for item in range(i0, i1):
-        h, t = item // n_tok, item % n_tok
-        n, h_kv, at = n_past + t + 1, h * n_head_kv // n_head, t * n_head + h
-        cast_row(q + 4 * at * d, d, row)
-        dots(row, d, k + SIZE * h_kv * k_cap * d, d, n, p)
-        soft_max_row(p, n, scale)
-        cast_row(p, up16(n), p)
-        dots(p, up16(n), v + SIZE * h_kv * d_v * v_cap, v_cap, d_v, out + 4 * at * d_v)
+        h, t = item // blocks, item % blocks * 4
+        h_kv, at, n = h * n_head_kv // n_head, t * n_head + h, n_past + min(t + 4, n_tok)
+        keys, values = k + SIZE * h_kv * k_cap * d, v + SIZE * h_kv * d_v * v_cap
+        p, long = x + 4 * wide, 4 * up16(n)
+        four = t + 4 <= n_tok
+        for m in range(min(4, n_tok - t)):
+            cast_row(q + 4 * (at + m * n_head) * d, d, x + m * wide)
+            if not four:
+                dots(x + m * wide, d, keys, d, n, p + m * long)
+        if four:
+            tiles(x, wide, d, keys, d, n, p, long)
+        for m in range(min(4, n_tok - t)):
+            seen = n_past + t + m + 1
+            soft_max_row(p + m * long, seen, scale)
+            for j in range(up16(seen), up16(n), 16):
+                store(p + m * long + 4 * j, f32x16(0))
+            cast_row(p + m * long, up16(n), p + m * long)
+            if not four:
+                dots(p + m * long, up16(n), values, v_cap, d_v, out + 4 * (at + m * n_head) * d_v)
+        if four:
+            tiles(p, long, up16(n), values, v_cap, d_v, out + 4 * at * d_v, 4 * n_head * d_v)
     keep(scratch)
 
 
@@ -154,7 +180,8 @@ def _kernels(fmt, cast, narrow) -> Kernels:
     name, size = fmt.name, fmt.type_size
     cast_row = specialise(cast_row_template, f"cast_row_{name}", part=True, cast=cast)
     dots = specialise(dots_template, f"dots_{name}", part=True, dot=fmt.dot, SIZE=size)
-    parts = {"cast_row": cast_row, "dots": dots, "SIZE": size}
+    tiles = specialise(tiles_template, f"tiles_{name}", part=True, tile=fmt.tile, SIZE=size)
+    parts = {"cast_row": cast_row, "dots": dots, "tiles": tiles, "SIZE": size}
     return Kernels(
         specialise(store_keys_template, f"store_keys_{name}", narrow=narrow, SIZE=size),
         specialise(store_values_template, f"store_values_{name}", narrow=narrow, SIZE=size),

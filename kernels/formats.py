@@ -35,6 +35,7 @@ class Format:
     matmul_many: Callable | None = field(default=None, repr=False, compare=False)  # for many tokens at once
     unpack_rows: Callable | None = field(default=None, repr=False, compare=False)  # unpack.unpack_rows
     dot: Callable | None = field(default=None, repr=False, compare=False)  # float formats: rows.dot_floats, a part
+    tile: Callable | None = field(default=None, repr=False, compare=False)  # float formats: rows.tile_floats
 
     def row_bytes(self, n_in: int) -> int:
         """Bytes of a row of n_in weights; ValueError when n_in is no multiple of block_size."""
@@ -68,16 +69,17 @@ def register_floats(name: str, type: int, size: int, weights, weight, pairs: boo
     parts["dot"] = dot = specialise(rows.dot_floats, f"dot_{name}", part=True, **parts)
     tile = specialise(rows.tile_floats, f"tile_{name}", part=True, **parts)
     unpack = specialise(unpacking.unpack_floats, f"unpack_{name}", part=True, **parts)
-    stack = _row_by_row(name, dot)
-    matmul = specialise(products.matmul_rows, f"matmul_{name}", stack=stack, tile=tile, start=address_of)
+    stack = specialise(stacks.stack_floats, f"stack_{name}", part=True, **parts)
+    matmul = specialise(products.matmul_rows, f"matmul_{name}", stack=stack, tile=tile, start=address_of, FAR=True)
     unpack_rows = specialise(unpacking.unpack_rows, f"unpack_rows_{name}", unpack=unpack)
     many = None if pairs else specialise(products.matmul_unpacked, f"matmul_many_{name}", unpack=unpack)
-    return register(Format(name, type, 1, size, name, 0, 0 if pairs else 32, matmul, matmul, many, unpack_rows, dot))
+    least = 0 if pairs else 32
+    return register(Format(name, type, 1, size, name, 0, least, matmul, matmul, many, unpack_rows, dot, tile))
 
 
 def register_quants(
     name: str, type: int, block_size: int, type_size: int, activation: str, bias: int, quants, scale, minimum=None,
-    sums=None, fours=None,
+    sums=None, fours: stacks.Fours | None = None,
 ) -> Format:  # fmt: skip
     """Enter a quantised format, see rows.py for quants, scale, minimum and bias, and for sums other than usual.
 
@@ -92,12 +94,13 @@ def register_quants(
     }
     tile = specialise(rows.tile_quantised, f"tile_{name}", part=True, **groups)
     if fours:
-        four = dict(zip(("four_quants", "four_scales", "four_minimums"), fours), SIZE=type_size * 32 // block_size)
+        four = fours._asdict()
         four["add_group"] = specialise(stacks.add_group_template, f"add_group_{name}", part=True, **four)
-        template = stacks.stack_scale_minimum if minimum else stacks.stack_scale
+        template = stacks.stack_scale_by_four if fours.scales_of_four else stacks.stack_scale
+        template = stacks.stack_scale_minimum if minimum else template
         stack = specialise(template, f"stack_{name}", part=True, **four)
     else:
-        stack = _row_by_row(name, specialise(rows.dot_quantised, f"dot_{name}", part=True, **groups))
+        stack = specialise(stacks.stack_quantised, f"stack_{name}", part=True, **groups)
     unpack_template = unpacking.unpack_quantised_minimum if minimum else unpacking.unpack_quantised
     unpack = specialise(unpack_template, f"unpack_{name}", part=True, **parts)
     partial_sums = block_panels.apart if sums is rows.TWO_SUMS else block_panels.together
@@ -124,7 +127,7 @@ def superblock_format(
     steps = {"nothing": sums.nothing, "step": sums.step, "whole": sums.whole, "SIZE": type_size}
     steps["open_block"] = specialise(superblocks.open_template, f"open_{name}", part=True, **parts, rest=rest)
     dot = specialise(superblocks.dot_superblocks, f"dot_{name}", part=True, **steps)
-    stack = _row_by_row(name, dot)
+    stack = specialise(stacks.stack_superblocks, f"stack_{name}", part=True, dot=dot)
     tile = specialise(superblocks.tile_superblocks, f"tile_{name}", part=True, **steps)
     unpack = specialise(
         unpacking.unpack_superblocks, f"unpack_{name}", part=True, **parts, SIZE=type_size, BIAS=np.float32(bias)
@@ -145,14 +148,11 @@ def register_superblocks(*args) -> Format:
     return register(superblock_format(*args))
 
 
-def _row_by_row(name: str, dot):
-    return specialise(stacks.stack_rows, f"stack_{name}", part=True, dot=dot)
-
-
 def _with_kernels(fmt: Format, stack, tile, unpack) -> Format:
     """The format with the kernels that are made of its dot product, its tile and its unpacking of a row."""
     name = fmt.name
-    matmul = specialise(products.matmul_rows, f"matmul_{name}", stack=stack, tile=tile, start=first_record)
+    parts = {"stack": stack, "tile": tile, "start": first_record, "FAR": fmt.block_size < 256}
+    matmul = specialise(products.matmul_rows, f"matmul_{name}", **parts)
     matmul_f32 = specialise(products.matmul_unpacked, f"matmul_f32_{name}", unpack=unpack)
     unpack_rows = specialise(unpacking.unpack_rows, f"unpack_rows_{name}", unpack=unpack)
     return replace(fmt, matmul=matmul, matmul_f32=matmul_f32, unpack_rows=unpack_rows)

@@ -19,7 +19,7 @@ from .formats import register_quants, register_superblocks
 from .jit import inline
 from .lanes import constant, shuffle
 from .simd import Vec
-from .stacks import four_halves, four_loads
+from .stacks import Fours, four_halves, four_halves_of_18, four_loads
 from .superblocks import BIAS_BY_LANE
 from .vectors import half_at, load_u8x16, load_u8x32, load_u16x1, load_u32x1, nibbles, to_i32
 
@@ -49,6 +49,11 @@ def scale_nl(row, j):
     return half_at(row + 18 * j)
 
 
+@inline
+def scales_of_four_nl(row, stride, j):
+    return four_halves_of_18(row + 18 * j, stride)
+
+
 by_group = shuffle([*range(16), *range(32, 48), *range(16, 32), *range(48, 64)])
 
 
@@ -73,5 +78,6 @@ def scales_xs(block):
     return (l >> place_in_l() & 15 | (h >> place_in_h() & 3) << 4) - 32
 
 
-IQ4_NL = register_quants("IQ4_NL", 20, 32, 18, "Q8_0", 128, quants_nl, scale_nl, fours=(four_nl, scales_nl))
+FOURS_NL = Fours(four_nl, scales_nl, scales_of_four=scales_of_four_nl)
+IQ4_NL = register_quants("IQ4_NL", 20, 32, 18, "Q8_0", 128, quants_nl, scale_nl, fours=FOURS_NL)
 IQ4_XS = register_superblocks("IQ4_XS", 23, 136, 128, 32, BIAS_BY_LANE, quants_xs, scales_xs, half_at)

@@ -87,6 +87,19 @@ def shuffle(mask):
     return unary(lambda v: Vec(v.element, len(mask)), emit)
 
 
+def shuffle2(mask):
+    """f(a, b) -> lanes `mask` of those of a followed by those of b"""
+
+    @intrinsic
+    def f(_, a, b):
+        def codegen(context, builder, sig, args):
+            return builder.shuffle_vector(*args, lanes(mask))
+
+        return Vec(a.element, len(mask))(a, b), codegen
+
+    return f
+
+
 @intrinsic
 def concat(_, low, high):
     """The lanes of `low`, then the lanes of `high`."""

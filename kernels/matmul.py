@@ -61,13 +61,15 @@ def _panels(module, records: np.ndarray, n_tok: int, n_in: int, block: int, pool
 
 
 def matmul(
-    x: np.ndarray, raw: np.ndarray, fmt: Format, n_out: int, numerics: str = "ggml", pool: Pool | None = None
-) -> np.ndarray:
+    x: np.ndarray, raw: np.ndarray, fmt: Format, n_out: int, numerics: str = "ggml", pool: Pool | None = None,
+    forms: dict | None = None,
+) -> np.ndarray:  # fmt: skip
     """out[t, i] = sum over j of x[t, j] * weight[i, j].
 
     x: float32 [n_tok, n_in], contiguous. raw: uint8, the n_out rows of n_in weights as they lie in a file.
     Returns float32 [n_tok, n_out]. numerics "ggml": activations are rounded or quantised as fmt.activation says, bytes
-    are multiplied as integers, sums are float32. "f32": float32 weights times float32 activations.
+    are multiplied as integers, sums are float32. "f32": float32 weights times float32 activations. Products of the same
+    x may share `forms`, an empty dict at first, in which x is kept as it was prepared.
     ValueError when shapes, types or lengths do not fit.
     Source: ggml-cpu.c, ggml_compute_forward_mul_mat and type_traits_cpu (vec_dot_type).
     """
@@ -79,7 +81,10 @@ def matmul(
     if numerics == "ggml":
         many = 0 < fmt.many <= n_tok and n_in % 16 == 0
         kernel = fmt.matmul_many if many else fmt.matmul
-        y, stride, n = _prepare(x, fmt, many, pool)
+        forms, form = {} if forms is None else forms, (fmt.activation, fmt.bias, many)
+        if form not in forms:
+            forms[form] = _prepare(x, fmt, many, pool)
+        y, stride, n = forms[form]
     elif numerics == "f32":
         kernel, y, stride, n = fmt.matmul_f32, x, 4 * n_in, n_in
     else:

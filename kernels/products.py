@@ -14,6 +14,7 @@ from .vectors import f32x16, load_f32x16
 ROWS = 16  # rows that all tokens pass before the next rows: they stay in the nearest cache
 
 start = stack = tile = unpack = None  # see jit.specialise
+FAR = False  # whether the four rows of a stack are a quarter of all apart, each a long stream
 
 
 def matmul_rows(y, stride, w, row_bytes, n, out, i0, i1):
@@ -27,12 +28,14 @@ def matmul_rows(y, stride, w, row_bytes, n, out, i0, i1):
                 a, b = tile(w + i * row_bytes, w + k * row_bytes, n, y + t * stride, stride)
                 out[t, i], out[t + 1, i], out[t + 2, i], out[t + 3, i] = a
                 out[t, k], out[t + 1, k], out[t + 2, k], out[t + 3, k] = b
+    apart, step = ((i1 - i0) // 4, 1) if FAR else (1, 4)
+    for i in range(i0, i0 + (i1 - i0) // 4 * step, step):
         for t in range(n_tok - n_tok % 4, n_tok):
-            for i in range(begin, end - 3, 4):
-                sums = stack(w + i * row_bytes, row_bytes, n, y + t * stride)
-                out[t, i], out[t, i + 1], out[t, i + 2], out[t, i + 3] = sums
-            for i in range(end - (end - begin) % 4, end):
-                out[t, i] = stack(w + i * row_bytes, 0, n, y + t * stride)[0]
+            sums = stack(w + i * row_bytes, apart * row_bytes, n, y + t * stride)
+            out[t, i], out[t, i + apart], out[t, i + 2 * apart], out[t, i + 3 * apart] = sums
+    for i in range(i1 - (i1 - i0) % 4, i1):
+        for t in range(n_tok - n_tok % 4, n_tok):
+            out[t, i] = stack(w + i * row_bytes, 0, n, y + t * stride)[0]
 
 
 @inline

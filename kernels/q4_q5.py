@@ -18,7 +18,7 @@ Source: ggml-common.h, block_q4_0 to block_q5_1; ggml-quants.c, dequantize_row_q
 from .formats import register_quants
 from .jit import inline
 from .lanes import bits_of
-from .stacks import four_fifth_bits, four_halves, four_loads
+from .stacks import Fours, four_fifth_bits, four_halves, four_halves_of_18, four_loads
 from .vectors import half_at, load_u8x16, load_u32x1, nibbles
 
 
@@ -97,6 +97,11 @@ def scales_q4_0(row, stride, j):
 
 
 @inline
+def scales_of_four_q4_0(row, stride, j):
+    return four_halves_of_18(row + 18 * j, stride)
+
+
+@inline
 def four_q4_1(row, stride, j):
     return four_nibbles(row + 20 * j + 4, stride)
 
@@ -138,11 +143,11 @@ def minimums_q5_1(row, stride, j):
     return four_halves(row + 24 * j + 2, stride)
 
 
-Q4_0 = register_quants("Q4_0", 2, 32, 18, "Q8_0", 8, quants_q4_0, scale_q4_0, fours=(four_q4_0, scales_q4_0))
-Q4_1 = register_quants(
-    "Q4_1", 3, 32, 20, "Q8_1", 0, quants_q4_1, scale_q4_1, minimum_q4_1, fours=(four_q4_1, scales_q4_1, minimums_q4_1)
-)
-Q5_0 = register_quants("Q5_0", 6, 32, 22, "Q8_0", 16, quants_q5_0, scale_q5_0, fours=(four_q5_0, scales_q5_0))
-Q5_1 = register_quants(
-    "Q5_1", 7, 32, 24, "Q8_1", 0, quants_q5_1, scale_q5_1, minimum_q5_1, fours=(four_q5_1, scales_q5_1, minimums_q5_1)
-)
+FOURS_Q4_0 = Fours(four_q4_0, scales_q4_0, scales_of_four=scales_of_four_q4_0)
+FOURS_Q4_1 = Fours(four_q4_1, scales_q4_1, minimums_q4_1)
+FOURS_Q5_0 = Fours(four_q5_0, scales_q5_0)
+FOURS_Q5_1 = Fours(four_q5_1, scales_q5_1, minimums_q5_1)
+Q4_0 = register_quants("Q4_0", 2, 32, 18, "Q8_0", 8, quants_q4_0, scale_q4_0, fours=FOURS_Q4_0)
+Q4_1 = register_quants("Q4_1", 3, 32, 20, "Q8_1", 0, quants_q4_1, scale_q4_1, minimum_q4_1, fours=FOURS_Q4_1)
+Q5_0 = register_quants("Q5_0", 6, 32, 22, "Q8_0", 16, quants_q5_0, scale_q5_0, fours=FOURS_Q5_0)
+Q5_1 = register_quants("Q5_1", 7, 32, 24, "Q8_1", 0, quants_q5_1, scale_q5_1, minimum_q5_1, fours=FOURS_Q5_1)

@@ -111,16 +111,6 @@ SCALE_MINIMUM = nothing_scale_minimum, step_scale_minimum, whole_scale_minimum
 TWO_SUMS = nothing_scale_minimum, step_two_sums, whole_two_sums
 
 
-def dot_quantised(row, n_groups, record):
-    acc = nothing()
-    for j in range(0, n_groups - 1, 2):
-        acc = step(acc, pair(row, j), record)
-        record += 256
-    if n_groups % 2:
-        acc = step(acc, single(row, n_groups - 1), record)
-    return whole(acc)
-
-
 def tile_quantised(row, row2, n_groups, record, stride):
     a = b = nothing(), nothing(), nothing(), nothing()
     for j in range(0, n_groups - 1, 2):

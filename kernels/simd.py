@@ -133,20 +133,6 @@ def store(_, address, vector):
     return types.none(types.intp, vector), codegen
 
 
-@intrinsic
-def prefetch(_, address):
-    """Ask for the cache line at an address, which need not be ours."""
-
-    def codegen(context, builder, sig, args):
-        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function_type = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-        builder.call(function, [builder.inttoptr(args[0], pointer)] + [number(k) for k in (0, 3, 1)])
-        return context.get_dummy_value()
-
-    return types.none(types.intp), codegen
-
-
 # What threads share: words of 64 bits.
 
 WORD = ir.IntType(64)
