@@ -173,7 +173,8 @@ class Cache:
     """Keys and values of the positions seen so far, a pair of arrays a layer.
 
     k[il] is [n_head_kv, capacity, d_head] and v[il] is [n_head_kv, d_head_v, capacity]: float16 with ggml's numerics,
-    float32 otherwise. Capacity doubles as needed.
+    float32 otherwise. Capacity doubles as needed. The tokens of a pass are one sequence here, which goes on after the
+    first n positions; a subclass may know better (lab/branches.py: several sequences with a common beginning).
     """
 
     def __init__(self, c: Config, numerics: str):
@@ -195,6 +196,35 @@ class Cache:
         self.n = n
         for v in self.v:
             v[:, :, n:] = 0
+
+    def positions(self, n_tok: int) -> np.ndarray:
+        """Of the n_tok rows of the next pass, intp [n_tok]."""
+        return np.arange(self.n, self.n + n_tok)
+
+    def last(self, x: np.ndarray) -> np.ndarray:
+        """Of rows [n_tok, ...] the one whose logits tell the next token."""
+        return x[-1:]
+
+    def store(self, il: int, k: np.ndarray, v: np.ndarray) -> None:
+        """Keep the keys [n_tok, n_head_kv, d_head] and values [n_tok, n_head_kv, d_head_v] of a pass."""
+        store_keys(self.k[il], k, self.n)
+        store_values(self.v[il], v, self.n)
+
+    def kq(self, il: int, q: np.ndarray) -> np.ndarray:
+        """Scores of queries [n_tok, n_head, d_head] with the keys: [n_head, n_tok, n_kv]."""
+        return kernels.kq(q, self.k[il], self.n + len(q))
+
+    def soft_max(self, kq: np.ndarray, scale: np.float32) -> np.ndarray:
+        """The attention pattern: scaled, masked, normalised; [n_head, n_tok, n_kv]."""
+        return kernels.soft_max(kq, scale, self.n)
+
+    def kqv(self, il: int, pattern: np.ndarray) -> np.ndarray:
+        """Values weighed by the pattern: [n_head, n_tok, d_head_v]."""
+        return kernels.kqv(pattern, self.v[il])
+
+    def attention(self, il: int, q: np.ndarray, scale: np.float32, pool: kernels.Pool) -> np.ndarray:
+        """The three in one, heads side by side: [n_tok, n_head * d_head_v]."""
+        return attention(q, self.k[il], self.v[il], self.n, scale, pool)
 
 
 # ---------------------------------------------------------------------------------------- named tensors
@@ -313,8 +343,8 @@ class Context:
         wanted = np.where(wanted < 0, wanted + n, wanted)
         if must and self.phase == "prompt" and ((wanted < 0) | (wanted >= n)).any():
             raise ActionError(f"{self.name}: position {at} is out of range: the prompt has {n} tokens, 0 to {n - 1}")
-        here = np.flatnonzero((wanted >= self.positions[0]) & (wanted < n))
-        return wanted[here] - self.positions[0], here
+        rows, places = np.nonzero(self.positions[:, None] == wanted)
+        return rows, places
 
 
 @dataclass(frozen=True)
@@ -587,9 +617,9 @@ class Tap:
         for path, names in files.items():
             check_target(path, names)
 
-    def begin(self, phase: str, start: int, n_tok: int) -> None:
-        """Before each pass: which rows of which sequence come."""
-        self.phase, self.positions = phase, np.arange(start, start + n_tok)
+    def begin(self, phase: str, positions: np.ndarray) -> None:
+        """Before each pass: the positions of its rows, intp [n_tok]."""
+        self.phase, self.positions = phase, positions
 
     def wants(self, il: int | None, *bases: str) -> bool:
         """Whether an action of this phase is on one of these names."""
@@ -601,10 +631,9 @@ class Tap:
             if action.when in ("all", self.phase):
                 name = base if il is None else f"{base}-{il}"
                 op = self.model.table[name][0]
-                positions = self.positions[-x.shape[op.dims.index("n_tok")] :]
                 keep = partial(self._keep, action)
                 with np.errstate(all="ignore"):  # what is no number shows in the logits, and is told of there
-                    y = action.apply(x, Context(name, il, positions, self.phase, op, self.model, keep))
+                    y = action.apply(x, Context(name, il, self.positions, self.phase, op, self.model, keep))
                 self.fired[i] |= y is not None
                 if y is not None and y is not x:
                     if np.shape(y) != x.shape:
@@ -650,14 +679,15 @@ def forward(
     t(name, layer, value) names a value and gives the one to go on with. start = (il, x) begins at layer il on a given
     residual x [n_tok, n_embd] (the cache then gets keys and values of the layers from il on only).
     """
-    c, w, n, n_tok = m.config, m.weights, cache.n, len(tokens)
-    cache.reserve(n + n_tok)
+    c, w, n_tok, positions = m.config, m.weights, len(tokens), cache.positions(len(tokens))
+    n_kv = int(positions[-1]) + 1
+    cache.reserve(n_kv)
     angles = c.n_rot, c.rope_base, c.rope_scale, c.rope_gain, c.yarn, w.rope_freqs, m.numerics
-    cos, sin = rope_angles(np.arange(n, n + n_tok), *angles)                        # [n_tok, n_rot / 2]
+    cos, sin = rope_angles(positions, *angles)                                      # [n_tok, n_rot / 2]
     scale = 1 / np.sqrt(np.float32(c.d_head))
     first, x = start or (0, t("inp_embd", None, m.rows(w.token_embd, tokens)))      # [n_tok, n_embd]
     for il in range(first, c.n_layer):
-        blk, k_cache, v_cache = w.blk[il], cache.k[il], cache.v[il]
+        blk = w.blk[il]
 
         cur = t("norm", il, rms_norm(x, c.eps, m.pool))                             # [n_tok, n_embd]
         cur = t("attn_norm", il, cur * blk.attn_norm)                               # [n_tok, n_embd]
@@ -667,15 +697,14 @@ def forward(
         v = t("Vcur", il, m.linear(cur, blk.attn_v, c.n_head_kv, forms))            # [n_tok, n_head_kv, d_head_v]
         q = t("Qcur", il, rope(q, cos, sin, m.pool))                                # [n_tok, n_head, d_head]
         k = t("Kcur", il, rope(k, cos, sin, m.pool))                                # [n_tok, n_head_kv, d_head]
-        store_keys(k_cache, k, n)                                                   # [n_head_kv, capacity, d_head]
-        store_values(v_cache, v, n)                                                 # [n_head_kv, d_head_v, capacity]
+        cache.store(il, k, v)
         if t.wants(il, "kq", "kq_soft_max", "kqv"):
-            kq = t("kq", il, kernels.kq(q, k_cache, n + n_tok))                     # [n_head, n_tok, n_kv]
-            kq = t("kq_soft_max", il, kernels.soft_max(kq, scale, n))               # [n_head, n_tok, n_kv]
-            cur = t("kqv", il, kernels.kqv(kq, v_cache))                            # [n_head, n_tok, d_head_v]
+            kq = t("kq", il, cache.kq(il, q))                                       # [n_head, n_tok, n_kv]
+            kq = t("kq_soft_max", il, cache.soft_max(kq, scale))                    # [n_head, n_tok, n_kv]
+            cur = t("kqv", il, cache.kqv(il, kq))                                   # [n_head, n_tok, d_head_v]
             cur = cur.swapaxes(0, 1).reshape(n_tok, -1)                             # [n_tok, n_head * d_head_v]
         else:
-            cur = attention(q, k_cache, v_cache, n, scale, m.pool)                  # [n_tok, n_head * d_head_v]
+            cur = cache.attention(il, q, scale, m.pool)                             # [n_tok, n_head * d_head_v]
         cur = t("kqv_merged", il, cur)                                              # [n_tok, n_head * d_head_v]
         cur = t("kqv_out", il, m.linear(cur, blk.attn_output))                      # [n_tok, n_embd]
         x = t("ffn_inp", il, cur + x)                                               # [n_tok, n_embd]
@@ -689,8 +718,10 @@ def forward(
         cur = t("ffn_gate_par", il, gate * up)                                      # [n_tok, n_ff]
         cur = t("ffn_out", il, m.linear(cur, blk.ffn_down))                         # [n_tok, n_embd]
         x = t("l_out", il, cur + x)                                                 # [n_tok, n_embd]
-    cache.n = n + n_tok
-    cur = t("norm", None, rms_norm(x[-1:] if last else x, c.eps))                   # [n_tok, n_embd]
+    cache.n = n_kv
+    if last:
+        x, t.positions = cache.last(x), cache.last(positions)                       # [1, n_embd]
+    cur = t("norm", None, rms_norm(x, c.eps))                                       # [n_tok, n_embd]
     cur = t("result_norm", None, cur * w.output_norm)                               # [n_tok, n_embd]
     return t("result_output", None, m.linear(cur, w.output))                        # [n_tok, n_vocab]
 
@@ -904,12 +935,13 @@ class Model:
     def _pass(
         self, ids: Sequence[int], cache: Cache, tap: Tap, phase: str, start: tuple[int, np.ndarray] | None, last: bool
     ) -> np.ndarray:
-        if cache.n + len(ids) > self.config.n_ctx:
+        positions = cache.positions(len(ids))
+        if positions[-1] >= self.config.n_ctx:
             before = f" after {cache.n} in the cache" if cache.n else ""
             raise Error(f"the prompt has {len(ids)} tokens{before}; the context has room for {self.config.n_ctx}")
         if cache.of != (self.config, self.numerics):
             raise Error("this cache was made by another model, or for other numerics")
-        tap.begin(phase, cache.n, len(ids))
+        tap.begin(phase, positions)
         n = cache.n
         try:
             logits = forward(self, np.asarray(ids, np.intp), cache, tap, start, last)

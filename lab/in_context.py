@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 import tinymia
-from tinymia import Action, Cache, Context, Error, Model, Replace, Run
-from tinymia_kernels import attention, rope, rope_angles, softmax, store_keys, store_values
+from tinymia import Action, Cache, Error, Model, Run
+from tinymia_kernels import softmax
 
+from .branches import Branches
 from .task_files import Pair, Task
 
 Item = TypeVar("Item")
@@ -104,38 +107,16 @@ def variants(
     """n versions of the tail `tokens`, each as if it alone followed what the cache holds: logits [n, n_tok, n_vocab].
 
     All versions go through the layers as one batch of n * n_tok rows, so that every weight is read once. The actions
-    make the versions differ: they see these rows, a version after another. Each row turns and attends as at its own
-    place, which is put right in Qcur_pre, Kcur_pre, Vcur and kqv_merged. start = (il, x [n_tok, n_embd]) begins
-    all versions at layer il on the residual x. Raises Error when the batch has more rows than the context positions.
+    make the versions differ: they see these rows, a version after another. start = (il, x [n_tok, n_embd]) begins
+    all versions at layer il on the residual x.
     """
-    c, k, past = model.config, len(tokens), cache.n
-    if n * k > c.n_ctx:
-        raise Error(f"{n} versions of {k} tokens are more than the context's {c.n_ctx}: score the first token alone")
-    seen: dict[str, np.ndarray] = {}
-    angles = c.n_rot, c.rope_base, c.rope_scale, c.rope_gain, c.yarn, model.weights.rope_freqs, model.numerics
-    cos, sin = rope_angles(np.tile(np.arange(past, past + k), n), *angles)          # [n * n_tok, n_rot / 2]
-    scale = 1 / np.sqrt(np.float32(c.d_head))
+    branches = Branches(cache, [cache.n] * n, cache.n + len(tokens))
+    begin = None if start is None else (start[0], np.tile(start[1], (n, 1)))
+    return model.run(tokens * n, actions=actions, cache=branches, start=begin).logits.reshape(n, len(tokens), -1)
 
-    def see(x: np.ndarray, ctx: Context) -> None:
-        seen[ctx.op.base] = x
 
-    def attend(out: np.ndarray, ctx: Context) -> np.ndarray:
-        k_cache, v_cache = cache.k[ctx.layer], cache.v[ctx.layer]
-        queries, keys = rope(seen["Qcur_pre"], cos, sin), rope(seen["Kcur_pre"], cos, sin)
-        for i in range(0, n * k, k):
-            store_keys(k_cache, keys[i : i + k], past)
-            store_values(v_cache, seen["Vcur"][i : i + k], past)
-            out[i : i + k] = attention(queries[i : i + k], k_cache, v_cache, past, scale, model.pool)
-        return out
-
-    cache.reserve(past + k)
-    apart = [*(Replace(name, see) for name in ("Qcur_pre", "Kcur_pre", "Vcur")), Replace("kqv_merged", attend)]
-    try:
-        begin = None if start is None else (start[0], np.tile(start[1], (n, 1)))
-        logits = model.run(tokens * n, actions=[*apart, *actions], start=begin).logits
-    finally:
-        cache.truncate(past)
-    return logits.reshape(n, k, -1)
+_shared: WeakValueDictionary[tuple[Path, int, str], Model] = WeakValueDictionary()  # models of this process's callers
+_opening = Lock()
 
 
 @lru_cache(maxsize=1)
@@ -144,17 +125,23 @@ def _open(path: Path, threads: int, numerics: str) -> Model:
 
 
 def _call(how: tuple[Path, int, str], fn: Callable[[Model, Item], Found], item: Item) -> Found:
-    return fn(_open(*how), item)
+    with _opening:
+        model = _shared.get(how) or _open(*how)
+    return fn(model, item)
 
 
 def spread(
     model: Model, fn: Callable[[Model, Item], Found], items: Sequence[Item], executor: Executor | None = None
 ) -> Iterator[Found]:
-    """fn(model, item) for each item, in their order. An executor's workers open the model's file themselves."""
+    """fn(model, item) for each item, in their order.
+
+    An executor's threads share the model; workers that are processes open its file, once each.
+    """
     if executor is None:
         yield from (fn(model, item) for item in items)
         return
     how = (model.path.resolve(), model.pool.n, model.numerics)
+    _shared[how] = model
     futures = [executor.submit(_call, how, fn, item) for item in items]
     try:
         for future in futures:

@@ -251,11 +251,12 @@ def compute(
     flash: bool,
     repack: bool,
     n: int,
+    setup: Callable[[Any, Any], None] | None = None,
 ) -> Outcome:
     """One pass of llama.cpp over `ids`, then n greedy tokens; every wanted tensor goes through `edit`, then to `put`.
 
     CPU only, K and V in F16 and, unless `repack`, weights used as they lie in the file. `text`, when given, is
-    tokenised by llama.cpp too.
+    tokenised by llama.cpp too. setup(llama_cpp, context) is called once the context is there.
     """
     llama_cpp = package()
     outcome = Outcome(llama_cpp.__version__)
@@ -278,6 +279,8 @@ def compute(
             context = llama_cpp.llama_init_from_model(llama, cp)
             if not context:
                 raise Error(f"{model.path}: llama.cpp cannot make a context: {why(log)}")
+            if setup is not None:
+                setup(llama_cpp, context)
             vocab = llama_cpp.llama_model_get_vocab(llama)
             outcome.tokens = None if text is None else tokenize(llama_cpp, vocab, text)
             decode(llama_cpp, context, list(ids), 0)

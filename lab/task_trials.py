@@ -85,7 +85,7 @@ def dev_trial(model: Model, trial: Trial) -> tuple[np.ndarray, np.ndarray]:
 
 def patched(reader: Reader, prompt: Prompt, layer: int, theta: np.ndarray) -> np.ndarray:
     """Logits [n_tok, n_vocab] of the tail of the prompt run last, theta in place of its first row at the layer."""
-    patch = Patch(f"l_out-{layer}", theta[layer][None], at=0)
+    patch = Patch(f"l_out-{layer}", theta[layer][None], at=len(prompt.ids) - 1)
     return variants(reader.model, reader.before(prompt), prompt.tail, 1, [patch])[0]
 
 

@@ -1,0 +1,1 @@
+"""tinymia's speed and memory beside llama.cpp's: `python -m bench`."""
