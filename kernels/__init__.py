@@ -3,13 +3,16 @@
     matmul.py       products with weights as they lie in the file, unpacking rows
     formats.py      the registry of block formats; one family each is described in
                     floats.py, q8.py, q4_q5.py, k_quants.py, iq4.py, mxfp4.py, ternary.py, unrolled.py
-    rows.py         the dot products from which every format gets its kernels, products.py; unpack.py float32 rows
-    superblocks.py  the same for formats of 256 weights, panels.py for many tokens at once
+    products.py     the kernels of products, made for each format of
+        rows.py         two rows with four tokens, block_panels.py many tokens at once
+        superblocks.py  the same for formats of 256 weights, panels.py for many tokens at once
+        stacks.py       four rows with one token
+    unpack.py       float32 rows
     activations.py  rounding and quantising activations before a product
     attention.py    scores, softmax, weighted sums, and all of it in one; attention_rows.py holds its kernels
     ops.py          RMS norm, rotary positions, SiLU
     sampling.py     a token from logits
-    threads.py      the pool over which rows are split
+    threads.py      the pool over which items are split
     jit.py          compilation, its cache, its announcement
     simd.py         LLVM vectors in numba, lanes.py functions on them, vectors.py the ones used here
     cpu.py          what only some CPUs have, beside a portable form

@@ -124,7 +124,7 @@ class _Announcer(event.Listener):
 
     def on_end(self, ev):
         began = self.began.pop(ev.data["dispatcher"], None)
-        if began is not None:
+        if began is not None and not self.began:  # a kernel inside another one is in that one's time
             self.seconds += time.perf_counter() - began
 
 

@@ -2,7 +2,7 @@
 
     stack(row, stride, n, activations) -> four sums, of the rows from address `row` on, `stride` bytes apart
 
-Sums are those of `dot` in rows.py and superblocks.py, bit for bit. Each weight is used once, so memory sets the pace.
+Sums are those of `tile` in rows.py and of `dot` in superblocks.py, bit for bit. Each weight is used once, so memory sets the pace.
 Four rows at the same time, from four places far apart, keep more of it under way than one row after another, and their
 sums do not wait for each other; only superblocks have enough to do with a row.
 
