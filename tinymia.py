@@ -679,7 +679,7 @@ def forward(
     t(name, layer, value) names a value and gives the one to go on with. start = (il, x) begins at layer il on a given
     residual x [n_tok, n_embd] (the cache then gets keys and values of the layers from il on only).
     """
-    c, w, n_tok, positions = m.config, m.weights, len(tokens), cache.positions(len(tokens))
+    c, w, n_tok, positions = m.config, m.weights, len(tokens), t.positions
     n_kv = int(positions[-1]) + 1
     cache.reserve(n_kv)
     angles = c.n_rot, c.rope_base, c.rope_scale, c.rope_gain, c.yarn, w.rope_freqs, m.numerics

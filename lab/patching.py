@@ -1,0 +1,195 @@
+"""The computing part of `tinymia sweep`: what becomes of the last logits when one run gets a piece of another.
+
+A cell starts at its layer, from its first row that differs, on the keys and values that the base run left, and cells of
+one layer go on as one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from tinymia import Cache, Context, Error, Model, Replace
+
+from .answers import log_softmax, rank
+from .branches import Branches
+
+BY_POSITION, BY_HEAD = ("l_out", "kqv_out", "ffn_out"), ("kqv", "kq_soft_max")
+METRICS = ("logit-difference", "probability", "kl", "rank")
+ROWS = 512      # of a batch: more does not make a row cheaper
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is patched from where to where, and the tokens that are looked at."""
+
+    clean: tuple[int, ...]      # token ids
+    corrupt: tuple[int, ...]
+    tensor: str                 # base name
+    noising: bool               # corrupt into the clean run instead of clean into the corrupt run
+    last: bool                  # of a head only the row of the last position
+    answer: int
+    against: int
+
+    @property
+    def n_tok(self) -> int:
+        return len(self.clean)
+
+    @property
+    def base(self) -> tuple[int, ...]:
+        """The prompt that is run on with pieces of the other."""
+        return self.clean if self.noising else self.corrupt
+
+
+class Batch(NamedTuple):
+    """Cells of one layer that are run together, later starts first."""
+
+    setting: Setting
+    layer: int
+    columns: list[int]          # positions or heads
+    starts: list[int]           # first row that the patch changes
+
+
+class Runs(NamedTuple):
+    """The two unpatched runs."""
+
+    cache: Cache                # keys and values of the base run
+    x: list[np.ndarray]         # its residual stream before each layer and after the last, n_layer + 1 times
+    own: list[np.ndarray]       # the tensor in the base run, by layer, token axis first
+    source: list[np.ndarray]    # ... in the other run
+    clean: np.ndarray           # logits at the last position, float32 [n_vocab]
+    corrupt: np.ndarray
+
+
+def make_runs(model: Model, setting: Setting) -> Runs:
+    """Run both prompts. Raises Error when one does not fit."""
+    c, cache, name = model.config, model.cache(), setting.tensor
+    other = setting.corrupt if setting.noising else setting.clean
+    base = model.run(setting.base, list(dict.fromkeys(["inp_embd", "l_out", name])), logits="last", cache=cache)
+    source = model.run(other, [name], logits="last")
+    axis = model.table[f"{name}-0"][0].dims.index("n_tok")
+    own, given = ([np.moveaxis(run[f"{name}-{il}"], axis, 0) for il in range(c.n_layer)] for run in (base, source))
+    x = [base["inp_embd"], *(base[f"l_out-{il}"] for il in range(c.n_layer))]
+    rows = base.logits[0], source.logits[0]
+    clean, corrupt = rows if setting.noising else rows[::-1]
+    return Runs(cache, x, own, given, clean, corrupt)
+
+
+_last: WeakKeyDictionary[Model, tuple[Setting, Runs]] = WeakKeyDictionary()     # what a worker's next batch needs again
+_making = Lock()
+
+
+def runs_of(model: Model, setting: Setting) -> Runs:
+    """make_runs, once for all batches of a sweep in this process."""
+    setting = replace(setting, answer=0, against=0)
+    with _making:
+        if model not in _last or _last[model][0] != setting:
+            _last[model] = setting, make_runs(model, setting)
+        return _last[model][1]
+
+
+def first_change(setting: Setting, runs: Runs, layer: int, column: int) -> int | None:
+    """The first row through which a patch can change the last logits; None when it changes nothing.
+
+    Rows before it are equal in both runs, bit for bit. In the last layer only the last row counts.
+    """
+    last = setting.n_tok - 1
+    first = last if layer == len(runs.own) - 1 else 0
+    if setting.tensor in BY_POSITION:
+        rows = np.array([column] if column >= first else [], np.intp)
+        differs = runs.own[layer][rows] != runs.source[layer][rows]
+    else:
+        rows = np.arange(last if setting.last else first, last + 1)
+        differs = runs.own[layer][rows, column] != runs.source[layer][rows, column]
+    changed = rows[differs.any(axis=1)]
+    return int(changed[0]) if len(changed) else None
+
+
+def batches(setting: Setting, runs: Runs, layer: int, columns: Sequence[int]) -> tuple[list[int], list[Batch]]:
+    """(columns whose patch changes nothing, the others in batches of up to ROWS rows)."""
+    found = [(first_change(setting, runs, layer, column), column) for column in columns]
+    made: list[Batch] = []
+    rows = ROWS
+    for start, column in sorted(((s, c) for s, c in found if s is not None), reverse=True):
+        rows += setting.n_tok - start
+        if rows > ROWS:
+            made.append(Batch(setting, layer, [], []))
+            rows = setting.n_tok - start
+        made[-1].columns.append(column)
+        made[-1].starts.append(start)
+    return [column for start, column in found if start is None], made
+
+
+def run_batch(model: Model, batch: Batch) -> np.ndarray:
+    """The metrics of each cell, float64 [n_cell, 4] in the order of METRICS."""
+    runs = runs_of(model, batch.setting)
+    return measure(patched(model, batch, runs), runs.clean, batch.setting.answer, batch.setting.against)
+
+
+def patched(model: Model, batch: Batch, runs: Runs) -> np.ndarray:
+    """Logits at the last position of each cell: float32 [n_cell, n_vocab]."""
+    setting, il, starts, _ = batch.setting, batch.layer, batch.starts, batch.columns
+    branches, source = Branches(runs.cache, starts, setting.n_tok), runs.source[il]
+
+    def put(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        for (part, start), column in zip(branches.parts, batch.columns):
+            if setting.tensor in BY_POSITION:
+                rows[part.start] = source[start]
+            else:
+                rows[part, column] = source[start:, column]
+        return x
+
+    def put_in(x: np.ndarray, ctx: Context) -> np.ndarray:
+        return put(x, ctx.rows(x))
+
+    tokens = [token for start in starts for token in setting.base[start:]]
+    if setting.tensor == "l_out":
+        x = np.concatenate([runs.x[il + 1][start:] for start in starts])
+        return model.run(tokens, cache=branches, start=(il + 1, put(x, x)), logits="last").logits
+    x = np.concatenate([runs.x[il][start:] for start in starts])
+    change = Replace(f"{setting.tensor}-{il}", put_in)
+    return model.run(tokens, actions=[change], cache=branches, start=(il, x), logits="last").logits
+
+
+def measure(rows: np.ndarray, clean: np.ndarray, answer: int, against: int) -> np.ndarray:
+    """METRICS of rows of logits [n, n_vocab]: logit of `answer` less that of `against`, probability and rank of the
+    answer, KL divergence in nats from the clean run; float64 [n, 4]."""
+    before, after = log_softmax(clean), log_softmax(rows)
+    difference = rows[:, answer].astype(np.float64) - rows[:, against]
+    divergence = (np.exp(before) * (before - after)).sum(1)
+    ranks = [rank(row, answer) for row in rows]
+    return np.stack([difference, np.exp(after[:, answer]), divergence, ranks], axis=1)
+
+
+def check_aligned(model: Model, clean: Sequence[int], corrupt: Sequence[int]) -> None:
+    """Raise Error, that shows where, unless a position means the same in both prompts.
+
+    They have as many tokens; and where they differ, the words stand at the same positions, or at least no word of the
+    one stands a token earlier or later in the other ("▁Ro me ▁is ▁big", "▁Paris ▁is ▁very ▁big").
+    """
+    n = min(len(clean), len(corrupt))
+    same = [a == b for a, b in zip(clean, corrupt)]
+    if len(clean) != len(corrupt):
+        first = next((i for i in range(n) if not same[i]), n)
+        raise Error(f"the prompts do not align: the clean one has {len(clean)} tokens, the corrupt one {len(corrupt)}; "
+                    f"they part at position {first}: {_shown(model, clean[first:])} and "
+                    f"{_shown(model, corrupt[first:])}")
+    border = np.flatnonzero(np.diff([True, *same, True]))           # begins and ends of what differs
+    for i, end in border.reshape(-1, 2).tolist():
+        a, b = clean[i:end], corrupt[i:end]
+        moved = [token for token in a if token in b and a.index(token) != b.index(token)]
+        begins = [[model.piece(token)[:1].isspace() for token in part] for part in (a, b)]
+        if moved and begins[0] != begins[1]:
+            raise Error(f"the prompts do not align: at positions {i} to {end - 1} stand {_shown(model, a)} and "
+                        f"{_shown(model, b)}: {model.piece(moved[0])!r} has moved; words must take as many tokens in "
+                        "both")
+
+
+def _shown(model: Model, ids: Sequence[int]) -> str:
+    """The first tokens."""
+    return f"'{'|'.join(model.piece(i) for i in ids[:6])}{'|...' * (len(ids) > 6)}'" if ids else "the end"
