@@ -2,9 +2,9 @@
 
     stack(row, stride, n, activations) -> four sums, of the rows from address `row` on, `stride` bytes apart
 
-Sums are those of `tile` in rows.py and of `dot` in superblocks.py, bit for bit. Each weight is used once, so memory sets the pace.
-Four rows at the same time, from four places far apart, keep more of it under way than one row after another, and their
-sums do not wait for each other; only superblocks have enough to do with a row.
+Sums are those of `tile` in rows.py and of `dot` in superblocks.py, bit for bit. Each weight is used once, so memory
+sets the pace. Four rows at the same time, from four places far apart, keep more of it under way than one row after
+another, and their sums do not wait for each other; only superblocks have enough to do with a row.
 
 Much of the work on nibbles is shared when the four rows lie in the same vectors, for which a format of blocks of 32
 brings its Fours.
