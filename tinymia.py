@@ -709,7 +709,7 @@ def forward(
         cur = t("kqv_out", il, m.linear(cur, blk.attn_output))                      # [n_tok, n_embd]
         x = t("ffn_inp", il, cur + x)                                               # [n_tok, n_embd]
 
-        cur = t("norm_ffn", il, rms_norm(x, c.eps))                                 # [n_tok, n_embd]
+        cur = t("norm_ffn", il, rms_norm(x, c.eps, m.pool))                         # [n_tok, n_embd]
         cur = t("ffn_norm", il, cur * blk.ffn_norm)                                 # [n_tok, n_embd]
         forms = {}
         gate = t("ffn_gate", il, m.linear(cur, blk.ffn_gate, forms=forms))          # [n_tok, n_ff]
