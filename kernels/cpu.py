@@ -23,11 +23,13 @@ def _target_features() -> set[str]:
         listed = []  # a CPU model by name: LLVM knows what it has, we do not ask
     else:
         listed = [f"+{name}" for name, has in llvm.get_host_cpu_features().items() if has]
+        name = llvm.get_host_cpu_name()
+        if name.startswith("apple-m"):  # LLVM lists nothing on a Mac; all have products of bytes, the M1 not mixed ones
+            listed += ["+dotprod"] + ["+i8mm"] * (name != "apple-m1")
     return {name[1:] for name in listed if name.startswith("+")}
 
 
 FEATURES = set() if PORTABLE else _target_features()
-HAS_VNNI = "avx512vnni" in FEATURES and "avx512vl" in FEATURES
 HAS_HALF = "f16c" in FEATURES or (platform.machine() in ("arm64", "aarch64") and not PORTABLE)
 
 
@@ -52,22 +54,75 @@ def dot4_portable(acc, q, x):
     return acc + (even(pairs) + odd(pairs))
 
 
-@intrinsic
-def dot4_vnni(_, acc, q, x):
+def _call(b, name, result, args):
+    function_type = ir.FunctionType(result, [v.type for v in args])
+    return b.call(cgutils.get_or_insert_function(b.module, function_type, name), args)
+
+
+def _dot4_by(size, emit):
+    """dot4 by instructions that take `size` bytes: emit(builder, acc, q, x) -> acc, for vectors no longer than that."""
+
+    def cut(b, v, n):
+        return [b.shuffle_vector(v, v, lanes(range(k, k + n))) for k in range(0, v.type.count, n)]
+
+    @intrinsic
+    def dot4(_, acc, q, x):
+        def codegen(context, builder, sig, args):
+            n = min(size, q.n)
+            pieces = [emit(builder, *p) for p in zip(*(cut(builder, v, k) for v, k in zip(args, (n // 4, n, n))))]
+            while len(pieces) > 1:
+                both = lanes(range(2 * pieces[0].type.count))
+                pieces = [builder.shuffle_vector(*two, both) for two in zip(pieces[::2], pieces[1::2])]
+            return pieces[0]
+
+        return acc(acc, q, x), codegen
+
+    return dot4
+
+
+def _vpdpbusd(b, acc, q, x):
     """Source: Intel 64 and IA-32 Architectures Software Developer's Manual, VPDPBUSD (no saturation)."""
-
-    def codegen(context, builder, sig, args):
-        # From LLVM 22 on, the operands are vectors of bytes; before, vectors of i32.
-        old = llvm.llvm_version_info[0] < 22
-        operands = [args[0]] + [builder.bitcast(v, acc.llvm) if old else v for v in args[1:]]
-        function_type = ir.FunctionType(acc.llvm, [v.type for v in operands])
-        name = f"llvm.x86.avx512.vpdpbusd.{32 * acc.n}"
-        return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), operands)
-
-    return acc(acc, q, x), codegen
+    # From LLVM 22 on, the operands are vectors of bytes; before, vectors of i32.
+    old = llvm.llvm_version_info[0] < 22
+    args = [acc] + [b.bitcast(v, acc.type) if old else v for v in (q, x)]
+    return _call(b, f"llvm.x86.avx512.vpdpbusd.{32 * acc.type.count}", acc.type, args)
 
 
-dot4 = dot4_vnni if HAS_VNNI else dot4_portable
+def _vpmaddubsw(b, acc, q, x):
+    """Sums of two products fit i16 when q < 128, so its top bit is taken by itself; LLVM leaves it out where it is 0.
+
+    Source: Intel 64 and IA-32 Architectures Software Developer's Manual, VPMADDUBSW and VPMADDWD.
+    """
+    i16 = Vec("i16", 16).llvm
+    for bits in (127, 128):
+        pairs = _call(b, "llvm.x86.avx2.pmadd.ub.sw", i16, [b.and_(q, _constant(q, bits)), x])
+        acc = b.add(acc, _call(b, "llvm.x86.avx2.pmadd.wd", acc.type, [pairs, _constant(pairs, 1)]))
+    return acc
+
+
+def _usdot(b, acc, q, x):
+    """Source: Arm Architecture Reference Manual, USDOT (vector)."""
+    return _call(b, "llvm.aarch64.neon.usdot.v4i32.v16i8", acc.type, [acc, q, x])
+
+
+def _sdot(b, acc, q, x):
+    """Both operands signed: q - 128, and what that lacks is taken from acc first.
+
+    Source: Arm Architecture Reference Manual, SDOT (vector).
+    """
+    name, zero = "llvm.aarch64.neon.sdot.v4i32.v16i8", _constant(acc, 0)
+    acc = b.sub(acc, _call(b, name, acc.type, [zero, _constant(x, -128), x]))
+    return _call(b, name, acc.type, [acc, b.xor(q, _constant(q, 128)), x])
+
+
+DOT4 = (  # what the CPU must have, and the form: the best one first
+    ({"avx512vnni", "avx512vl"}, _dot4_by(64, _vpdpbusd)), ({"avxvnni"}, _dot4_by(32, _vpdpbusd)),
+    ({"avx2"}, _dot4_by(32, _vpmaddubsw)),
+    ({"i8mm"}, _dot4_by(16, _usdot)), ({"dotprod"}, _dot4_by(16, _sdot)),
+    (set(), dot4_portable),
+)  # fmt: skip
+dot4 = next(form for needs, form in DOT4 if needs <= FEATURES)
+HAS_VNNI = dot4 is DOT4[0][1]
 
 
 # Looking bytes up in a table of 16.
@@ -97,9 +152,7 @@ def lookup_shuffle(table):
 
     def emit(b, index, v, to):
         numbers = ir.Constant(index.type, [table[k % 16] for k in range(v.n)])
-        function_type = ir.FunctionType(index.type, [index.type] * 2)
-        function = cgutils.get_or_insert_function(b.module, function_type, SHUFFLES[v.n][1])
-        return b.call(function, [numbers, index])
+        return _call(b, SHUFFLES[v.n][1], index.type, [numbers, index])
 
     return unary(lambda v: v, emit)
 

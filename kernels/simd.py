@@ -167,15 +167,20 @@ compare_and_swap = _on_word(
 )
 
 
+PAUSES = {"x86_64": ("llvm.x86.sse2.pause", []), "i686": ("llvm.x86.sse2.pause", []),
+          "aarch64": ("llvm.aarch64.hint", [1]), "arm64": ("llvm.aarch64.hint", [1])}  # fmt: skip
+
+
 @intrinsic
 def pause(_):
-    """Let the CPU's other thread, or nobody, run for a moment."""
+    """Let the CPU's other thread, or nobody, run for a moment. On other CPUs: nothing."""
 
     def codegen(context, builder, sig, args):
-        triple = builder.module.triple
-        name = "llvm.x86.sse2.pause" if triple.startswith(("x86_64", "i686")) else None
+        name, numbers = PAUSES.get(builder.module.triple.split("-")[0], (None, []))
         if name:
-            builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), []), name), [])
+            function_type = ir.FunctionType(ir.VoidType(), [INDEX] * len(numbers))
+            function = cgutils.get_or_insert_function(builder.module, function_type, name)
+            builder.call(function, [ir.Constant(INDEX, number) for number in numbers])
         return context.get_dummy_value()
 
     return types.none(), codegen
