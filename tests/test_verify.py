@@ -194,7 +194,7 @@ def test_self_injected_shows_where_rounding_is_done(tiny):
 
 
 def test_self_finds_a_fault(tiny, monkeypatch, main):
-    monkeypatch.setattr(tinymia, "silu", lambda x: x)
+    monkeypatch.setattr(tinymia, "silu", lambda x, pool: x)
     status, out, _ = main("-m", tiny(), "-p", TEXT, "--self", "--only", "ffn*-1", "--only", "ffn_silu-0")
     assert status == 1
     assert out.splitlines()[-1].startswith("DIFFERENT: f32 is further than 1e-06 from float64, first at ffn_silu-0")
@@ -226,7 +226,7 @@ def test_a_fault_is_named(recording, monkeypatch):
     """A wrong op shows where it is made: without inject it is the first of many, with inject the only one."""
     path, npz = recording
     model, right = tinymia.load(path, threads=1), tinymia.rope
-    monkeypatch.setattr(tinymia, "rope", lambda x, cos, sin: right(x, cos, -sin))
+    monkeypatch.setattr(tinymia, "rope", lambda x, cos, sin, pool: right(x, cos, -sin))
     out = verify(model, TEXT, against=npz)
     assert not out["ok"] and out["first"] == "Qcur-0" and sum(r["over"] for r in out["rows"]) > 20
     assert out["verdict"].startswith("DIFFERENT:") and "first Qcur-0" in out["verdict"]
