@@ -24,6 +24,7 @@ from tinymia_models import DEFAULT
 
 from .heatmap import Heatmap, draw_png
 from .page import page, write_page
+from .prompt_sets import read_text
 from .result import Result, dumps
 
 RESULTS, PICTURES = (".npz", ".json"), (".png", ".html")    # what -o takes
@@ -96,12 +97,7 @@ def read_prompt(args: argparse.Namespace) -> str | None:
         return args.prompt
     if args.prompt is not None:
         raise Error("-p and -f: one prompt at a time")
-    try:
-        return Path(args.file).expanduser().read_text("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as e:
-        raise Error(f"{args.file}: the prompt is not valid UTF-8 at byte {e.start}") from e
-    except OSError as e:
-        raise Error(f"{args.file}: {e.strerror or e}") from e
+    return read_text(args.file, "the prompt is").removesuffix("\n")
 
 
 def prompt_ids(args: argparse.Namespace, model: Model) -> str | list[int]:

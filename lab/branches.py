@@ -9,6 +9,8 @@ import numpy as np
 from tinymia import Cache, Error
 from tinymia_kernels import Pool, attention, kq, kqv, soft_max, store_keys, store_values
 
+ROWS = 512  # of a batch: more does not make a row cheaper
+
 
 class Branches(Cache):
     """Branch i has the positions starts[i] to end - 1 to itself, and sees before them what `base` holds.

@@ -10,10 +10,8 @@ import numpy as np
 from tinymia import Cache, Context, Error, Model, Replace
 
 from .answers import kl, logit_difference, probability
-from .branches import Branches
+from .branches import ROWS, Branches
 from .prompt_sets import cut_prompts
-
-ROWS = 512  # of a batch: more does not make a row cheaper
 
 
 class Layer(NamedTuple):

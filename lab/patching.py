@@ -17,11 +17,10 @@ import numpy as np
 from tinymia import Cache, Context, Error, Model, Replace
 
 from .answers import log_softmax, rank
-from .branches import Branches
+from .branches import ROWS, Branches
 
 BY_POSITION, BY_HEAD = ("l_out", "kqv_out", "ffn_out"), ("kqv", "kq_soft_max")
 METRICS = ("logit-difference", "probability", "kl", "rank")
-ROWS = 512      # of a batch: more does not make a row cheaper
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,19 @@ from tinymia import Error, Model
 POOLS = ("last", "mean")    # of a prompt's rows: the last token's, or the mean over tokens
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file, one a line; empty lines do not count. Raises Error."""
+def read_text(path: str | Path, what: str) -> str:
+    """The text of a file; Error when `what` ("the prompt is") not valid UTF-8, or unreadable."""
     try:
-        text = Path(path).expanduser().read_text("utf-8")
+        return Path(path).expanduser().read_text("utf-8")
     except UnicodeDecodeError as e:
-        raise Error(f"{path}: the prompts are not valid UTF-8 at byte {e.start}") from e
+        raise Error(f"{path}: {what} not valid UTF-8 at byte {e.start}") from e
     except OSError as e:
         raise Error(f"{path}: {e.strerror or e}") from e
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a file, one a line; empty lines do not count. Raises Error."""
+    text = read_text(path, "the prompts are")
     prompts = [line for line in text.split("\n") if line.strip()]   # Python's text mode has made all line ends \n
     if not prompts:
         raise Error(f"{path}: no prompts: it takes one a line")

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from tiny import write_gguf
 
+import tinymia
+
 SHARED = Path(__file__).parents[2] / "shared"
 TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 
@@ -18,6 +20,12 @@ def shared(name):
     if not path.exists():
         pytest.skip(f"needs {path.parent.name}/{path.name} of the folder `shared` beside the project")
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def copycat():
+    """The bundled model, on one thread."""
+    return tinymia.load(threads=1)
 
 
 @pytest.fixture(scope="session")

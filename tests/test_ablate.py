@@ -17,11 +17,6 @@ SET = ["Egypt -> Arabic, Norway ->", "cat -> cats, dog ->", "4 5 6 to 6"]
 
 
 @pytest.fixture(scope="module")
-def copycat():
-    return tinymia.load(threads=1)
-
-
-@pytest.fixture(scope="module")
 def found(copycat):
     return ablate.ablate(copycat, PROMPT, "Tallinn", "Oslo")
 

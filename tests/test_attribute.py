@@ -14,11 +14,6 @@ PROMPT = "Egypt -> Cairo, Norway -> Oslo, France ->"
 
 
 @pytest.fixture(scope="module")
-def copycat():
-    return tinymia.load(threads=1)
-
-
-@pytest.fixture(scope="module")
 def found(copycat):
     return attribute(copycat, PROMPT, "Paris", "Italy", neurons=3)
 

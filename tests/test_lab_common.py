@@ -31,11 +31,6 @@ class Found(Result):
     best: float
 
 
-@pytest.fixture(scope="module")
-def copycat():
-    return tinymia.load(threads=1)
-
-
 @pytest.fixture
 def found(copycat):
     scores = np.array([[0.1, np.nan], [-2.5, 3e30]], np.float32)

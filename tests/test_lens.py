@@ -15,11 +15,6 @@ PROMPT = "Egypt -> Cairo, Norway -> Oslo, Estonia ->"
 
 
 @pytest.fixture(scope="module")
-def copycat():
-    return tinymia.load(threads=1)
-
-
-@pytest.fixture(scope="module")
 def found(copycat):
     return lens(copycat, PROMPT, k=4, target="Tallinn")
 

@@ -19,11 +19,6 @@ CHANGES = [tinymia.Ablate("kqv_merged-1", heads=[1]), tinymia.Scale("kqv_out-4",
 
 
 @pytest.fixture(scope="module")
-def copycat():
-    return tinymia.load(threads=1)
-
-
-@pytest.fixture(scope="module")
 def found(copycat):
     return report(copycat, PROMPT, against="Italy", n=6, actions=CHANGES)
 

@@ -19,11 +19,6 @@ PROMPT = "France ->"
 
 
 @pytest.fixture(scope="module")
-def copycat():
-    return tinymia.load(threads=1)
-
-
-@pytest.fixture(scope="module")
 def found(copycat):
     return steer.steer(copycat, PROMPT, POSITIVE, NEGATIVE, layers=[2], coef=[1, 2], n=4)
 

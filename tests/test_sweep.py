@@ -16,11 +16,6 @@ POSITIONS, HEADS = ["l_out", "kqv_out", "ffn_out"], ["kqv", "kq_soft_max"]
 METRICS = ["logit_difference", "probability", "kl", "rank"]
 
 
-@pytest.fixture(scope="module")
-def copycat():
-    return tinymia.load(threads=1)
-
-
 def by_hand(rows, clean, answer, against):
     """The four metrics of rows [.., n_vocab], from their definitions; the logit difference as it is."""
     x, y = np.asarray(rows, np.float64), np.asarray(clean, np.float64)

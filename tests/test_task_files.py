@@ -12,11 +12,6 @@ from tinymia_lab.task_files import TEMPLATES, Task, Template, names, read_task, 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def copycat():
-    return tinymia.load(threads=1)
-
-
 @pytest.fixture
 def write(tmp_path):
     def write(data, name="mine.json"):
