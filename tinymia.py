@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,7 +44,7 @@ from tinymia_files import (
     read_tokenizer,
     write_tensors,
 )
-from tinymia_kernels import Sampler, attention, rms_norm, rope, rope_angles, silu, softmax, store_keys, store_values
+from tinymia_kernels import Sampler
 
 __version__ = "0.1.0"
 __all__ = [
@@ -170,17 +171,19 @@ class Weights(Mapping[str, Tensor]):
 
 
 class Cache:
-    """Keys and values of the positions seen so far, a pair of arrays a layer.
+    """Keys and values of the positions seen so far, one pair of arrays per layer; it stores them and computes nothing.
 
     k[il] is [n_head_kv, capacity, d_head] and v[il] is [n_head_kv, d_head_v, capacity]: float16 with ggml's numerics,
-    float32 otherwise. Capacity doubles as needed. The tokens of a pass are one sequence here, which goes on after the
-    first n positions; a subclass may know better (lab/branches.py: several sequences with a common beginning).
+    float32 or float64 otherwise. The capacity is a multiple of 16, doubles as needed, and unused places hold zeros.
+
+    Here the tokens of a pass continue one sequence. A subclass may hold several continuations of one prompt as the rows
+    of one pass (lab/branches.py): it overrides `positions`, `last`, `store` and `ops`.
     """
 
-    def __init__(self, c: Config, numerics: str):
-        dtype = np.float16 if numerics == "ggml" else np.float32
+    def __init__(self, c: Config, numerics: str, dtype: Any = np.float32):
         self.n = 0  # positions that hold something
-        self.of = c, numerics
+        self.config, self.numerics = c, numerics
+        dtype = np.float16 if numerics == "ggml" else dtype
         self.k = [np.zeros((c.n_head_kv, 0, c.d_head), dtype) for _ in range(c.n_layer)]
         self.v = [np.zeros((c.n_head_kv, c.d_head_v, 0), dtype) for _ in range(c.n_layer)]
 
@@ -192,39 +195,130 @@ class Cache:
             self.v = [np.pad(v, ((0, 0), (0, 0), (0, more))) for v in self.v]
 
     def truncate(self, n: int) -> None:
-        """Forget the positions from n on: to zeros, since products read whole vectors of 16 positions."""
+        """Drop the positions n and later. Values become zeros, because kernels read 16 positions at a time."""
         self.n = n
         for v in self.v:
             v[:, :, n:] = 0
 
     def positions(self, n_tok: int) -> np.ndarray:
-        """Of the n_tok rows of the next pass, intp [n_tok]."""
+        """Sequence positions of the next n_tok tokens, intp [n_tok]."""
         return np.arange(self.n, self.n + n_tok)
 
     def last(self, x: np.ndarray) -> np.ndarray:
-        """Of rows [n_tok, ...] the one whose logits tell the next token."""
+        """The last row of x [n_tok, ...]: the only one whose logits predict the next token."""
         return x[-1:]
 
     def store(self, il: int, k: np.ndarray, v: np.ndarray) -> None:
         """Keep the keys [n_tok, n_head_kv, d_head] and values [n_tok, n_head_kv, d_head_v] of a pass."""
-        store_keys(self.k[il], k, self.n)
-        store_values(self.v[il], v, self.n)
+        put(self.k[il], self.v[il], k, v, self.n)
 
-    def kq(self, il: int, q: np.ndarray) -> np.ndarray:
-        """Scores of queries [n_tok, n_head, d_head] with the keys: [n_head, n_tok, n_kv]."""
-        return kernels.kq(q, self.k[il], self.n + len(q))
+    def ops(self, ops: Any) -> Any:
+        """The arithmetic that a pass over this cache uses: `ops` as it is.
 
-    def soft_max(self, kq: np.ndarray, scale: np.float32) -> np.ndarray:
-        """The attention pattern: scaled, masked, normalised; [n_head, n_tok, n_kv]."""
-        return kernels.soft_max(kq, scale, self.n)
+        A subclass whose rows do not all see the same keys replaces scores, soft_max, mix and attention here.
+        """
+        return ops
 
-    def kqv(self, il: int, pattern: np.ndarray) -> np.ndarray:
-        """Values weighed by the pattern: [n_head, n_tok, d_head_v]."""
-        return kernels.kqv(pattern, self.v[il])
 
-    def attention(self, il: int, q: np.ndarray, scale: np.float32, pool: kernels.Pool) -> np.ndarray:
-        """The three in one, heads side by side: [n_tok, n_head * d_head_v]."""
-        return attention(q, self.k[il], self.v[il], self.n, scale, pool)
+def put(keys: np.ndarray, values: np.ndarray, k: np.ndarray, v: np.ndarray, n: int) -> None:
+    """Write k [n_tok, n_head_kv, d_head] and v [n_tok, n_head_kv, d_head_v] to the positions from n on of one layer."""
+    with np.errstate(over="ignore"):  # a number too large for float16 becomes infinite, as in ggml
+        keys[:, n : n + len(k)] = k.swapaxes(0, 1)
+        values[:, :, n : n + len(v)] = v.transpose(1, 2, 0)
+
+
+# ---------------------------------------------------------------------------------------- the arithmetic
+
+# Everything that a Llama computes, as one would write it on a blackboard. numerics="plain" runs exactly these functions,
+# in float32 or float64. kernels/ has the same functions with the same arguments, fast; a test compares every tensor.
+
+
+def embed(weight: Tensor, tokens: np.ndarray) -> np.ndarray:        # [n_vocab, n_embd], [n_tok] -> [n_tok, n_embd]
+    """Look up the row of each token."""
+    return weight.rows(tokens)
+
+
+def rms_norm(x: np.ndarray, eps: float) -> np.ndarray:              # [n_tok, n_embd] -> the same
+    """Divide each row by its root mean square."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def linear(x: np.ndarray, layer: Linear) -> np.ndarray:             # [n_tok, n_in] -> [n_tok, n_out]
+    """Multiply each row by a weight matrix, and add the bias where the model has one."""
+    y = x @ layer.weight.numpy().T
+    return y if layer.bias is None else y + layer.bias
+
+
+def linears(x: np.ndarray, *layers: Linear) -> list[np.ndarray]:    # [n_tok, n_in] -> [n_tok, n_out] per layer
+    """Several products of one x. The kernels then quantise x once for all of them."""
+    return [linear(x, layer) for layer in layers]
+
+
+def rope_angles(positions: np.ndarray, c: Config, freqs: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of the angles by which RoPE turns, [n_tok, n_rot / 2] each."""
+    pair = np.arange(c.n_rot // 2)
+    theta = positions[:, None] * c.rope_base ** (-2 * pair / c.n_rot)
+    theta = theta if freqs is None else theta / freqs
+    low, high = c.yarn or (-1, 0)
+    ramp = np.clip((pair - low) / max(0.001, high - low), 0, 1)     # how much of the scaling a pair gets
+    theta = theta * (1 - ramp) + theta * c.rope_scale * ramp
+    return c.rope_gain * np.cos(theta), c.rope_gain * np.sin(theta)
+
+
+def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:    # [n_tok, n_head, d_head] -> the same
+    """Turn each pair (x[2i], x[2i + 1]) of a head by an angle that grows with the position."""
+    y, n_rot, cos, sin = x.copy(), 2 * cos.shape[1], cos[:, None], sin[:, None]
+    a, b = x[..., 0:n_rot:2], x[..., 1:n_rot:2]
+    y[..., 0:n_rot:2], y[..., 1:n_rot:2] = a * cos - b * sin, a * sin + b * cos
+    return y
+
+
+def scores(q: np.ndarray, keys: np.ndarray, n_kv: int) -> np.ndarray:       # [n_tok, n_head, d_head] ->
+    """Dot products of every query with the first n_kv keys; n_head / n_head_kv query heads share one key head."""
+    k = np.repeat(keys[:, :n_kv], q.shape[1] // len(keys), axis=0)          # [n_head, n_kv, d_head]
+    return q.swapaxes(0, 1) @ k.swapaxes(1, 2)                              # [n_head, n_tok, n_kv]
+
+
+def soft_max(kq: np.ndarray, scale: float, positions: np.ndarray) -> np.ndarray:    # [n_head, n_tok, n_kv] -> the same
+    """Turn scores into weights that sum to 1. No token sees the future: the weights of later positions are 0."""
+    future = np.arange(kq.shape[2]) > positions[:, None]                    # [n_tok, n_kv]
+    kq = np.where(future, -np.inf, kq * scale)
+    e = np.exp(kq - kq.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def mix(pattern: np.ndarray, values: np.ndarray) -> np.ndarray:             # [n_head, n_tok, n_kv] ->
+    """Add up the values, each times its weight in the attention pattern."""
+    v = np.repeat(values[:, :, : pattern.shape[2]], len(pattern) // len(values), axis=0)    # [n_head, d_head_v, n_kv]
+    return pattern @ v.swapaxes(1, 2)                                       # [n_head, n_tok, d_head_v]
+
+
+def merge(kqv: np.ndarray) -> np.ndarray:                   # [n_head, n_tok, d_head_v] -> [n_tok, n_head * d_head_v]
+    """Put the heads of each token side by side."""
+    return kqv.swapaxes(0, 1).reshape(kqv.shape[1], -1)
+
+
+def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, positions: np.ndarray) -> np.ndarray:
+    """Scores, soft_max, mix and merge in one: [n_tok, n_head, d_head] -> [n_tok, n_head * d_head_v]."""
+    n_kv = int(positions[-1]) + 1
+    return merge(mix(soft_max(scores(q, keys, n_kv), scale, positions), values))
+
+
+def silu(x: np.ndarray) -> np.ndarray:                              # [n_tok, n_ff] -> the same
+    """x * sigmoid(x): about x where x is large, about 0 where it is very negative."""
+    return x / (1 + np.exp(-x))
+
+
+def plain(dtype: np.dtype) -> SimpleNamespace:
+    """The functions above as `forward` calls them, for numbers of a dtype."""
+    return SimpleNamespace(
+        embed=lambda weight, tokens: embed(weight, tokens).astype(dtype), rms_norm=rms_norm, linear=linear,
+        linears=linears, rope_angles=rope_angles, rope=rope, scores=scores, soft_max=soft_max, mix=mix,
+        attention=attention, silu=silu,
+    )
+
+
+NUMERICS = {"ggml": "as llama.cpp computes", "f32": "float32 throughout", "plain": "float32, the NumPy in tinymia.py"}
 
 
 # ---------------------------------------------------------------------------------------- named tensors
@@ -638,7 +732,7 @@ class Tap:
                 if y is not None and y is not x:
                     if np.shape(y) != x.shape:
                         raise ActionError(f"{action} of {name} gave shape {list(np.shape(y))}, not {list(x.shape)}")
-                    x = np.ascontiguousarray(y, np.float32)
+                    x = np.ascontiguousarray(y, x.dtype)
         return x
 
     def _keep(self, action: Action, ctx: Context, value: Any) -> None:
@@ -679,51 +773,52 @@ def forward(
     t(name, layer, value) names a value and gives the one to go on with. start = (il, x) begins at layer il on a given
     residual x [n_tok, n_embd] (the cache then gets keys and values of the layers from il on only).
     """
-    c, w, n_tok, positions = m.config, m.weights, len(tokens), t.positions
+    c, w, o, n_tok = m.config, m.weights, cache.ops(m.ops), len(tokens)             # o: the arithmetic above, or kernels/
+    positions = cache.positions(n_tok)                                              # [n_tok]
     n_kv = int(positions[-1]) + 1
     cache.reserve(n_kv)
-    angles = c.n_rot, c.rope_base, c.rope_scale, c.rope_gain, c.yarn, w.rope_freqs, m.numerics
-    cos, sin = rope_angles(positions, *angles)                                      # [n_tok, n_rot / 2]
-    scale = 1 / np.sqrt(np.float32(c.d_head))
-    first, x = start or (0, t("inp_embd", None, m.rows(w.token_embd, tokens)))      # [n_tok, n_embd]
+    cos, sin = o.rope_angles(positions, c, w.rope_freqs)                            # [n_tok, n_rot / 2]
+    if start is None:
+        first, x = 0, t("inp_embd", None, o.embed(w.token_embd, tokens))            # [n_tok, n_embd]
+    else:
+        first, x = start                                                            # [n_tok, n_embd]
+    scale = 1 / np.sqrt(x.dtype.type(c.d_head))
     for il in range(first, c.n_layer):
         blk = w.blk[il]
 
-        cur = t("norm", il, rms_norm(x, c.eps, m.pool))                             # [n_tok, n_embd]
+        cur = t("norm", il, o.rms_norm(x, c.eps))                                   # [n_tok, n_embd]
         cur = t("attn_norm", il, cur * blk.attn_norm)                               # [n_tok, n_embd]
-        forms: dict[Any, Any] = {}                                                  # of cur, shared by its products
-        q = t("Qcur_pre", il, m.linear(cur, blk.attn_q, c.n_head, forms))           # [n_tok, n_head, d_head]
-        k = t("Kcur_pre", il, m.linear(cur, blk.attn_k, c.n_head_kv, forms))        # [n_tok, n_head_kv, d_head]
-        v = t("Vcur", il, m.linear(cur, blk.attn_v, c.n_head_kv, forms))            # [n_tok, n_head_kv, d_head_v]
-        q = t("Qcur", il, rope(q, cos, sin, m.pool))                                # [n_tok, n_head, d_head]
-        k = t("Kcur", il, rope(k, cos, sin, m.pool))                                # [n_tok, n_head_kv, d_head]
+        q, k, v = o.linears(cur, blk.attn_q, blk.attn_k, blk.attn_v)                # [n_tok, n_head(_kv) * d_head(_v)]
+        q = t("Qcur_pre", il, q.reshape(n_tok, c.n_head, c.d_head))                 # [n_tok, n_head, d_head]
+        k = t("Kcur_pre", il, k.reshape(n_tok, c.n_head_kv, c.d_head))              # [n_tok, n_head_kv, d_head]
+        v = t("Vcur", il, v.reshape(n_tok, c.n_head_kv, c.d_head_v))                # [n_tok, n_head_kv, d_head_v]
+        q = t("Qcur", il, o.rope(q, cos, sin))                                      # [n_tok, n_head, d_head]
+        k = t("Kcur", il, o.rope(k, cos, sin))                                      # [n_tok, n_head_kv, d_head]
         cache.store(il, k, v)
-        if t.wants(il, "kq", "kq_soft_max", "kqv"):
-            kq = t("kq", il, cache.kq(il, q))                                       # [n_head, n_tok, n_kv]
-            kq = t("kq_soft_max", il, cache.soft_max(kq, scale))                    # [n_head, n_tok, n_kv]
-            cur = t("kqv", il, cache.kqv(il, kq))                                   # [n_head, n_tok, d_head_v]
-            cur = cur.swapaxes(0, 1).reshape(n_tok, -1)                             # [n_tok, n_head * d_head_v]
-        else:
-            cur = cache.attention(il, q, scale, m.pool)                             # [n_tok, n_head * d_head_v]
+        if t.wants(il, "kq", "kq_soft_max", "kqv"):     # step by step, so that each step has its name
+            kq = t("kq", il, o.scores(q, cache.k[il], n_kv))                        # [n_head, n_tok, n_kv]
+            pattern = t("kq_soft_max", il, o.soft_max(kq, scale, positions))        # [n_head, n_tok, n_kv]
+            cur = merge(t("kqv", il, o.mix(pattern, cache.v[il])))                  # [n_tok, n_head * d_head_v]
+        else:       # nobody looks: the same numbers, without an array that grows with n_tok * n_kv
+            cur = o.attention(q, cache.k[il], cache.v[il], scale, positions)        # [n_tok, n_head * d_head_v]
         cur = t("kqv_merged", il, cur)                                              # [n_tok, n_head * d_head_v]
-        cur = t("kqv_out", il, m.linear(cur, blk.attn_output))                      # [n_tok, n_embd]
+        cur = t("kqv_out", il, o.linear(cur, blk.attn_output))                      # [n_tok, n_embd]
         x = t("ffn_inp", il, cur + x)                                               # [n_tok, n_embd]
 
-        cur = t("norm_ffn", il, rms_norm(x, c.eps, m.pool))                         # [n_tok, n_embd]
+        cur = t("norm_ffn", il, o.rms_norm(x, c.eps))                               # [n_tok, n_embd]
         cur = t("ffn_norm", il, cur * blk.ffn_norm)                                 # [n_tok, n_embd]
-        forms = {}
-        gate = t("ffn_gate", il, m.linear(cur, blk.ffn_gate, forms=forms))          # [n_tok, n_ff]
-        up = t("ffn_up", il, m.linear(cur, blk.ffn_up, forms=forms))                # [n_tok, n_ff]
-        gate = t("ffn_silu", il, silu(gate, m.pool))                                # [n_tok, n_ff]
+        gate, up = o.linears(cur, blk.ffn_gate, blk.ffn_up)                         # [n_tok, n_ff]
+        gate, up = t("ffn_gate", il, gate), t("ffn_up", il, up)                     # [n_tok, n_ff]
+        gate = t("ffn_silu", il, o.silu(gate))                                      # [n_tok, n_ff]
         cur = t("ffn_gate_par", il, gate * up)                                      # [n_tok, n_ff]
-        cur = t("ffn_out", il, m.linear(cur, blk.ffn_down))                         # [n_tok, n_embd]
+        cur = t("ffn_out", il, o.linear(cur, blk.ffn_down))                         # [n_tok, n_embd]
         x = t("l_out", il, cur + x)                                                 # [n_tok, n_embd]
     cache.n = n_kv
-    if last:
+    if last:        # from here on, only the rows that predict a next token
         x, t.positions = cache.last(x), cache.last(positions)                       # [1, n_embd]
-    cur = t("norm", None, rms_norm(x, c.eps))                                       # [n_tok, n_embd]
+    cur = t("norm", None, o.rms_norm(x, c.eps))                                     # [n_tok, n_embd]
     cur = t("result_norm", None, cur * w.output_norm)                               # [n_tok, n_embd]
-    return t("result_output", None, m.linear(cur, w.output))                        # [n_tok, n_vocab]
+    return t("result_output", None, o.linear(cur, w.output))                        # [n_tok, n_vocab]
 
 
 # ---------------------------------------------------------------------------------------- Model
@@ -765,9 +860,14 @@ class Generation:
 class Model:
     """A loaded model. Weights stay in the mapped file; several models may run in several threads."""
 
-    def __init__(self, path: str | Path, threads: int | None = None, numerics: str = "ggml"):
-        if numerics not in ("ggml", "f32"):
-            raise Error(f"numerics {numerics!r}: it must be ggml (as llama.cpp computes) or f32 (float32 throughout)")
+    def __init__(
+        self, path: str | Path, threads: int | None = None, numerics: str = "ggml", dtype: str = "float32"
+    ):
+        if numerics not in NUMERICS:
+            kinds = ", ".join(f"{name} ({what})" for name, what in NUMERICS.items())
+            raise Error(f"numerics {numerics!r}: it must be one of {kinds}")
+        if dtype != "float32" and not (numerics == "plain" and dtype == "float64"):
+            raise Error(f"dtype {dtype!r}: it must be float32 or, with numerics plain, float64")
         if threads is not None and not 1 <= threads <= 1024:
             raise Error(f"{threads} threads: it must be 1 to 1024")
         self.path, self.numerics = Path(path), numerics
@@ -775,7 +875,8 @@ class Model:
         self.config = Config(**read_hparams(meta, tensors, self.path))
         self.weights = Weights(tensors, self.config, self.path)
         self.tokenizer = read_tokenizer(meta, self.path)
-        self.pool = kernels.Pool(threads or kernels.physical_cores())
+        self.threads, self.dtype = threads or kernels.physical_cores(), np.dtype(dtype)
+        self.ops = plain(self.dtype) if numerics == "plain" else kernels.Arithmetic(self.threads, numerics)
         self.table = name_table(self.config.n_layer)
         self.about = {k: getattr(self.config, k) for k in ("name", "n_embd", "n_layer", "n_head", "n_vocab")}
 
@@ -796,24 +897,16 @@ class Model:
         return self.tokenizer.piece(i)
 
     def rows(self, weight: Tensor, ids: np.ndarray) -> np.ndarray:
-        """Dequantised rows of a matrix, float32 [len(ids), n_in]."""
-        return kernels.get_rows(weight.raw, weight.format, *weight.shape, ids)
+        """Dequantised rows of a matrix, [len(ids), n_in]."""
+        return self.ops.embed(weight, ids)
 
-    def linear(
-        self, x: np.ndarray, layer: Linear, n_head: int | None = None, forms: dict[Any, Any] | None = None
-    ) -> np.ndarray:
-        """x W^T + b: float32 [n_tok, n_in] -> [n_tok, n_out], or [n_tok, n_head, n_out / n_head].
-
-        Calls with the same x may share a dict `forms`, so that x is quantised once.
-        """
-        w, b = layer
-        y = kernels.matmul(x, w.raw, w.format, w.shape[0], self.numerics, self.pool, forms)
-        y = y if b is None else y + b
-        return y if n_head is None else y.reshape(len(y), n_head, -1)
+    def linear(self, x: np.ndarray, layer: Linear) -> np.ndarray:
+        """x W^T + b as this model's numerics compute it: [n_tok, n_in] -> [n_tok, n_out]."""
+        return self.ops.linear(x, layer)
 
     def cache(self) -> Cache:
         """An empty cache of this model's shape."""
-        return Cache(self.config, self.numerics)
+        return Cache(self.config, self.numerics, self.dtype)
 
     def run(
         self,
@@ -837,7 +930,7 @@ class Model:
         cache = cache or self.cache()
         tap = Tap(self, [*actions, *map(Save, [keep] if isinstance(keep, str) else keep)], on_record)
         if start is not None:
-            il, x = start[0], np.ascontiguousarray(start[1], np.float32)
+            il, x = start[0], np.ascontiguousarray(start[1], self.dtype)
             if not 0 <= il <= self.config.n_layer or x.shape != (len(ids), self.config.n_embd):
                 raise Error(f"start=({il}, {list(x.shape)}): it takes a layer up to {self.config.n_layer} and "
                             f"[{len(ids)}, {self.config.n_embd}]")
@@ -911,10 +1004,10 @@ class Model:
         k = min(k, self.config.n_vocab)
         if k < 1:
             raise Error(f"the lens shows {k} tokens a row: it must be at least 1")
-        normed = x if score == "raw" else rms_norm(x, self.config.eps)
+        normed = x if score == "raw" else self.ops.rms_norm(x, self.config.eps)
         scores = self.linear(normed * self.weights.output_norm, self.weights.output)
         if score == "prob":
-            scores = softmax(scores)
+            scores = kernels.softmax(scores)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return [[(self.piece(int(i)), float(row[i])) for i in ids] for row, ids in zip(scores, best)]
 
@@ -939,12 +1032,13 @@ class Model:
         if positions[-1] >= self.config.n_ctx:
             before = f" after {cache.n} in the cache" if cache.n else ""
             raise Error(f"the prompt has {len(ids)} tokens{before}; the context has room for {self.config.n_ctx}")
-        if cache.of != (self.config, self.numerics):
+        if (cache.config, cache.numerics) != (self.config, self.numerics):
             raise Error("this cache was made by another model, or for other numerics")
         tap.begin(phase, positions)
         n = cache.n
         try:
-            logits = forward(self, np.asarray(ids, np.intp), cache, tap, start, last)
+            with np.errstate(over="ignore"):  # of silu's exp: the quotient is then 0, as it should be
+                logits = forward(self, np.asarray(ids, np.intp), cache, tap, start, last)
             kernels.announce_done()
             if not np.isfinite(logits.max(axis=1)).all():
                 raise Error("the logits are not finite: a weight or an action brought NaN or infinity (see --log all)")
@@ -954,13 +1048,19 @@ class Model:
             raise
 
 
-def load(path: str | Path | None = None, threads: int | None = None, numerics: str = "ggml") -> Model:
-    """Map a GGUF file, by default the bundled one, and check it; threads: the physical cores. Raises GGUFError."""
+def load(
+    path: str | Path | None = None, threads: int | None = None, numerics: str = "ggml", dtype: str = "float32"
+) -> Model:
+    """Map a GGUF file, by default the bundled one, and check it; threads: the physical cores. Raises GGUFError.
+
+    numerics: "ggml" rounds as llama.cpp does, "f32" keeps float32 throughout, "plain" runs the arithmetic of this file
+    in NumPy, in float32 or, with dtype="float64", in float64.
+    """
     if path is None:
         from tinymia_models import DEFAULT, bundled
 
         path = bundled()[DEFAULT]
-    return Model(path, threads, numerics)
+    return Model(path, threads, numerics, dtype)
 
 
 # ---------------------------------------------------------------------------------------- command line

@@ -108,6 +108,10 @@ class Tensor:
         n_rows = math.prod(self.shape[:-1])
         return kernels.dequantize(self.raw, self.format, n_rows, self.shape[-1]).reshape(self.shape)
 
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """Dequantised rows of a matrix: float32 [len(ids), n_in]."""
+        return kernels.get_rows(self.raw, self.format, *self.shape, ids)
+
     def __repr__(self) -> str:
         return f"Tensor({self.name!r}, {self.type_name}, {list(self.shape)})"
 

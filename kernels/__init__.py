@@ -19,6 +19,7 @@
 """
 
 from . import floats, iq4, k_quants, mxfp4, q4_q5, q8, ternary  # noqa: F401  each registers its formats
+from .arithmetic import Arithmetic
 from .attention import attention, kq, kqv, soft_max, store_keys, store_values
 from .formats import FORMATS, Format
 from .jit import announce_done, compiling
@@ -29,7 +30,7 @@ from .threads import Pool, physical_cores
 from .unrolled import UNROLLED
 
 __all__ = [
-    "FORMATS", "UNROLLED", "Format", "Pool", "Sampler", "announce_done", "attention", "compiling", "dequantize",
+    "FORMATS", "UNROLLED", "Arithmetic", "Format", "Pool", "Sampler", "announce_done", "attention", "compiling", "dequantize",
     "get_rows", "kq", "kqv", "matmul", "physical_cores", "rms_norm", "rope", "rope_angles", "silu", "soft_max",
     "softmax", "store_keys", "store_values",
 ]  # fmt: skip

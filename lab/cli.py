@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
     if args.verbose:
         for key, value in vars(model.config).items():
             print(f"{key:10s}  {value:.6g}" if isinstance(value, float) else f"{key:10s}  {value}", file=sys.stderr)
-        print(f"loaded in {time.perf_counter() - clock:.2f} s, {model.pool.n} threads", file=sys.stderr)
+        print(f"loaded in {time.perf_counter() - clock:.2f} s, {model.threads} threads", file=sys.stderr)
     ids = None if prompt is None else model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
     printer = Printer(args, model)
     if args.print_cgraph:

@@ -140,7 +140,7 @@ def spread(
     if executor is None:
         yield from (fn(model, item) for item in items)
         return
-    how = (model.path.resolve(), model.pool.n, model.numerics)
+    how = (model.path.resolve(), model.threads, model.numerics)
     _shared[how] = model
     futures = [executor.submit(_call, how, fn, item) for item in items]
     try:

@@ -117,7 +117,7 @@ def verify(
             return compare(model, ids, others, watched, shown, actions, inject, on_pair, progress), given[1]
         feed = Feed(lambda put: compute(
             model, ids, text, set(watched) | edits.by_name.keys(), edits, put,
-            threads=model.pool.n, flash=flash, repack=repack, n=n_predict))
+            threads=model.threads, flash=flash, repack=repack, n=n_predict))
         try:
             found = compare(model, ids, Others(iter(feed), model), watched, shown, actions, inject, on_pair, progress)
             outcome = feed.finish()
@@ -196,7 +196,7 @@ def verify_self(
     reference's inputs, and its error is its own.
     """
     tolerance = 1e-6 if tolerance is None else tolerance
-    path, threads = (model.path, model.pool.n) if isinstance(model, Model) else (model, threads)
+    path, threads = (model.path, model.threads) if isinstance(model, Model) else (model, threads)
     patterns = [only] if isinstance(only, str) else list(only)
     out: dict[str, Any] = {
         "tinymia": tinymia.__version__, "model": str(path), "tolerance": tolerance, "inject": inject}
