@@ -791,12 +791,12 @@ class Run:
             raise UnknownName(f"{name!r} is {len(meant)} tensors, {meant[0]} to {meant[-1]}: read one at a time")
         found = [r.value for r in self.records if isinstance(r.action, Save) and r.name == meant[0]]
         if not found:
-            kept = f"; kept: {short(', '.join(self.names))}" if self.names else ""
+            kept = f"; kept: {', '.join(self.names[:9])}{', ...' * (len(self.names) > 9)}" if self.names else ""
             raise UnknownName(f"{name!r} was not kept: ask with keep=[{name!r}]{kept}")
         return found[-1]
 
     def __repr__(self) -> str:
-        kept = f", {len(self.names)} tensors kept" * bool(self.names)
+        kept = f", kept {self.names[0]}{' ...' * (len(self.names) > 1)}" if self.names else ""
         return f"Run({short(self.text)}, {len(self.tokens)} tokens{kept})"
 
 

@@ -98,7 +98,7 @@ def attend(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     seed: int = 0,
-    actions: Sequence[Action] = (),
+    actions: Action | Sequence[Action] = (),
     out: str | Path | None = None,
 ) -> Attention:
     """Attention patterns of some layers and heads, all where None, and the scores of every head.
@@ -108,7 +108,8 @@ def attend(
     """
     c = model.config
     layers, heads = chosen(layers, c.n_layer, "layer"), chosen(heads, c.n_head, "head")
-    ids = model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+    ids = model.ids(prompt)
+    actions = tinymia.listed(actions)
     again = repeated_tokens(model, seed)
     settings = {"layers": layers, "heads": heads, "seed": seed, "actions": describe(actions)}
     info = about(model, "attend", settings, prompt=prompt, repeated=again)
