@@ -79,18 +79,16 @@ class Sampler:
         # The greatest logit becomes 0 before anything is divided: then nothing that matters can overflow.
         x = np.where(logits == most, 0.0, -math.inf) if math.isinf(most) else logits.astype(np.float64) - float(most)
         with np.errstate(over="ignore", under="ignore"):
-            ids = self._kept(x) if self.top_k or self.top_p < 1 or self.min_p else None
-            return int(self._draw(x, ids))
+            ids = self._kept(x, logits) if self.top_k or self.top_p < 1 or self.min_p else None
+            return int(self._draw(x, logits, ids))
 
-    def _kept(self, x: np.ndarray) -> np.ndarray:
+    def _kept(self, x: np.ndarray, logits: np.ndarray) -> np.ndarray:
         """Ids that top-k, top-p and min-p leave, the best first. x: logits minus the greatest, float64 [n_vocab]."""
-        most, n = min(self.top_k or len(x), len(x)), min(64, len(x))
-        if self.top_k:
-            n, total = most, float(np.exp(x[best(x, most)]).sum())
-        else:
-            total = float(np.exp(x).sum())
+        most = min(self.top_k or len(x), len(x))
+        n = most if self.top_k else min(64, most)
+        ids = best(logits, n)
+        total = float(np.exp(x[ids] if self.top_k else x).sum())
         while True:
-            ids = best(x, n)
             p = np.exp(x[ids]) / total
             before = np.cumsum(p) - p
             keep = (before < self.top_p) & (p >= self.min_p * p[0])
@@ -98,14 +96,15 @@ class Sampler:
                 keep[0] = True
                 return ids[keep]
             n = min(8 * n, most)
+            ids = best(logits, n)
 
-    def _draw(self, x: np.ndarray, ids: np.ndarray | None) -> int:
+    def _draw(self, x: np.ndarray, logits: np.ndarray, ids: np.ndarray | None) -> int:
         """One of `ids`, or of all, which are sorted only as far as is needed, by their probabilities at this
         temperature."""
         e = np.exp((x if ids is None else x[ids]) / self.temp)
         at, n = self.random.random() * float(e.sum()), min(64, len(e)) if ids is None else len(e)
         while True:
-            some = best(x, n) if ids is None else ids
+            some = best(logits, n) if ids is None else ids
             weights = e[some] if ids is None else e
             place = int(np.searchsorted(np.cumsum(weights), at, side="right"))
             if place < n or n == len(e):

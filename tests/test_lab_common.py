@@ -358,7 +358,8 @@ def test_an_answer_that_is_one_token_only_without_a_blank_is_taken_so(copycat, c
 
 
 @pytest.mark.parametrize("text,words", [("reverse", r"did you mean ' reverse' \(with a blank\)"),
-                                        (" ,", r"did you mean ',' \(without a blank\)"), ("qqq", "not one token but 3")])
+                                        (" ,", r"did you mean ',' \(without a blank\)"),
+                                        ("qqq", "not one token but 3")])
 def test_a_token_that_is_not_there_names_the_one_with_or_without_a_blank(copycat, text, words):
     with pytest.raises(tinymia.Error, match=words):
         copycat.tokenizer.one(text)
