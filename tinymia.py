@@ -15,12 +15,13 @@ line, pictures). Dimension names are ggml's: n_embd, n_head, n_head_kv, d_head, 
 
 from __future__ import annotations
 
-import difflib
 import math
 import sys
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -33,23 +34,33 @@ import tinymia_kernels as kernels
 from tinymia_files import (
     Error,
     GGUFError,
+    Note,
     Tensor,
     Text,
-    as_rows,
+    check_arguments,
     check_target,
+    closest,
     decode_now,
+    indices,
+    is_mask,
+    mean,
     read_gguf,
     read_hparams,
-    read_tensor,
+    read_row,
+    read_sources,
     read_tokenizer,
+    rows_for,
+    short,
+    told,
+    whole,
     write_tensors,
 )
-from tinymia_kernels import Sampler
+from tinymia_kernels import Sampler, best
 
 __version__ = "0.1.0"
 __all__ = [
     "Ablate", "Action", "ActionError", "Add", "Cache", "Config", "Context", "Edit", "Error", "GGUFError", "Generation",
-    "Lens", "Log", "Model", "Op", "Patch", "ProjectOut", "Record", "Replace", "Run", "Save", "Scale", "Tensor",
+    "Lens", "Log", "Model", "Note", "Op", "Patch", "ProjectOut", "Record", "Replace", "Run", "Save", "Scale", "Tensor",
     "UnknownName", "Weights", "load", "main", "match", "name_table",
 ]  # fmt: skip
 
@@ -161,7 +172,7 @@ class Weights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self._tensors:
             return self._tensors[name]
-        raise UnknownName(f"no weight is called {name!r}{_closest(name, self._tensors)}")
+        raise UnknownName(f"no weight is called {name!r}{closest(name, self._tensors)}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -383,6 +394,8 @@ def match(pattern: str, names: Mapping[str, Any]) -> list[str]:
 
     `norm` is an exact name, the final norm's: the layers' are `norm-*`. Raises UnknownName with the closest names.
     """
+    if not isinstance(pattern, str):
+        raise UnknownName(f"a tensor is chosen by its name, such as l_out-3, and not by {short(pattern)}")
     base, dash, layer = pattern.partition("-")
     pattern = ALIASES.get(base, base) + dash + layer
     if pattern in names:
@@ -390,19 +403,18 @@ def match(pattern: str, names: Mapping[str, Any]) -> list[str]:
     hits = [n for n in names if pattern == "all" or fnmatchcase(n, pattern) or n.startswith(f"{pattern}-")]
     if not hits:
         bases = dict.fromkeys(n.rpartition("-")[0] or n for n in names)
-        raise UnknownName(f"no tensor is called {pattern!r}{_closest(pattern, [*bases, *names])}")
+        layers = [n for n in names if n.startswith(f"{pattern.partition('-')[0]}-")]
+        hint = closest(pattern, [*bases, *names])
+        if layers and layer.isdecimal() and int(layer) >= len(layers):
+            hint = f": this model has layers 0 to {len(layers) - 1}, {layers[0]} to {layers[-1]}"
+        raise UnknownName(f"no tensor is called {pattern!r}{hint}")
     return hits
-
-
-def _closest(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name, list(names), 3, 0.5)
-    return f"; closest: {', '.join(close)}" if close else ""
 
 
 # ---------------------------------------------------------------------------------------- actions
 
-Positions = int | Sequence[int] | None
-Source = Any  # a saved file, an array, a Run, or a tuple of these, whose mean is taken
+Positions = int | Sequence[int] | Sequence[bool] | np.ndarray | None  # numbers, or a mask: True for each that is meant
+Source = Any  # a saved file, an array, a Run, or a tuple of these: rows are chosen in each, then their mean is taken
 
 
 @dataclass(frozen=True)
@@ -428,12 +440,13 @@ class Context:
     def at(self, at: Positions, must: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """(rows of this pass, their places in `at`); negative positions count from the end of the sequence.
 
-        Raises ActionError for positions that a prompt does not have, unless they need not be there.
+        A mask has a value for each position of the prompt. Raises ActionError for positions that a prompt does not
+        have, unless they need not be there.
         """
         if at is None:
             return np.arange(len(self.positions)), np.arange(len(self.positions))
         n = int(self.positions[-1]) + 1
-        wanted = np.atleast_1d(np.asarray(at, np.intp))
+        wanted = indices(at, "position", n if self.phase == "prompt" else None, f"{self.name}: ")
         wanted = np.where(wanted < 0, wanted + n, wanted)
         if must and self.phase == "prompt" and ((wanted < 0) | (wanted >= n)).any():
             raise ActionError(f"{self.name}: position {at} is out of range: the prompt has {n} tokens, 0 to {n - 1}")
@@ -441,7 +454,16 @@ class Context:
         return rows, places
 
 
-@dataclass(frozen=True)
+def listed(actions: Action | Sequence[Action]) -> list[Action]:
+    """Actions as a list; one may stand by itself. Raises ActionError for what is not an action."""
+    found = [actions] if isinstance(actions, Action) or not hasattr(actions, "__iter__") else list(actions)
+    for action in found:
+        if not isinstance(action, Action):
+            raise ActionError(f"{short(action)} is not an action; Lens, Log, Save, Patch, Ablate, ... are")
+    return found
+
+
+@dataclass(frozen=True, repr=False)
 class Action:
     """What to do with the tensors that `name` matches.
 
@@ -461,8 +483,19 @@ class Action:
         """The array to go on with: x itself, never written to, or a new one; None where no row of the pass is meant."""
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        """Patch('l_out-3', row -1 of Run('Egypt -> Cairo,', 5 tokens), at=-1): what was said, in few words."""
+        parts, src = [repr(self.name)], getattr(self, "src", None)
+        for f in sorted(fields(self)[1:], key=lambda f: f.kw_only):
+            value = getattr(self, f.name)
+            if f.name == "source" and src is not None:
+                parts.append(f"row {told(src)} of {told(value)}")
+            elif f.name != "src" and told(value) != told(f.default):
+                parts.append(f"{f.name}={told(value)}")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Lens(Action):
     """See each row through the logit lens: its k best tokens, scored as in Model.lens, kept in the records."""
 
@@ -479,7 +512,7 @@ class Lens(Action):
         return x
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Log(Action):
     """Keep a summary in the records: shape, mean, root mean square, least and greatest value, the first few."""
 
@@ -490,7 +523,7 @@ class Log(Action):
         return x
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Save(Action):
     """Keep a copy, in the records and, when a path is given, in a file that is written after the run."""
 
@@ -501,7 +534,7 @@ class Save(Action):
         return x
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Replace(Action):
     """fn(x, ctx): an array of the same shape to go on with, or None for no change; x is a copy that fn may write to."""
 
@@ -512,7 +545,7 @@ class Replace(Action):
         return x if y is None else y
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Edit(Action):
     """Base of the actions that change a part: the rows at positions `at`, of `heads`; all where None."""
 
@@ -520,13 +553,19 @@ class Edit(Action):
     heads: Positions = field(default=None, kw_only=True)
 
     def bind(self, name: str, op: Op, model: Model) -> Action:
-        if self.heads is not None:
-            n = model.config.n_head_kv if "n_head_kv" in op.dims else model.config.n_head
-            if not {"n_head", "n_head_kv", "n_head*d_head_v"} & set(op.dims):
-                raise ActionError(f"{name} has no heads; kqv_merged, kqv, kq_soft_max, kq, Qcur, Kcur and Vcur have")
-            if not all(0 <= h < n for h in np.atleast_1d(self.heads)):
-                raise ActionError(f"{name}: head {self.heads} is out of range: there are {n} heads, 0 to {n - 1}")
-        return self
+        if self.at is not None:
+            indices(self.at, "position", where=f"{name}: ")
+            if self.when == "decode" and is_mask(self.at):
+                raise ActionError(f"{name}: a mask is of the prompt's tokens, and when=decode leaves them as they are")
+        if self.heads is None:
+            return self
+        n = model.config.n_head_kv if "n_head_kv" in op.dims else model.config.n_head
+        if not {"n_head", "n_head_kv", "n_head*d_head_v"} & set(op.dims):
+            raise ActionError(f"{name} has no heads; kqv_merged, kqv, kq_soft_max, kq, Qcur, Kcur and Vcur have")
+        heads = indices(self.heads, "head", n, f"{name}: ").tolist()
+        if not all(0 <= h < n for h in heads):
+            raise ActionError(f"{name}: head {told(self.heads)} is out of range: there are {n} heads, 0 to {n - 1}")
+        return replace(self, heads=heads)
 
     def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | None:
         rows, places = ctx.at(self.at, self.when == "prompt")
@@ -553,27 +592,20 @@ class Edit(Action):
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Patch(Edit):
     """Put row `src` of another run in place of the row `at`.
 
     Without `src`, the source's only row or the same positions; without both, the whole tensor.
     """
 
-    source: Source = field(repr=False)
+    source: Source
     src: Positions = None
 
     def bind(self, name: str, op: Op, model: Model) -> Action:
-        super().bind(name, op, model)
-        source = read_source(self.source, name, op, model)
-        if self.src is not None and (self.at is None or np.size(self.src) != np.size(self.at)):
-            raise ActionError(f"patch of {name}: from {self.src} to {self.at}: say as many positions to as from")
-        if self.src is not None or (self.at is not None and len(source) > 1):
-            src = np.atleast_1d(np.asarray(self.at if self.src is None else self.src, np.intp))
-            if (src < -len(source)).any() or (src >= len(source)).any():
-                raise ActionError(f"patch of {name}: no row {src.tolist()} in the source, which has {len(source)} rows")
-            source = source[src]
-        return replace(self, source=source)
+        bound = super().bind(name, op, model)
+        sources = read_sources(self.source, name, op.dims, model, self.name)
+        return replace(bound, source=mean([rows_for(rows, self.src, self.at, name) for rows in sources], name))
 
     def edit(self, x: np.ndarray, rows: np.ndarray, places: np.ndarray) -> Any:
         if self.at is None and len(self.source) != len(x):
@@ -581,25 +613,37 @@ class Patch(Edit):
         return self.source if len(self.source) == 1 else self.source[places]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ablate(Edit):
-    """Take information away, by mode: "zero"; "mean", over the positions of this pass; "resample", the same rows of
-    `source`, another run; or "value", a number or an array that fits a row."""
+    """Take information away, by mode: "zero"; "mean", over the positions of the prompt's pass; "resample", the same
+    rows of `source`, another run; or "value", a number or an array that fits a row.
+
+    A pass over one row has no mean but that row: it is an error there, and so while decoding.
+    """
 
     mode: str = "zero"
-    value: Any = field(default=0.0, repr=False)
-    source: Source = field(default=None, repr=False)
+    value: Any = None
+    source: Source = None
 
     def bind(self, name: str, op: Op, model: Model) -> Action:
-        super().bind(name, op, model)
+        bound = super().bind(name, op, model)
         if self.mode not in ("zero", "mean", "resample", "value"):
             raise ActionError(f"ablation mode {self.mode!r}: it must be zero, mean, resample or value")
         if (self.mode == "resample") != (self.source is not None):
             raise ActionError(f"ablation of {name}: a source goes with mode resample, and with no other")
-        return self if self.source is None else replace(self, source=read_source(self.source, name, op, model))
+        if (self.mode == "value") != (self.value is not None):
+            raise ActionError(f"ablation of {name}: a value goes with mode value, and with no other")
+        if self.mode == "mean" and self.when != "prompt":
+            raise ActionError(f"ablation of {name}: mode mean goes with when=prompt, not {self.when}: a pass that "
+                              "decodes has one row, and its mean is itself")
+        if self.source is None:
+            return bound
+        return replace(bound, source=mean(read_sources(self.source, name, op.dims, model, self.name), name))
 
     def edit(self, x: np.ndarray, rows: np.ndarray, places: np.ndarray) -> Any:
         if self.mode == "mean":
+            if len(x) == 1:
+                raise ActionError(f"ablation of {self.name}: the pass has one row, and its mean is itself")
             return x.mean(0)
         if self.mode == "resample":
             if len(self.source) != len(x):
@@ -608,42 +652,42 @@ class Ablate(Edit):
         return self.value if self.mode == "value" else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Add(Edit):
     """x + coef * vector; the vector is the source's row `row`, or its only one."""
 
-    vector: Source = field(repr=False)
+    vector: Source
     coef: float = 1.0
     row: int | None = None
 
     def bind(self, name: str, op: Op, model: Model) -> Action:
-        super().bind(name, op, model)
-        return replace(self, vector=read_row(self.vector, self.row, name, op, model))
+        bound = super().bind(name, op, model)
+        return replace(bound, vector=read_row(self.vector, self.row, name, op.dims, model, self.name))
 
     def edit(self, x: np.ndarray, rows: np.ndarray, places: np.ndarray) -> Any:
         return x[rows] + np.float32(self.coef) * self.vector
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ProjectOut(Edit):
     """Remove a direction d from each row: x - (x . d) d / (d . d)."""
 
-    direction: Source = field(repr=False)
+    direction: Source
 
     def bind(self, name: str, op: Op, model: Model) -> Action:
-        super().bind(name, op, model)
-        row = read_row(self.direction, None, name, op, model)
+        bound = super().bind(name, op, model)
+        row = read_row(self.direction, None, name, op.dims, model, self.name)
         length = float(np.linalg.norm(row))
         if not 0 < length < math.inf:
             raise ActionError(f"projection of {name}: the direction has length {length}")
-        return replace(self, direction=row / np.float32(length))
+        return replace(bound, direction=row / np.float32(length))
 
     def edit(self, x: np.ndarray, rows: np.ndarray, places: np.ndarray) -> Any:
         along = np.tensordot(x[rows], self.direction, self.direction.ndim)  # [n_rows]
         return x[rows] - np.multiply.outer(along, self.direction)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scale(Edit):
     """factor * x."""
 
@@ -651,30 +695,6 @@ class Scale(Edit):
 
     def edit(self, x: np.ndarray, rows: np.ndarray, places: np.ndarray) -> Any:
         return np.float32(self.factor) * x[rows]
-
-
-def read_source(source: Source, name: str, op: Op, model: Model) -> np.ndarray:
-    """Rows of the tensor `name` that was saved, kept or made: float32, the token axis first."""
-    if isinstance(source, tuple):
-        parts = [read_source(s, name, op, model) for s in source]
-        if len({p.shape for p in parts}) != 1:
-            raise ActionError(f"{name}: sources of {' and '.join(str(list(p.shape)) for p in parts)} have no mean")
-        return np.mean(parts, axis=0, dtype=np.float32)
-    if isinstance(source, (str, Path)):
-        source = read_tensor(source, name, model.about)
-    elif isinstance(source, Run):
-        source = source[name]
-    return as_rows(np.asarray(source, np.float32), name, op.dims, model.config.sizes())
-
-
-def read_row(source: Source, row: int | None, name: str, op: Op, model: Model) -> np.ndarray:
-    """One row of a source: the one asked for, or the only one."""
-    rows = read_source(source, name, op, model)
-    if row is None and len(rows) == 1:
-        row = 0
-    if row is None or not -len(rows) <= row < len(rows):
-        raise ActionError(f"{name}: one vector is needed and the source has {len(rows)} rows: which? (not {row})")
-    return rows[row]
 
 
 class Record(NamedTuple):
@@ -691,16 +711,15 @@ class Record(NamedTuple):
 class Tap:
     """The `t` of forward: hands each named tensor to the actions that want it, and counts that every one fired."""
 
-    def __init__(self, model: Model, actions: Sequence[Action], on_record: Callable[[Record], None] | None = None):
-        self.model, self.actions, self.on_record = model, actions, on_record
+    def __init__(self, model: Model, actions: Any, on_record: Callable[[Record], None] | None = None):
+        self.model, self.actions, self.on_record = model, listed(actions), on_record
         self.records: list[Record] = []
-        self.fired = [False] * len(actions)
+        self.fired = [False] * len(self.actions)
         self.phase, self.positions = "prompt", np.arange(0)
+        self.seen: dict[str, set[int]] = {"prompt": set(), "decode": set()}  # positions of the passes so far
         self.by_name: dict[tuple[str, int | None], list[tuple[int, Action]]] = {}
         files: dict[str | Path, list[str]] = {}
-        for i, action in enumerate(actions):
-            if not isinstance(action, Action):
-                raise ActionError(f"{action!r} is no action; Lens, Log, Save, Patch, Ablate, ... are")
+        for i, action in enumerate(self.actions):
             if action.when not in ("prompt", "decode", "all"):
                 raise ActionError(f"{action}: when must be prompt, decode or all")
             for name in match(action.name, model.table):
@@ -714,6 +733,7 @@ class Tap:
     def begin(self, phase: str, positions: np.ndarray) -> None:
         """Before each pass: the positions of its rows, intp [n_tok]."""
         self.phase, self.positions = phase, positions
+        self.seen[phase].update(positions.tolist())
 
     def wants(self, il: int | None, *bases: str) -> bool:
         """Whether an action of this phase is on one of these names."""
@@ -731,7 +751,7 @@ class Tap:
                 self.fired[i] |= y is not None
                 if y is not None and y is not x:
                     if np.shape(y) != x.shape:
-                        raise ActionError(f"{action} of {name} gave shape {list(np.shape(y))}, not {list(x.shape)}")
+                        raise ActionError(f"{action} gave {name} the shape {list(np.shape(y))}, not {list(x.shape)}")
                     x = np.ascontiguousarray(y, x.dtype)
         return x
 
@@ -740,19 +760,25 @@ class Tap:
         if self.on_record:
             self.on_record(self.records[-1])
 
-    def finish(self, **about: Any) -> None:
-        """After the run: write the files of Save, then complain of actions that never fired."""
+    def finish(self, prompt: str | Sequence[int], **about: Any) -> None:
+        """After the run: write the files of Save, then complain of actions that never fired, or not at all of `at`."""
         files: dict[str | Path, dict[str, dict[int, np.ndarray]]] = {}  # path, name, first position
         for r in self.records:
             if isinstance(r.action, Save) and r.action.path is not None:
                 files.setdefault(r.action.path, {}).setdefault(r.name, {})[int(r.positions[0])] = r.value
         for path, tensors in files.items():
             joined = {name: self._join(name, list(passes.values())) for name, passes in tensors.items()}
-            write_tensors(path, joined, {"model": self.model.about, **about})
+            write_tensors(path, joined, {"model": self.model.about, "prompt": self.model.text(prompt), **about})
         for action, fired in zip(self.actions, self.fired):
             if not fired:
                 kind = type(action).__name__
                 raise ActionError(f"{kind} of {action.name} (when={action.when}) never fired: no such pass or position")
+            if isinstance(action, Edit) and action.at is not None and action.when != "prompt":
+                seen = self.seen["decode"].union(self.seen["prompt"] if action.when == "all" else ())
+                at = indices(action.at, "position").tolist()
+                lost = [p for p in at if p not in seen and not -max(seen) - 2 < p < 0]
+                if lost:
+                    warnings.warn(f"{action}: positions {lost} never came: the last one was {max(seen)}", Note, 3)
 
     def _join(self, name: str, passes: list[np.ndarray]) -> np.ndarray:
         """The passes of a run after one another along the token axis."""
@@ -824,25 +850,38 @@ def forward(
 # ---------------------------------------------------------------------------------------- Model
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """What a pass over a prompt gave."""
 
-    logits: np.ndarray = field(repr=False)          # float32 [n_tok, n_vocab], [1, n_vocab] for logits="last"
+    logits: np.ndarray              # float32 [n_tok, n_vocab], [1, n_vocab] for logits="last"
     tokens: list[int]
-    records: list[Record] = field(repr=False)       # what the actions kept, in the order of computation
+    records: list[Record]           # what the actions kept, in the order of computation
+    text: str = ""                  # of the prompt
+    table: Mapping[str, Any] = field(default_factory=dict)      # the model's names
 
     @property
     def names(self) -> list[str]:
         """Exact names of the tensors that were kept."""
         return list(dict.fromkeys(r.name for r in self.records if isinstance(r.action, Save)))
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
     def __getitem__(self, name: str) -> np.ndarray:
         """The copy of a tensor that keep= or Save made, float32, of the shape in the table of names."""
-        found = [r.value for r in self.records if isinstance(r.action, Save) and r.name == name]
+        meant = match(name, self.table or dict.fromkeys(self.names))
+        if len(meant) > 1:
+            raise UnknownName(f"{name!r} is {len(meant)} tensors, {meant[0]} to {meant[-1]}: read one at a time")
+        found = [r.value for r in self.records if isinstance(r.action, Save) and r.name == meant[0]]
         if not found:
-            raise UnknownName(f"{name!r} was not kept: ask with keep=[{name!r}]{_closest(name, self.names)}")
+            kept = f"; kept: {', '.join(self.names[:9])}{', ...' * (len(self.names) > 9)}" if self.names else ""
+            raise UnknownName(f"{name!r} was not kept: ask with keep=[{name!r}]{kept}")
         return found[-1]
+
+    def __repr__(self) -> str:
+        kept = f", kept {self.names[0]}{' ...' * (len(self.names) > 1)}" if self.names else ""
+        return f"Run({short(self.text)}, {len(self.tokens)} tokens{kept})"
 
 
 @dataclass
@@ -868,7 +907,7 @@ class Model:
             raise Error(f"numerics {numerics!r}: it must be one of {kinds}")
         if dtype != "float32" and not (numerics == "plain" and dtype == "float64"):
             raise Error(f"dtype {dtype!r}: it must be float32 or, with numerics plain, float64")
-        if threads is not None and not 1 <= threads <= 1024:
+        if threads is not None and not 1 <= whole(threads, "threads") <= 1024:
             raise Error(f"{threads} threads: it must be 1 to 1024")
         self.path, self.numerics = Path(path), numerics
         meta, tensors = read_gguf(self.path)
@@ -878,23 +917,43 @@ class Model:
         self.threads, self.dtype = threads or kernels.physical_cores(), np.dtype(dtype)
         self.ops = plain(self.dtype) if numerics == "plain" else kernels.Arithmetic(self.threads, numerics)
         self.table = name_table(self.config.n_layer)
+        self.n_ids = max(self.config.n_vocab, len(self.tokenizer.pieces))
         self.about = {k: getattr(self.config, k) for k in ("name", "n_embd", "n_layer", "n_head", "n_vocab")}
 
     def names(self) -> list[str]:
         """Every exact name, in the order of computation."""
         return list(self.table)
 
+    def __repr__(self) -> str:
+        c, kinds = self.config, Counter[str]()
+        for w in self.weights.values():
+            kinds[w.type_name] += w.nbytes
+        return (f"Model({c.name}: {c.n_layer} layers of {c.n_head} heads, {c.n_embd} wide, {c.n_vocab:,} tokens, "
+                f"{kinds.most_common(1)[0][0]}, numerics {self.numerics})")
+
     def tokenize(self, text: str, bos: bool | None = None, special: bool = True) -> list[int]:
-        """Ids of a text. BOS comes first as the file, or `bos`, says; `special` recognises <s> and the like."""
-        return self.tokenizer.encode(text, bos, special)
+        """Ids of a text. BOS comes first as the file, or `bos`, says; `special` recognises <s> and the like.
+
+        A text that begins with BOS by itself gets another one all the same, as in llama.cpp, and a Note.
+        """
+        t = self.tokenizer
+        ids = t.encode(text, bos, special)
+        if (t.add_bos if bos is None else bos) and ids[:2] == [t.bos, t.bos]:
+            warnings.warn(f"the text begins with {self.piece(ids[0])}, and gets another one before it; bos=False "
+                          "(--no-bos) adds none", Note, stacklevel=2)
+        return ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Text of ids."""
-        return self.tokenizer.decode(ids)
+        """Text of ids: what each adds, the blank that stands before the first word included. Raises Error."""
+        return self.tokenizer.decode(self._known(ids))
+
+    def text(self, prompt: str | Sequence[int]) -> str:
+        """The text of a prompt: of ids the one that is cut into them again, where there is one."""
+        return prompt if isinstance(prompt, str) else self.tokenizer.text(self._known(prompt))
 
     def piece(self, i: int) -> str:
-        """One token as people read it."""
-        return self.tokenizer.piece(i)
+        """One token as people read it. Raises Error for an id that is not there."""
+        return self.tokenizer.piece(self._known([i])[0])
 
     def rows(self, weight: Tensor, ids: np.ndarray) -> np.ndarray:
         """Dequantised rows of a matrix, [len(ids), n_in]."""
@@ -911,8 +970,8 @@ class Model:
     def run(
         self,
         prompt: str | Sequence[int],
-        keep: Sequence[str] = (),
-        actions: Sequence[Action] = (),
+        keep: str | Sequence[str] = (),
+        actions: Action | Sequence[Action] = (),
         logits: str = "all",
         cache: Cache | None = None,
         start: tuple[int, np.ndarray] | None = None,
@@ -920,32 +979,34 @@ class Model:
     ) -> Run:
         """One pass over a prompt, text or ids, after what `cache` holds.
 
+        A text after a cache that holds something goes on with it: it gets no BOS, and no blank before it.
         keep: names whose tensors, as the actions left them, are copied into the run. logits: "all", or "last" row only
         (then norm, result_norm and result_output have one row). start = (il, x) begins at layer il on the residual x
         [n_tok, n_embd]. Raises Error for a prompt that does not fit and for logits that are no numbers.
         """
         if logits not in ("all", "last"):
             raise Error(f"logits={logits!r}: it must be all or last")
-        ids = self._ids(prompt)
         cache = cache or self.cache()
-        tap = Tap(self, [*actions, *map(Save, [keep] if isinstance(keep, str) else keep)], on_record)
+        ids = self.ids(prompt, follows=cache.n > 0)
+        tap = Tap(self, [*listed(actions), *map(Save, [keep] if isinstance(keep, str) else keep)], on_record)
         if start is not None:
-            il, x = start[0], np.ascontiguousarray(start[1], self.dtype)
+            il, x = whole(start[0], "the layer of start"), np.ascontiguousarray(start[1], self.dtype)
             if not 0 <= il <= self.config.n_layer or x.shape != (len(ids), self.config.n_embd):
                 raise Error(f"start=({il}, {list(x.shape)}): it takes a layer up to {self.config.n_layer} and "
                             f"[{len(ids)}, {self.config.n_embd}]")
             start = (il, x)
         out = self._pass(ids, cache, tap, "prompt", start, logits == "last")
-        tap.finish(tokens=ids, prompt=self._text(prompt))
-        return Run(out, ids, tap.records)
+        tap.finish(prompt, tokens=ids)
+        text = prompt if isinstance(prompt, str) else self.detokenize(ids).removeprefix(" ")
+        return Run(out, ids, tap.records, text, self.table)
 
     def generate(
         self,
         prompt: str | Sequence[int],
         n: int = 32,
-        actions: Sequence[Action] = (),
+        actions: Action | Sequence[Action] = (),
         *,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         on_text: Callable[[str], None] | None = None,
         on_record: Callable[[Record], None] | None = None,
         bos: bool | None = None,
@@ -954,15 +1015,20 @@ class Model:
     ) -> Generation:
         """Go on with a prompt, text or ids, for up to n tokens: greedily, or as Sampler's fields say (temp=0.8, ...).
 
-        Ends at an end-of-text token, at one of the `stop` texts (which is not part of the result), when the context is
-        full, or at Ctrl-C. on_text gets the text piece by piece, whole characters only.
+        Ends at an end-of-text token, at a `stop` text (which is not part of the result) or control token ("</s>"), when
+        the context is full, or at Ctrl-C. on_text gets the text piece by piece, whole characters only.
         """
+        known = "prompt n actions stop on_text on_record bos special".split()
+        check_arguments("generate", sampling, [*known, *(f.name for f in fields(Sampler))])
+        if whole(n, "n") < 0:
+            raise Error(f"n is {n}: it must be 0 or more")
+        texts, ends = self.tokenizer.stops(stop)
         try:
             sampler = Sampler(**sampling)
         except ValueError as e:
             raise Error(str(e)) from e
-        ids, clock = self._ids(prompt, bos, special), time.perf_counter()
-        tap, cache, out = Tap(self, actions, on_record), self.cache(), Text(stop, on_text)
+        ids, clock = self.ids(prompt, bos, special), time.perf_counter()
+        tap, cache, out = Tap(self, actions, on_record), self.cache(), Text(texts, on_text)
         seen, new = [*ids], list[int]()
         reason, prompt_seconds = "length", 0.0
         try:
@@ -975,7 +1041,7 @@ class Model:
                 if new[-1] in self.tokenizer.end:
                     reason = "eos"
                     break
-                if out.add(self.tokenizer.bytes(new[-1])):
+                if new[-1] in ends or out.add(self.tokenizer.bytes(new[-1])):
                     reason = "stop"
                     break
                 if len(new) < n and cache.n == self.config.n_ctx:
@@ -986,14 +1052,16 @@ class Model:
         except KeyboardInterrupt:
             reason = "interrupted"
         text, seconds = out.close(), (prompt_seconds, time.perf_counter() - clock - prompt_seconds)
-        tap.finish(tokens=seen, prompt=self._text(prompt), output=text)
+        tap.finish(prompt, tokens=seen, output=text)
         return Generation(text, new, ids, reason, tap.records, seconds)
 
     def lens(self, x: np.ndarray, k: int = 5, score: str = "raw") -> list[list[tuple[str, float]]]:
-        """The logit lens: for each row of x [n_tok, n_embd] its k best (piece, score), best first.
+        """The logit lens: for each row of x [n_tok, n_embd] its k best (piece, score), best first; none for NaN.
 
-        "raw" is (x * norm weight) W^T, as the post's program printed; "logit" divides by the RMS first, as the model
-        itself does before its output; "prob" is the softmax of that. All three put the tokens in the same order.
+        "raw" is (x * norm weight) W^T, as the post's program printed; "logit" divides by the RMS first and adds the
+        output's bias, if there is one, as the model itself does; "prob" is the softmax of that. In exact arithmetic and
+        without a bias all three have the same order. With numerics="ggml" the rows are rounded for the product, x and
+        x / rms(x) not to the same values: there raw and logit may order tokens of nearly equal scores differently.
         Source: nostalgebraist, interpreting GPT: the logit lens (2020).
         """
         x = np.ascontiguousarray(np.atleast_2d(x), np.float32)
@@ -1001,23 +1069,40 @@ class Model:
             raise Error(f"the lens sees rows of n_embd = {self.config.n_embd} numbers, not {list(x.shape)}")
         if score not in ("raw", "logit", "prob"):
             raise Error(f"lens score {score!r}: it must be raw, logit or prob")
-        k = min(k, self.config.n_vocab)
+        k = min(whole(k, "k"), self.config.n_vocab)
         if k < 1:
             raise Error(f"the lens shows {k} tokens a row: it must be at least 1")
         normed = x if score == "raw" else self.ops.rms_norm(x, self.config.eps)
-        scores = self.linear(normed * self.weights.output_norm, self.weights.output)
+        output = self.weights.output if score != "raw" else self.weights.output._replace(bias=None)
+        scores = self.linear(normed * self.weights.output_norm, output)
         if score == "prob":
             scores = kernels.softmax(scores)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return [[(self.piece(int(i)), float(row[i])) for i in ids] for row, ids in zip(scores, best)]
+        rows = zip(scores, best(scores, k), np.isnan(scores).any(1))
+        return [[] if nan else [(self.piece(int(i)), float(row[i])) for i in ids] for row, ids, nan in rows]
 
-    def _text(self, prompt: str | Sequence[int]) -> str:
-        return prompt if isinstance(prompt, str) else self.detokenize(prompt)
+    def _known(self, ids: Sequence[int]) -> list[int]:
+        """Ids that the vocabulary or the embedding has, none at all included."""
+        found, n = [] if isinstance(ids, Sequence) and not len(ids) else indices(ids, "id").tolist(), self.n_ids
+        bad = [i for i in found if not 0 <= i < n]
+        if bad:
+            raise Error(f"token id {bad[0]} is out of range: there are {n} tokens, 0 to {n - 1}")
+        return found
 
-    def _ids(self, prompt: str | Sequence[int], bos: bool | None = None, special: bool = True) -> list[int]:
+    def ids(
+        self, prompt: str | Sequence[int], bos: bool | None = None, special: bool = True, follows: bool = False
+    ) -> list[int]:
+        """Ids of a prompt, text or ids, that can be run. A text that `follows` another gets no BOS and no blank first.
+
+        Raises Error.
+        """
         if isinstance(prompt, bytes):
             raise Error("a prompt is text or token ids, not bytes")
-        ids = self.tokenize(prompt, bos, special) if isinstance(prompt, str) else [int(i) for i in prompt]
+        if not isinstance(prompt, str):
+            ids = indices(prompt, "id").tolist() if np.size(prompt) else []
+        elif follows:
+            ids = self.tokenizer.encode(prompt, False, special, follows)
+        else:
+            ids = self.tokenize(prompt, bos, special)
         if not ids:
             raise Error("the prompt has no tokens: give some text, or let BOS stand for an empty one")
         bad = [i for i in ids if not 0 <= i < self.config.n_vocab]

@@ -4,17 +4,23 @@
     hparams.py     the model's shape out of the metadata
     tokenizer.py   text to ids and back: spm.py by sentencepiece, bpe.py by tokenizers, vocab.py what both have
     tensors.py     saved activations: raw float32, .npy, .npz
+    sources.py     what actions take from them, from arrays and from runs
+    given.py       what a caller gives: positions, heads, layers, ids, arguments
 """
 
-from .errors import Error, FileError, GGUFError, short
+from .errors import Error, FileError, GGUFError, Note, short
 from .gguf import Tensor, decode_now
+from .given import ArgumentError, check_arguments, closest, indices, is_mask, told, whole
 from .hparams import read_hparams
+from .sources import mean, read_row, read_sources, rows_for
 from .split import read_gguf
 from .tensors import as_rows, check_target, read_tensor, write_atomic, write_tensors
 from .tokenizer import Text, read_tokenizer
 from .vocab import Tokenizer
 
 __all__ = [
-    "Error", "FileError", "GGUFError", "Tensor", "Text", "Tokenizer", "as_rows", "check_target", "decode_now",
-    "read_gguf", "read_hparams", "read_tensor", "read_tokenizer", "short", "write_atomic", "write_tensors",
-]
+    "ArgumentError", "Error", "FileError", "GGUFError", "Note", "Tensor", "Text", "Tokenizer", "as_rows",
+    "check_arguments", "check_target", "closest", "decode_now", "indices", "is_mask", "mean", "read_gguf",
+    "read_hparams", "read_row", "read_sources", "read_tensor", "read_tokenizer", "rows_for", "short", "told",
+    "whole", "write_atomic", "write_tensors",
+]  # fmt: skip

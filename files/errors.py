@@ -10,6 +10,10 @@ class Error(Exception):
         super().__init__(line if len(line) <= limit else line[: limit - 3] + "...")
 
 
+class Note(UserWarning):
+    """What a user should know and what is no error; given by `warnings.warn`, and printed by the command line."""
+
+
 class FileError(Error):
     """A file that cannot be read or written, or is not what it should be."""
 

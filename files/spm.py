@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ class SentencePiece(Tokenizer):
         self.scores = self._array(meta, "scores", np.ndarray, np.zeros(n, np.float32))
         if len(self.scores) != n:
             raise GGUFError(f"{path}: the vocabulary has {n} tokens and {len(self.scores)} scores")
-        unknown = self.unknown if self.unknown is not None else 0
-        self._sp = self._processor(unknown, self._flag(meta, "add_space_prefix", True))
+        self.prefix = self._flag(meta, "add_space_prefix", True)
+        self._sp = self._processor(self.unknown if self.unknown is not None else 0, self.prefix)
 
     def _processor(self, unknown: int, dummy_prefix: bool) -> Any:
         """A sentencepiece ModelProto, written field by field (source: sentencepiece_model.proto), and loaded."""
@@ -55,6 +56,15 @@ class SentencePiece(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._sp.encode(text)
+        return ids
+
+    @functools.cached_property
+    def _sp_following(self) -> Any:
+        """The library's object that puts no blank first."""
+        return self._processor(self.unknown if self.unknown is not None else 0, False) if self.prefix else self._sp
+
+    def _encode_following(self, text: str) -> list[int]:
+        ids: list[int] = self._sp_following.encode(text)
         return ids
 
     def _spelling(self, text: str) -> str:

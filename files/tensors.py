@@ -98,29 +98,38 @@ def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any
     return {name: np.asarray(a, np.float32) for name, a in arrays.items()}, about
 
 
-def read_tensor(path: str | Path, name: str, model: dict[str, Any]) -> np.ndarray:
-    """The tensor `name` of a file, or the only one; refuses what was saved from another model."""
+def read_tensor(path: str | Path, name: str, model: dict[str, Any]) -> tuple[np.ndarray, str]:
+    """(the tensor `name` of a file, or the only one; its name there, "" in a raw file); refuses another model's."""
     arrays, about = read_tensors(path)
     if about.get("model", model) != model:
         raise FileError(f"{path}: saved from another model, {about['model']}; this one is {model}")
     if name not in arrays and len(arrays) != 1:
         raise FileError(f"{path}: holds no {name}; it holds {short(', '.join(arrays))}")
-    return arrays[name] if name in arrays else next(iter(arrays.values()))
+    held = name if name in arrays else next(iter(arrays))
+    return arrays[held], held
 
 
-def as_rows(array: np.ndarray, name: str, dims: Sequence[str], sizes: dict[str, int]) -> np.ndarray:
+def as_rows(
+    array: np.ndarray, name: str, dims: Sequence[str], sizes: dict[str, int], source: str = "the source", held: str = ""
+) -> np.ndarray:
     """A tensor with its token axis first.
 
     dims are the names of its dimensions, sizes those that are known: n_tok and n_kv are not. What has one dimension (a
-    raw file, a vector) is cut into rows. Raises FileError when it does not fit.
+    raw file, a vector) is cut into rows. Raises FileError when it does not fit, which names the source and what it
+    holds.
     """
-    shape = [sizes.get(d) for d in dims]
+    shape, what = [sizes.get(d) for d in dims], f"{source} holds {held}," if held else f"{source} is"
+    width = math.prod(d for d in shape if d)
     if array.ndim == 1:
-        width, unknown = math.prod(d for d in shape if d), shape.count(None)
+        unknown = shape.count(None)
         n = round((array.size / width) ** (1 / unknown))
         if not n or n**unknown * width != array.size:
-            raise FileError(f"{name}: {array.size} numbers are no rows of {width}, its width in this model")
+            raise FileError(f"{source}: {array.size} numbers are not rows of {width}, the width of {name}"
+                            f"{'' if held else ': is it a saved tensor of this model?'}")
         array = array.reshape([d or n for d in shape])
+    if array.ndim == len(shape) == 2 and array.shape[1] != width:
+        raise FileError(f"{what} {array.shape[1]} wide; {name} is {width} wide")
     if array.ndim != len(shape) or any(d not in (None, have) for d, have in zip(shape, array.shape)):
-        raise FileError(f"{name}: a source of {list(array.shape)}; it is [{', '.join(dims)}] = {shape} in this model")
+        here = ", ".join(d if size is None else f"{d} {size}" for d, size in zip(dims, shape))
+        raise FileError(f"{what} {list(array.shape)}; {name} is [{here}]")
     return np.moveaxis(array, dims.index("n_tok"), 0)

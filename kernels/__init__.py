@@ -11,7 +11,7 @@
     activations.py  rounding and quantising activations before a product
     attention.py    scores, softmax, weighted sums, and all of it in one; attention_rows.py holds its kernels
     ops.py          RMS norm, rotary positions, SiLU
-    sampling.py     a token from logits
+    sampling.py     the best of many scores, a token from logits
     threads.py      the pool over which items are split
     jit.py          compilation, its cache, its announcement
     simd.py         LLVM vectors in numba, lanes.py functions on them, vectors.py the ones used here
@@ -25,12 +25,13 @@ from .formats import FORMATS, Format
 from .jit import announce_done, compiling
 from .matmul import dequantize, get_rows, matmul
 from .ops import rms_norm, rope, rope_angles, silu
-from .sampling import Sampler, softmax
+from .sampling import Sampler, best, softmax
 from .threads import Pool, physical_cores
 from .unrolled import UNROLLED
 
 __all__ = [
-    "FORMATS", "UNROLLED", "Arithmetic", "Format", "Pool", "Sampler", "announce_done", "attention", "compiling", "dequantize",
+    "FORMATS", "UNROLLED", "Arithmetic", "Format", "Pool", "Sampler", "announce_done", "attention", "best",
+    "compiling", "dequantize",
     "get_rows", "kq", "kqv", "matmul", "physical_cores", "rms_norm", "rope", "rope_angles", "silu", "soft_max",
     "softmax", "store_keys", "store_values",
 ]  # fmt: skip

@@ -17,9 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
+
 import tinymia
 from tinymia import Error, Model
-from tinymia_files import check_target
+from tinymia_files import check_target, indices
 from tinymia_models import DEFAULT
 
 from .heatmap import Heatmap, draw_png
@@ -111,7 +113,7 @@ def prompt_ids(args: argparse.Namespace, model: Model) -> str | list[int]:
 
 
 def chosen(wanted: str | Sequence[int] | None, n: int, what: str) -> list[int]:
-    """Which of n layers or heads: numbers, or a text such as 0,3-5; all where None. Raises Error."""
+    """Which of n layers or heads: numbers, a mask, or a text such as 0,3-5; all where None. Raises Error."""
     if wanted is None:
         return list(range(n))
     if isinstance(wanted, str):
@@ -120,7 +122,7 @@ def chosen(wanted: str | Sequence[int] | None, n: int, what: str) -> list[int]:
         except ValueError:
             raise Error(f"{what}s {wanted!r}: write 0,3-5 for {what}s 0, 3, 4 and 5") from None
         wanted = [i for end in ends for i in range(end[0], end[-1] + 1)]
-    numbers = sorted({int(i) for i in wanted})
+    numbers = sorted(set(indices(wanted, what, n).tolist())) if np.size(wanted) else []
     if not numbers:
         raise Error(f"no {what} is chosen")
     for i in numbers:

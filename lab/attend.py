@@ -17,6 +17,7 @@ import numpy as np
 import tinymia
 from tinymia import Action, Context, Model
 from tinymia_files.vocab import NORMAL
+from tinymia_kernels import best as best_of
 
 from .action_flags import change_flags, patch_flags, read_actions
 from .arguments import check_file, chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
@@ -98,7 +99,7 @@ def attend(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     seed: int = 0,
-    actions: Sequence[Action] = (),
+    actions: Action | Sequence[Action] = (),
     out: str | Path | None = None,
 ) -> Attention:
     """Attention patterns of some layers and heads, all where None, and the scores of every head.
@@ -108,7 +109,8 @@ def attend(
     """
     c = model.config
     layers, heads = chosen(layers, c.n_layer, "layer"), chosen(heads, c.n_head, "head")
-    ids = model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+    ids = model.ids(prompt)
+    actions = tinymia.listed(actions)
     again = repeated_tokens(model, seed)
     settings = {"layers": layers, "heads": heads, "seed": seed, "actions": describe(actions)}
     info = about(model, "attend", settings, prompt=prompt, repeated=again)
@@ -162,7 +164,7 @@ def strongest(found: Attention, n: int = 5) -> str:
     lines: list[list[Any]] = []
     for name, what in SCORES.items():
         values: np.ndarray = getattr(found, name)
-        best = [np.unravel_index(i, values.shape) for i in np.argsort(-values, axis=None, kind="stable")[:n]]
+        best = [np.unravel_index(i, values.shape) for i in best_of(values.reshape(-1), n)]
         heads = [f"{layer}.{head} {values[layer, head]:.2f}" for layer, head in best]
         lines.append([what, *heads] if not np.isnan(values).any() else [what, "no token of the prompt has one"])
     return f"strongest heads, layer.head and mean weight\n{table(lines)}"

@@ -27,7 +27,7 @@ from tinymia_models import DEFAULT, bundled
 from .action_flags import Act, change_flags, patch_flags, read_actions
 from .arguments import Parser, model_flags, prompt_flags, read_prompt
 from .progress import interruptible
-from .terminal import table
+from .terminal import notes, table
 
 EXAMPLES = """\
 the post's commands (https://grgv.xyz/blog; any Llama in GGUF will do for llama2.gguf):
@@ -144,7 +144,8 @@ class Printer:
         if isinstance(r.action, tinymia.Lens):
             self.line(f"Layer #{r.layer} {r.name}:" if r.layer is not None else f"{r.name}:")
             for position, best in zip(r.positions.tolist(), r.value):
-                self.line(f"{position}: " + "".join(f"{piece} {score:.2g}|" for piece, score in best))
+                shown = "".join(f"{piece} {score:.2g}|" for piece, score in best)
+                self.line(f"{position}: {shown or 'NaN: no tokens'}")
             rows = [{"position": p, "best": best} for p, best in zip(r.positions.tolist(), r.value)]
             self.out["lens"].append({**about, "rows": rows})
         elif isinstance(r.action, tinymia.Log):
@@ -260,6 +261,7 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
               f"generation: {len(gen.tokens)} tokens in {rest:.3f} s, {rates[1]:.1f} a second", file=sys.stderr)
 
 
+@notes()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 2 for an error, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 import tinymia
 from tinymia import Action, Error, Model
+from tinymia_files import whole
+from tinymia_kernels import best as best_of
 from tinymia_kernels import softmax
 
 from .action_flags import change_flags, patch_flags, read_actions
@@ -52,7 +52,7 @@ def report(
     against: str | int | None = None,
     n: int = 16,
     layers: str | Sequence[int] | None = None,
-    actions: Sequence[Action] = (),
+    actions: Action | Sequence[Action] = (),
 ) -> Report:
     """Lens, attention and attribution of a prompt, and how the model goes on.
 
@@ -60,16 +60,17 @@ def report(
     on with. layers: whose attention patterns are kept, all where None. Raises Error.
     """
     c = model.config
-    ids = model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+    ids = model.ids(prompt)
+    actions = tinymia.listed(actions)
     kept = chosen(layers, c.n_layer, "layer")
     size = len(kept) * c.n_head * len(ids) * (len(ids) + 1) // 2
-    if n < 0:
+    if whole(n, "n") < 0:
         raise Error(f"{n} tokens to go on with: it must be 0 or more")
     if size > MOST:
         raise Error(f"the attention patterns of {len(kept)} layers on {len(ids)} tokens take {size / 1e6:.0f} MB: "
                     f"choose layers, {max(1, len(kept) * MOST // size)} or so")
     at_prompt = [action for action in actions if action.when != "decode"]
-    runs = [[], list(actions)] if actions else [[]]
+    runs = [[], actions] if actions else [[]]
     outputs, probabilities = [], []
     for steps in runs:
         gen = model.generate(prompt, n, [*steps, tinymia.Save("result_output")])
@@ -79,7 +80,7 @@ def report(
     prompt_runs = [at_prompt] * (len(runs) - 1)
     attributions = [first, *(attribute(model, prompt, first.answer, first.against, actions=a) for a in prompt_runs)]
     lenses = [lens(model, prompt, target=first.answer, actions=a) for a in [[], *prompt_runs]]
-    best = dict.fromkeys(int(i) for p in probabilities for i in np.argsort(-p, kind="stable")[:5])
+    best = dict.fromkeys(int(i) for p in probabilities for i in best_of(p, 5))
     best[first.answer] = None
     comes = [[model.piece(i), *(float(p[i]) for p in probabilities)] for i in best]
     settings = {"answer": first.answer, "against": first.against, "n": n, "layers": kept, "actions": describe(actions)}

@@ -143,9 +143,8 @@ def about(
 def _prompt(model: Model, prompt: Any) -> Any:
     if not isinstance(prompt, str) and any(not isinstance(i, (int, np.integer)) for i in prompt):
         return [_prompt(model, one) for one in prompt]
-    ids = model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-    text = prompt if isinstance(prompt, str) else model.detokenize(ids)
-    return {"text": text, "tokens": ids, "pieces": [model.piece(i) for i in ids]}
+    ids = model.ids(prompt)
+    return {"text": model.text(prompt), "tokens": ids, "pieces": [model.piece(i) for i in ids]}
 
 
 def describe(value: Any) -> Any:

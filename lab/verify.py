@@ -90,7 +90,7 @@ def verify(
     if record is not None and Path(record).suffix != ".npz":
         raise Error(f"{record}: recordings are .npz files")
     text = prompt if isinstance(prompt, str) else None
-    ids = model.tokenize(prompt) if text is not None else [int(i) for i in prompt]
+    ids, actions = model.ids(prompt), tinymia.listed(actions)
     if not 0 < len(ids) + n_predict <= model.config.n_ctx:
         raise Error(f"{len(ids)} tokens and {n_predict} more: the context has room for {model.config.n_ctx}")
     how = {"flash": flash, "repack": repack, "actions": [repr(action) for action in actions]}
@@ -203,7 +203,7 @@ def verify_self(
     rows: dict[str, dict[str, Any]] = {}
     for numerics in ("f32", "ggml"):
         engine = tinymia.load(path, threads, numerics)
-        ids = engine.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        ids = engine.ids(prompt)
         shown = {name for pattern in patterns for name in tinymia.match(pattern, engine.table)}
         names = [n for n in engine.table if inject or n in shown or n == "result_output"]
         names = [n for n in names if n in shown or engine.table[n][0].base not in FLASH]
