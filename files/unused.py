@@ -16,11 +16,11 @@ from typing import Any
 from .errors import GGUFError
 from .gguf import Tensor
 
-# Tensors without which the numbers are the same; {} stands for a matrix that the model has, # for a layer of it.
+# Tensors without which the numbers are the same, beside a matrix that the model has or in one of its layers.
 HARMLESS_TENSORS = {
-    "{}.input_scale": "scales 4-bit activations on GPUs; llama.cpp's CPU code loads it and does not use it",
-    "blk.#.attn_rot_embd.weight": "the frequencies that rope.freq_base gives, which converters of 2023 stored; "
-                                  "gguf-py leaves them out (MODEL_TENSOR_SKIP)",
+    r"(?P<matrix>.+)\.input_scale": "scales 4-bit activations on GPUs; llama.cpp's CPU code loads and does not use it",
+    r"blk\.(?P<layer>\d+)\.attn_rot_embd\.weight": "the frequencies that rope.freq_base gives, which converters of 2023 "
+                                                   "stored; gguf-py leaves them out (MODEL_TENSOR_SKIP)",
 }  # fmt: skip
 
 # Metadata keys of the architecture, without its name, that read as if they changed the numbers, and do not.
@@ -77,11 +77,13 @@ def check_tensors(
 
 
 def _harmless(tensor: Tensor, matrices: Collection[str], n_layer: int) -> bool:
-    stem = tensor.name.removesuffix(".input_scale")
-    if stem != tensor.name:
-        return stem in matrices and math.prod(tensor.shape) == 1
-    layer = re.fullmatch(r"blk\.(\d+)\.attn_rot_embd\.weight", tensor.name)
-    return layer is not None and int(layer[1]) < n_layer
+    for pattern in HARMLESS_TENSORS:
+        found = re.fullmatch(pattern, tensor.name)
+        if found and "matrix" in found.groupdict():
+            return found["matrix"] in matrices and math.prod(tensor.shape) == 1
+        if found:
+            return int(found["layer"]) < n_layer
+    return False
 
 
 def note_keys(meta: dict[str, Any], arch: str, path: Path) -> None:
