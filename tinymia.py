@@ -40,6 +40,7 @@ from tinymia_files import (
     check_arguments,
     check_target,
     closest,
+    check_tensors,
     decode_now,
     indices,
     is_mask,
@@ -133,7 +134,7 @@ class Weights(Mapping[str, Tensor]):
     """
 
     def __init__(self, tensors: dict[str, Tensor], c: Config, path: Path):
-        self._tensors, self._path = tensors, path
+        self._tensors, self._path = dict(tensors), path
         q, k, v = c.n_head * c.d_head, c.n_head_kv * c.d_head, c.n_head_kv * c.d_head_v
         block = {
             "attn_norm": (c.n_embd,), "attn_q": (q, c.n_embd), "attn_k": (k, c.n_embd), "attn_v": (v, c.n_embd),
@@ -141,6 +142,7 @@ class Weights(Mapping[str, Tensor]):
             "ffn_norm": (c.n_embd,), "ffn_gate": (c.n_ff, c.n_embd), "ffn_up": (c.n_ff, c.n_embd),
             "ffn_down": (c.n_embd, c.n_ff),
         }  # fmt: skip
+        self._check_names([f"blk.{il}.{name}" for il in range(c.n_layer) for name in block], c)
         self.token_embd = self._tensor("token_embd.weight", (c.n_vocab, c.n_embd))
         self.blk = [Block(**{name: self._part(f"blk.{il}.{name}", shape) for name, shape in block.items()})
                     for il in range(c.n_layer)]
@@ -154,20 +156,45 @@ class Weights(Mapping[str, Tensor]):
         decode_now(path, [self.token_embd, self.output.weight] + [w.weight for b in self.blk for w in vars(b).values()
                                                                   if isinstance(w, Linear)])
 
+    def _check_names(self, block: list[str], c: Config) -> None:
+        """Refuse tensors that neither the weights below use nor files/unused.py knows to be harmless."""
+        matrices, output = [name for name in block if not name.endswith("_norm")], self._tensors.get("output.weight")
+        used = {"token_embd.weight", "output_norm.weight", "rope_freqs.weight"} | {f"{name}.weight" for name in block}
+        used |= {f"{name}.bias" for name in matrices}
+        if output is not None:
+            used |= {"output.weight", "output.bias"}
+            matrices += ["output"] * (output.type_name == "NVFP4")  # llama.cpp looks for no scale of another output
+        check_tensors(self._tensors, used | {f"{name}.scale" for name in matrices}, matrices, c.n_layer, self._path)
+
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._tensors.get(name)
         if tensor is None:
             raise GGUFError(f"{self._path}: tensor {name} {list(shape)} is missing")
-        if tensor.shape != shape:
+        if tensor.shape[-len(shape):] != shape or math.prod(tensor.shape) != math.prod(shape):
             raise GGUFError(f"{self._path}: tensor {name} is {list(tensor.shape)}; the metadata ask for {list(shape)}")
-        return tensor
+        if tensor.shape != shape:  # dimensions of 1 before the others, which GGUF lists last and ggml takes for none
+            self._tensors[name] = tensor.but(shape=shape)
+        return self._tensors[name]
 
     def _part(self, name: str, shape: tuple[int, ...]) -> Any:
-        """A vector as float32, a matrix where it lies with the bias that may go with it."""
-        weight, bias = self._tensor(f"{name}.weight", shape), f"{name}.bias"
+        """A vector as float32, a matrix where it lies with the scale and the bias that may go with it.
+
+        A scale multiplies the product: before a bias is added in the attention block, after it in the feed-forward
+        block. Source: llama-graph.cpp, build_lora_mm, build_qkv and build_ffn.
+        """
+        weight = self._tensor(f"{name}.weight", shape)
         if len(shape) == 1:
             return weight.numpy()
-        return Linear(weight, self._tensor(bias, shape[:1]).numpy() if bias in self._tensors else None)
+        bias = self._tensor(f"{name}.bias", shape[:1]).numpy() if f"{name}.bias" in self._tensors else None
+        if f"{name}.scale" in self._tensors:
+            scale = self._tensor(f"{name}.scale", (1,)).numpy()[0]
+            weight = self._tensors[weight.name] = weight.but(scale=scale)
+            if bias is not None and ".ffn_" in name:
+                if weight.type_name == "NVFP4":
+                    raise GGUFError(f"{self._path}: tensor {name}.scale of NVFP4 goes with no {name}.bias: which of "
+                                    "the two comes first is not known (llama.cpp refuses the file too)")
+                bias = bias * scale
+        return Linear(weight, bias)
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._tensors:
@@ -944,7 +971,7 @@ class Model:
         return ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Text of ids: what each adds, the blank that stands before the first word included. Raises Error."""
+        """Text of ids, without the blank that tokenize puts before the first word. Raises Error."""
         return self.tokenizer.decode(self._known(ids))
 
     def text(self, prompt: str | Sequence[int]) -> str:

@@ -1,7 +1,7 @@
 """What lies on disk, read and written here alone; everything read is hostile until checked.
 
     gguf.py        the index of a GGUF file, and its tensors where they lie in the map; split.py models of several
-    hparams.py     the model's shape out of the metadata
+    hparams.py     the model's shape out of the metadata; unused.py what else a file may hold
     tokenizer.py   text to ids and back: spm.py by sentencepiece, bpe.py by tokenizers, vocab.py what both have
     tensors.py     saved activations: raw float32, .npy, .npz
     sources.py     what actions take from them, from arrays and from runs
@@ -16,11 +16,12 @@ from .sources import mean, read_row, read_sources, rows_for
 from .split import read_gguf
 from .tensors import as_rows, check_target, read_tensor, write_atomic, write_tensors
 from .tokenizer import Text, read_tokenizer
+from .unused import check_tensors
 from .vocab import Tokenizer
 
 __all__ = [
     "ArgumentError", "Error", "FileError", "GGUFError", "Note", "Tensor", "Text", "Tokenizer", "as_rows",
-    "check_arguments", "check_target", "closest", "decode_now", "indices", "is_mask", "mean", "read_gguf",
+    "check_arguments", "check_target", "check_tensors", "closest", "decode_now", "indices", "is_mask", "mean", "read_gguf",
     "read_hparams", "read_row", "read_sources", "read_tensor", "read_tokenizer", "rows_for", "short", "told",
     "whole", "write_atomic", "write_tensors",
 ]  # fmt: skip

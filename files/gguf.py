@@ -5,6 +5,7 @@ gguf-py's reader takes seconds to open a large vocabulary; this one takes a tent
 
 from __future__ import annotations
 
+import copy
 import math
 import mmap
 import os
@@ -92,6 +93,7 @@ class Tensor:
     shape: tuple[int, ...]      # NumPy's order: (n_out, n_in) for a matrix
     format: kernels.Format      # how a row is stored
     raw: np.ndarray             # uint8 [bytes], read-only, in the map
+    scale: np.float32 | None = None     # what the file wants all the numbers multiplied by, and products therefore
 
     @property
     def type_name(self) -> str:
@@ -104,13 +106,21 @@ class Tensor:
         return self.raw.size
 
     def numpy(self) -> np.ndarray:
-        """Dequantised copy, float32 [shape]."""
+        """Dequantised copy, float32 [shape], times the scale where there is one."""
         n_rows = math.prod(self.shape[:-1])
-        return kernels.dequantize(self.raw, self.format, n_rows, self.shape[-1]).reshape(self.shape)
+        x = kernels.dequantize(self.raw, self.format, n_rows, self.shape[-1]).reshape(self.shape)
+        return x if self.scale is None else x * self.scale
+
+    def but(self, **fields: Any) -> Tensor:
+        """The same weight with other fields."""
+        other = copy.copy(self)
+        vars(other).update(fields)
+        return other
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Dequantised rows of a matrix: float32 [len(ids), n_in]."""
-        return kernels.get_rows(self.raw, self.format, *self.shape, ids)
+        x = kernels.get_rows(self.raw, self.format, *self.shape, ids)
+        return x if self.scale is None else x * self.scale
 
     def __repr__(self) -> str:
         return f"Tensor({self.name!r}, {self.type_name}, {list(self.shape)})"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .errors import Error, GGUFError, short
+from .unused import warn
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 
@@ -17,6 +18,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token
 END = """</s> <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|>
     <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response>
     <｜end▁of▁sentence｜> [e~[""".split()
+MARKERS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")  # always recognised, and part of the text
+UNUSED_IDS = ("seperator", "padding", "mask")  # ids that this program has no use for (the first is ggml's spelling)
+BYTES = frozenset(f"<0x{b:02X}>" for b in range(256))
 INFILL = {  # role: (names of its id in the metadata, its texts)
     "pre": ("fim_pre prefix", "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|>"
                               " <|prefix|>"),
@@ -34,18 +38,21 @@ class Tokenizer:
     """Text to ids and back. Its kinds say how a text without special tokens is cut (`_encode`), what a token adds to a
     text (`bytes`), how people read it (`piece`) and how a piece is spelt in the file (`_spelling`)."""
 
-    prefix = False      # whether a blank is put before a text
+    DEFAULTS: ClassVar[dict[str, int | None]] = {}  # special ids of a file that names none: bos, eos, unknown
+    space_prefix = False  # whether a text gets a blank before its first word, which decode takes off again
 
     def __init__(self, meta: dict[str, Any], path: Path, add_bos: bool):
         """`add_bos` is what holds where the metadata do not say."""
         self.path = path
-        self.pieces: list[str] = self._array(meta, "tokens", list)
+        self.pieces: list[str] = [p or f"[EMPTY_{i}]" for i, p in enumerate(self._array(meta, "tokens", list))]
         n = len(self.pieces)
-        self.types = self._array(meta, "token_type", np.ndarray, np.full(n, NORMAL)).tolist()
-        if not n or len(self.types) != n:
-            raise GGUFError(f"{path}: the vocabulary has {n} tokens and {len(self.types)} types")
+        self.types = self._numbers(meta, "token_type", NORMAL, "types")
+        if BYTE not in self.types:  # converters that lost the types leave the names, and nothing else is called so
+            self.types = [BYTE if p in BYTES else t for p, t in zip(self.pieces, self.types)]
         self.ids = {piece: i for i, piece in reversed(list(enumerate(self.pieces)))}
-        self.bos, self.eos, self.unknown = (self._id(meta, k) for k in ("bos", "eos", "unknown"))
+        self.bos, self.eos, self.unknown = (self._id(meta, k, self.DEFAULTS[k]) for k in ("bos", "eos", "unknown"))
+        for name in UNUSED_IDS:
+            self._id(meta, name, least=-1)
         self.end = self._ends(meta)  # generation stops at these
         self.add_bos = self._flag(meta, "add_bos_token", add_bos) and self.bos is not None
         self.add_eos = self._flag(meta, "add_eos_token", False) and self.eos is not None
@@ -59,18 +66,34 @@ class Tokenizer:
             raise GGUFError(f"{self.path}: tokenizer.ggml.{key} is {found}")
         return value
 
+    def _numbers(self, meta: dict[str, Any], key: str, default: float, what: str) -> list[Any]:
+        """One number for each token: the first ones, where the file has more."""
+        n = len(self.pieces)
+        numbers = self._array(meta, key, np.ndarray, np.full(n, default)).tolist()
+        if not n or len(numbers) < n:
+            raise GGUFError(f"{self.path}: the vocabulary has {n} tokens and {len(numbers)} {what}")
+        return numbers[:n]
+
     def _flag(self, meta: dict[str, Any], key: str, default: bool) -> bool:
         value = meta.get(f"tokenizer.ggml.{key}", default)
         if not isinstance(value, (bool, int)):
             raise GGUFError(f"{self.path}: tokenizer.ggml.{key} is {short(value)}; it must be true or false")
         return bool(value)
 
-    def _id(self, meta: dict[str, Any], name: str) -> int | None:
-        value, n = meta.get(f"tokenizer.ggml.{name}_token_id"), len(self.pieces)
-        if value is not None and not (type(value) is int and 0 <= value < n):
-            key = f"tokenizer.ggml.{name}_token_id"
-            raise GGUFError(f"{self.path}: {key} is {short(value)}; the vocabulary has {n} tokens")
-        return value
+    def _id(self, meta: dict[str, Any], name: str, default: int | None = None, least: int = 0) -> int | None:
+        """A special id; a note on stderr and the default for one that no token has, as llama.cpp does."""
+        key, n = f"tokenizer.ggml.{name}_token_id", len(self.pieces)
+        default = default if default is not None and default < n else None
+        value = meta.get(key, default)
+        if value is None:
+            return None
+        if type(value) is not int or value < least:
+            raise GGUFError(f"{self.path}: {key} is {short(value)}; it must be a token's number, 0 to {n - 1}")
+        if 0 <= value < n:
+            return value
+        instead = "no token" if default is None else f"token {default}"
+        warn(self.path, f"{key} is {value}, but the vocabulary has {n} tokens: {instead} takes its place")
+        return default
 
     def _ends(self, meta: dict[str, Any]) -> set[int]:
         """Ids that end a generation; marks what is known by its text as a control token, as llama.cpp does."""
@@ -84,10 +107,17 @@ class Tokenizer:
             end |= ids if role in ("pad", "rep", "sep") else set()
         for i in known:
             self.types[i] = CONTROL
-        end |= {i for key in ("eos", "eot", "eom") if (i := self._id(meta, key)) is not None}
+        for text in MARKERS:
+            if text in self.ids:
+                self.types[self.ids[text]] = USER_DEFINED
+        end |= {i for i in (self.eos, self._id(meta, "eot"), self._id(meta, "eom")) if i is not None}
         found = {self.pieces[i] for i in end}
         if {"<|end|>", "<|call|>", "<|return|>"} <= found or {"<|end|>", "<|calls|>", "<|flush|>"} <= found:
             end.discard(self.ids["<|end|>"])  # there it only ends a part of an answer
+            self.types[self.ids["<|end|>"]] = USER_DEFINED
+        if "<|tool_response>" in found and "</s>" in found:
+            end.discard(self.ids["</s>"])  # there it is a word like others
+            self.types[self.ids["</s>"]] = NORMAL
         return end
 
     def encode(self, text: str, bos: bool | None = None, special: bool = True, follows: bool = False) -> list[int]:
@@ -121,8 +151,12 @@ class Tokenizer:
         return parts
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(self.bytes(i) for i in ids).decode("utf-8", "replace")
+        """Text of ids; bytes that are no UTF-8 become U+FFFD. The blank that encode puts first is taken off."""
+        parts = [self.bytes(i) for i in ids]
+        first = 1 if len(ids) and ids[0] == self.bos else 0
+        if self.space_prefix and first < len(parts):
+            parts[first] = parts[first].removeprefix(b" ")
+        return b"".join(parts).decode("utf-8", "replace")
 
     def one(self, text: str) -> int:
         """Id of a single token: its piece (" reverse"), or #123."""
@@ -149,7 +183,7 @@ class Tokenizer:
             if special := i < len(self.pieces) and self.types[i] in (UNKNOWN, CONTROL, USER_DEFINED):
                 written += self.pieces[i].encode("utf-8", "replace")
             else:
-                written += self.bytes(i).removeprefix(b" " * (first and self.prefix))
+                written += self.bytes(i).removeprefix(b" " * (first and self.space_prefix))
             first = special
         try:
             for text in (written.decode("utf-8", "replace"), plain.removeprefix(" "), plain):

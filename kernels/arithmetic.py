@@ -1,7 +1,7 @@
 """The arithmetic of tinymia.py, fast: functions of the same names and arguments, by kernels, over a pool of threads.
 
-tinymia.py says what each function computes and in which shapes; what is added here is how numbers are rounded (`numerics`).
-A weight is an object with `raw` (uint8, its rows as they lie in the file), `format` and `shape` (n_out, n_in).
+tinymia.py says what each function computes and in which shapes; what is added here is how numbers are rounded.
+A weight is an object with `raw` (uint8, its rows as they lie in the file), `format`, `shape` (n_out, n_in) and `scale`.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from .threads import Pool
 class Arithmetic:
     """The functions of tinymia.py's arithmetic on a pool of threads.
 
-    numerics "ggml" rounds where llama.cpp's CPU backend rounds and takes sums in its order; "f32" keeps float32 throughout.
+    numerics "ggml" rounds where llama.cpp's CPU backend rounds and takes sums in its order; "f32" keeps float32.
     """
 
     def __init__(self, threads: int, numerics: str):
@@ -25,7 +25,8 @@ class Arithmetic:
 
     def embed(self, weight: Any, tokens: np.ndarray) -> np.ndarray:
         """Look up the row of each token: float32 [n_tok, n_embd]."""
-        return get_rows(weight.raw, weight.format, *weight.shape, tokens)
+        x = get_rows(weight.raw, weight.format, *weight.shape, tokens)
+        return x if weight.scale is None else x * weight.scale
 
     def rms_norm(self, x: np.ndarray, eps: float) -> np.ndarray:
         """Divide each row of x [n_tok, n_embd] by its root mean square."""
@@ -41,6 +42,7 @@ class Arithmetic:
         found = []
         for weight, bias in layers:
             y = matmul(x, weight.raw, weight.format, weight.shape[0], self.numerics, self.pool, forms)
+            y = y if weight.scale is None else y * weight.scale
             found.append(y if bias is None else y + bias)
         return found
 
