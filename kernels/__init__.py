@@ -12,7 +12,7 @@
     attention.py    scores, softmax, weighted sums, and all of it in one; attention_rows.py holds its kernels
     ops.py          RMS norm, rotary positions, SiLU
     sampling.py     a token from logits
-    threads.py      the pool over which items are split
+    machine/ threads.py  the pool over which items are split
     jit.py          compilation, its cache, its announcement
     simd.py         LLVM vectors in numba, lanes.py functions on them, vectors.py the ones used here
     cpu.py          what only some CPUs have, beside a portable form
@@ -21,11 +21,11 @@
 from . import floats, iq4, k_quants, mxfp4, q4_q5, q8, ternary  # noqa: F401  each registers its formats
 from .attention import attention, kq, kqv, soft_max, store_keys, store_values
 from .formats import FORMATS, Format
-from .jit import announce_done, compiling
+from .machine.jit import announce_done, compiling
+from .machine.threads import Pool, physical_cores
 from .matmul import dequantize, get_rows, matmul
 from .ops import rms_norm, rope, rope_angles, silu
 from .sampling import Sampler, softmax
-from .threads import Pool, physical_cores
 from .unrolled import UNROLLED
 
 __all__ = [

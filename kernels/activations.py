@@ -29,12 +29,12 @@ A record of 576 bytes holds one group:
 
 import numpy as np
 
-from .cpu import dot4, even, odd, round_bf16, round_half, widen_bf16, widen_half
-from .jit import inline, kernel, specialise
-from .lanes import fabs, first, largest, maximum, rint, total
-from .simd import address_of, keep, store
+from .machine.cpu import dot4, even, odd, round_bf16, round_half, widen_bf16, widen_half
+from .machine.jit import inline, kernel, specialise
+from .machine.lanes import fabs, first, largest, maximum, rint, total
+from .machine.simd import address_of, keep, store
 
-from .vectors import (  # isort: skip
+from .machine.vectors import (  # isort: skip
     as_i32, f32x4, f32x8, i16x1, i32x8, load_f32x1, load_f32x16, load_f32x32, load_i8x32, to_f32, to_half, to_i8,
     to_i16, u8x32,
 )  # fmt: skip

@@ -10,7 +10,7 @@ bit for bit.
 import numpy as np
 
 from .attention_rows import KERNELS, soft_max_rows
-from .threads import Pool, run
+from .machine.threads import Pool, run
 
 
 def _like(name: str, x: np.ndarray, last: int | None = None) -> None:

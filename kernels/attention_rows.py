@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .cpu import round_half, widen_half
 from .floats import F16, F32
-from .jit import inline, kernel, specialise
-from .lanes import largest, maximum, total
-from .simd import address_of, keep, store
-from .vectors import exp, f32x1, f32x16, load_f32x1, load_f32x16
+from .machine.cpu import round_half, widen_half
+from .machine.jit import inline, kernel, specialise
+from .machine.lanes import largest, maximum, total
+from .machine.simd import address_of, keep, store
+from .machine.vectors import exp, f32x1, f32x16, load_f32x1, load_f32x16
 
 dot = tile = cast = narrow = cast_row = dots = tiles = None  # see jit.specialise
 SIZE = 0

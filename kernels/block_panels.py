@@ -17,12 +17,12 @@ For n groups of 32, a panel has 1152 n bytes, and an unpacked row 40 n:
 import numpy as np
 
 from .activations import RECORD, first_record
-from .cpu import dot4
-from .jit import inline, kernel
-from .lanes import first, fma
+from .machine.cpu import dot4
+from .machine.jit import inline, kernel
+from .machine.lanes import first, fma
+from .machine.simd import address_of, keep, store
+from .machine.vectors import f32x1, f32x16, load_f32x1, load_f32x16, load_i8x64, load_i32x16, load_u32x1, to_f32, u8x64
 from .panels import everywhere, quad
-from .simd import address_of, keep, store
-from .vectors import f32x1, f32x16, load_f32x1, load_f32x16, load_i8x64, load_i32x16, load_u32x1, to_f32, u8x64
 
 GROUP, UNPACKED = 1152, 40
 ROWS = 24  # rows that are unpacked at a time

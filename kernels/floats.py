@@ -5,10 +5,10 @@
     BF16  16 bits a weight   1 sign   8 exponent    7 fraction    the upper half of an F32
 """
 
-from .cpu import widen_bf16, widen_half
 from .formats import register_floats
-from .jit import inline
-from .vectors import load_f32x1, load_f32x16, load_u16x1, load_u16x16, load_u16x32
+from .machine.cpu import widen_bf16, widen_half
+from .machine.jit import inline
+from .machine.vectors import load_f32x1, load_f32x16, load_u16x1, load_u16x16, load_u16x32
 
 
 @inline

@@ -13,8 +13,8 @@ import numpy as np
 from . import block_panels, panels, products, rows, stacks, superblocks
 from . import unpack as unpacking
 from .activations import first_record
-from .jit import inline, specialise
-from .simd import address_of
+from .machine.jit import inline, specialise
+from .machine.simd import address_of
 
 MANY = 8  # tokens from which quantised rows meet panels; for superblocks the sums change there, as in ggml
 

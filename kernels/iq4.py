@@ -14,14 +14,14 @@ What the dot products see of a quant is VALUES + 128, which is unsigned: bias 12
 Source: ggml-common.h, block_iq4_nl, block_iq4_xs, kvalues_iq4nl; ggml-quants.c, dequantize_row_iq4_nl and _xs.
 """
 
-from .cpu import lookup
 from .formats import register_quants, register_superblocks
-from .jit import inline
-from .lanes import constant, shuffle
-from .simd import Vec
+from .machine.cpu import lookup
+from .machine.jit import inline
+from .machine.lanes import constant, shuffle
+from .machine.simd import Vec
+from .machine.vectors import half_at, load_u8x16, load_u8x32, load_u16x1, load_u32x1, nibbles, to_i32
 from .stacks import Fours, four_halves, four_halves_of_18, four_loads
 from .superblocks import BIAS_BY_LANE
-from .vectors import half_at, load_u8x16, load_u8x32, load_u16x1, load_u32x1, nibbles, to_i32
 
 VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 

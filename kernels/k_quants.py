@@ -28,10 +28,10 @@ Source: ggml-common.h, block_q2_K to block_q6_K; ggml-quants.c, dequantize_row_q
 """
 
 from .formats import register_superblocks
-from .jit import inline
-from .lanes import concat, shuffle
+from .machine.jit import inline
+from .machine.lanes import concat, shuffle
+from .machine.vectors import half_at, load_i8x16, load_u8x16, load_u8x32, load_u8x64, nibbles, to_i32
 from .superblocks import BIAS_BY_16, BIAS_BY_LANE, MINIMUMS_IN_ONE, MINIMUMS_OF_16, MINIMUMS_OF_32
-from .vectors import half_at, load_i8x16, load_u8x16, load_u8x32, load_u8x64, nibbles, to_i32
 
 
 @inline

@@ -8,7 +8,7 @@ from .activations import (  # isort: skip
     new_records, new_records_k, quantise_q8, quantise_q8_k, round_to_bf16, round_to_f16, round_to_q8_0, round_to_q8_k,
 )  # fmt: skip
 from .formats import Format
-from .threads import Pool, run
+from .machine.threads import Pool, run
 
 # How activations are rounded for weights that are plain numbers, and how many at a time.
 ROUND = {

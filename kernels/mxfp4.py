@@ -15,11 +15,11 @@ Source: ggml-common.h, block_mxfp4 and kvalues_mxfp4; ggml-impl.h, ggml_e8m0_to_
 import numpy as np
 
 from . import rows
-from .cpu import lookup
 from .formats import register_quants
-from .jit import inline
-from .lanes import first
-from .vectors import as_f32, i32x8, load_u8x1, load_u8x16, nibbles
+from .machine.cpu import lookup
+from .machine.jit import inline
+from .machine.lanes import first
+from .machine.vectors import as_f32, i32x8, load_u8x1, load_u8x16, nibbles
 
 VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 

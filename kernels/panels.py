@@ -22,12 +22,12 @@ A panel has for each superblock 4672 bytes, and an unpacked row 384:
 import numpy as np
 
 from .activations import RECORD_K, first_record
-from .cpu import dot4, even, odd
-from .jit import inline, kernel
-from .lanes import bitcast_to, fma, low, shuffle
-from .simd import Vec, address_of, keep, store
+from .machine.cpu import dot4, even, odd
+from .machine.jit import inline, kernel
+from .machine.lanes import bitcast_to, fma, low, shuffle
+from .machine.simd import Vec, address_of, keep, store
 
-from .vectors import (  # isort: skip
+from .machine.vectors import (  # isort: skip
     f32x16, i32x16, load_f32x1, load_f32x16, load_i8x64, load_i16x32, load_i32x1, load_u32x1, to_f32, to_i16, to_i32,
     u8x64,
 )  # fmt: skip

@@ -6,10 +6,10 @@ rows.py and superblocks.py describe them; `start` says where the activations beg
 
 import numpy as np
 
-from .jit import inline
-from .lanes import fma, total
-from .simd import address_of, keep
-from .vectors import f32x16, load_f32x16
+from .machine.jit import inline
+from .machine.lanes import fma, total
+from .machine.simd import address_of, keep
+from .machine.vectors import f32x16, load_f32x16
 
 ROWS = 16  # rows that all tokens pass before the next rows: they stay in the nearest cache
 

@@ -16,10 +16,10 @@ Source: ggml-common.h, block_q4_0 to block_q5_1; ggml-quants.c, dequantize_row_q
 """
 
 from .formats import register_quants
-from .jit import inline
-from .lanes import bits_of
+from .machine.jit import inline
+from .machine.lanes import bits_of
+from .machine.vectors import half_at, load_u8x16, load_u32x1, nibbles
 from .stacks import Fours, four_fifth_bits, four_halves, four_halves_of_18, four_loads
-from .vectors import half_at, load_u8x16, load_u32x1, nibbles
 
 
 @inline

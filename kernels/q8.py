@@ -10,8 +10,8 @@ Source: ggml-common.h, block_q8_0; ggml-quants.c, dequantize_row_q8_0.
 """
 
 from .formats import register_quants
-from .jit import inline
-from .vectors import half_at, load_u8x32
+from .machine.jit import inline
+from .machine.vectors import half_at, load_u8x32
 
 
 @inline

@@ -22,10 +22,10 @@ token and several are summed alike, so that a token's result does not depend on 
 
 import numpy as np
 
-from .cpu import dot4, even, odd
-from .jit import inline
-from .lanes import concat, first, fma, high, low, total
-from .vectors import f32x8, f32x16, load_f32x1, load_f32x16, load_f32x32, load_i8x64, load_i32x16, to_f32, u8x32
+from .machine.cpu import dot4, even, odd
+from .machine.jit import inline
+from .machine.lanes import concat, first, fma, high, low, total
+from .machine.vectors import f32x8, f32x16, load_f32x1, load_f32x16, load_f32x32, load_i8x64, load_i32x16, to_f32, u8x32
 
 # What jit.specialise puts into the templates.
 weights = weight = quants = scale = minimum = rest = None

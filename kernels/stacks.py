@@ -12,10 +12,10 @@ brings its Fours.
 
 from typing import Any, NamedTuple
 
-from .cpu import dot4, widen_half
-from .jit import inline
-from .lanes import bits_of, concat, first, fma, shuffle, shuffle2, total
-from .vectors import (
+from .machine.cpu import dot4, widen_half
+from .machine.jit import inline
+from .machine.lanes import bits_of, concat, first, fma, shuffle, shuffle2, total
+from .machine.vectors import (
     f32x16,
     load_f32x1,
     load_f32x16,

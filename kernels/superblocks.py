@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .activations import RECORD_K
-from .cpu import dot4, even, odd
-from .jit import inline
-from .lanes import first, fma, high, low, shuffle, total
+from .machine.cpu import dot4, even, odd
+from .machine.jit import inline
+from .machine.lanes import first, fma, high, low, shuffle, total
 from .rows import four
 
-from .vectors import (  # isort: skip
+from .machine.vectors import (  # isort: skip
     f32x1, f32x4, f32x8, i32x16, load_f32x1, load_i8x64, load_i16x8, load_i16x16, load_i32x16, to_f32, to_i16, to_i32,
 )  # fmt: skip
 

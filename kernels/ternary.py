@@ -13,11 +13,11 @@ ggml-cpu/arch/x86/quants.c, ggml_vec_dot_tq1_0_q8_K and _tq2_0_q8_K.
 """
 
 from .formats import register_superblocks
-from .jit import inline
 from .k_quants import two_bits
-from .lanes import concat, shuffle
+from .machine.jit import inline
+from .machine.lanes import concat, shuffle
+from .machine.vectors import half_at, i32x16, load_u8x16, load_u8x32, to_i16, to_u8
 from .superblocks import BIAS_BY_16
-from .vectors import half_at, i32x16, load_u8x16, load_u8x32, to_i16, to_u8
 
 
 @inline

@@ -3,10 +3,10 @@
 Products and sums are rounded one by one, in the order of the formats' reference code, so that every bit is the same.
 """
 
-from .jit import inline
-from .lanes import concat, shuffle
-from .simd import address_of, store
-from .vectors import spread, to_f32
+from .machine.jit import inline
+from .machine.lanes import concat, shuffle
+from .machine.simd import address_of, store
+from .machine.vectors import spread, to_f32
 
 # What jit.specialise puts into the templates.
 weights = weight = quants = scale = minimum = scales = minimums = factor = min_factor = unpack = None

@@ -10,10 +10,10 @@ Source: ggml-cpu/tiled/tiled.cpp, tiled_unpack_src0 (the numbers that dot produc
 """
 
 from .formats import superblock_format
-from .jit import inline
-from .lanes import first
+from .machine.jit import inline
+from .machine.lanes import first
+from .machine.vectors import f32x8, load_f32x1, load_i8x16, load_u8x64, to_i32
 from .superblocks import BIAS_BY_LANE
-from .vectors import f32x8, load_f32x1, load_i8x16, load_u8x64, to_i32
 
 
 @inline

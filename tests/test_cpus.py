@@ -11,7 +11,7 @@ import pytest
 from formats import random_weights
 
 import tinymia_kernels as tk
-from tinymia_kernels import cpu
+from tinymia_kernels.machine import cpu
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = "+sse3,+ssse3,+sse4.1,+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt,+lzcnt"
@@ -41,7 +41,7 @@ import numba
 from numba import types
 platform.machine = lambda: "aarch64"
 import tinymia_kernels as tk
-from tinymia_kernels import simd
+from tinymia_kernels.machine import simd
 @numba.njit
 def wait():
     simd.pause()

@@ -12,7 +12,8 @@ from test_kernels import run_python
 
 import tinymia_kernels as tk
 from tinymia_files import decode, decode_now, read_gguf
-from tinymia_kernels import activations, cpu, panels
+from tinymia_kernels import activations, panels
+from tinymia_kernels.machine import cpu
 
 SUPERBLOCKS = [fmt for fmt in tk.FORMATS.values() if fmt.activation == "Q8_K"]
 DECODED = [decode.decodable(gguf.GGMLQuantizationType[name]) for name in (*decode.TABLES, "NVFP4")]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -14,9 +15,10 @@ import pytest
 from formats import MANY, as_activation, lengths, quantise, random_weights, to_bf16, to_f16
 
 import tinymia_kernels as tk
-from tinymia_kernels import activations, cpu, jit, simd, vectors
+from tinymia_kernels import activations
 from tinymia_kernels.formats import register
-from tinymia_kernels.jit import kernel
+from tinymia_kernels.machine import cpu, jit, simd, vectors
+from tinymia_kernels.machine.jit import kernel
 
 FORMATS = list(tk.FORMATS.values())
 BLOCKS = [fmt for fmt in FORMATS if fmt.block_size > 1]
@@ -544,6 +546,20 @@ def test_kernels_are_compiled_once_and_kept(compiled):
     assert lines[1].startswith("tinymia: compiled 2 kernels in ") and len(lines) == 2
     second, said = run_python(PRODUCT, folder)
     assert said == "" and second == first
+
+
+def test_a_change_in_any_file_of_the_package_makes_kernels_stale(tmp_path):
+    (tmp_path / "machine").mkdir()
+    (tmp_path / "matmul.py").write_text("a = 1")
+    (tmp_path / "machine" / "cpu.py").write_text("b = 1")
+    stamps = [jit.source_stamp(tmp_path)]
+    (tmp_path / "machine" / "cpu.py").write_text("b = 2")
+    stamps.append(jit.source_stamp(tmp_path))
+    (tmp_path / "machine" / "cpu.py").rename(tmp_path / "cpu.py")
+    stamps.append(jit.source_stamp(tmp_path))
+    (tmp_path / "note.txt").write_text("no source")
+    assert len(set(stamps)) == 3 and jit.source_stamp(tmp_path) == stamps[2]
+    assert jit.STAMP == jit.source_stamp(Path(tk.__file__).resolve().parent)
 
 
 def test_a_damaged_cache_is_compiled_again(tmp_path):
