@@ -9,7 +9,7 @@ bit for bit.
 
 import numpy as np
 
-from .attention_rows import KERNELS, soft_max_rows
+from .attention_kernels import KERNELS, soft_max_rows
 from .machine.threads import Pool, run
 
 

@@ -41,10 +41,10 @@ import numba
 from numba import types
 platform.machine = lambda: "aarch64"
 import tinymia_kernels as tk
-from tinymia_kernels.machine import simd
+from tinymia_kernels.machine import atomics
 @numba.njit
 def wait():
-    simd.pause()
+    atomics.pause()
 wait.compile(())
 print("yield" in wait.inspect_asm(()).split() or "hint" in wait.inspect_asm(()).split())
 u8, weights = types.Array(types.uint8, 1, "C"), types.Array(types.uint8, 1, "C", readonly=True)

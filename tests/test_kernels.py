@@ -15,10 +15,9 @@ import pytest
 from formats import MANY, as_activation, lengths, quantise, random_weights, to_bf16, to_f16
 
 import tinymia_kernels as tk
-from tinymia_kernels import activations
-from tinymia_kernels.formats import register
 from tinymia_kernels.machine import cpu, jit, simd, vectors
 from tinymia_kernels.machine.jit import kernel
+from tinymia_kernels.products import activations
 
 FORMATS = list(tk.FORMATS.values())
 BLOCKS = [fmt for fmt in FORMATS if fmt.block_size > 1]
@@ -77,7 +76,7 @@ def test_these_formats_have_kernels():
 
 def test_a_type_is_registered_once():
     with pytest.raises(ValueError, match="ggml type 2 other is already registered as 2 Q4_0"):
-        register(tk.Format("other", 2, 32, 18, "Q8_0"))
+        tk.register(tk.Format(name="other", type=2, block_size=32, type_size=18, activation="Q8_0"))
 
 
 @each_block

@@ -161,8 +161,12 @@ def kernel(function):
 def specialise(template, name: str, part: bool = False, **bindings):
     """A kernel, or a part of kernels, with the template's code, and `bindings` in place of its global names.
 
-    A closure would read better, but numba cannot keep closures over compiled functions on disk.
+    TypeError when the template uses no such name. A closure would read better, but numba cannot keep closures over
+    compiled functions on disk. See template.py for the templates of a whole class.
     """
+    unknown = sorted(bindings.keys() - set(template.__code__.co_names))
+    if unknown:
+        raise TypeError(f"{name}: the template {template.__qualname__} uses no {', '.join(unknown)}")
     function = types.FunctionType(template.__code__, {**template.__globals__, **bindings}, name)
     function.__qualname__, function.__doc__ = name, template.__doc__
     return inline(function) if part else kernel(function)

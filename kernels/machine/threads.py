@@ -19,8 +19,9 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from .atomics import atomic_add, atomic_load, atomic_store, compare_and_swap, load_word, pause, store_word
 from .jit import inline, kernel, specialise
-from .simd import address_of, atomic_add, atomic_load, atomic_store, compare_and_swap, load_word, pause, store_word
+from .simd import address_of
 
 
 def physical_cores() -> int:
