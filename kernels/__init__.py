@@ -20,7 +20,7 @@ from .format import FORMATS, Format, register
 from .formats import expanded
 from .machine.jit import announce_done, compiling
 from .machine.threads import Pool, physical_cores
-from .matmul import dequantize, get_rows, matmul
+from .matmul import dequantize, get_rows, matmul, matmul_several
 from .ops import rms_norm, rope, rope_angles, silu
 from .sampling import Sampler, softmax
 
@@ -28,6 +28,6 @@ EXPANDED = expanded.EXPANDED.format
 
 __all__ = [
     "EXPANDED", "FORMATS", "Format", "Pool", "Sampler", "announce_done", "attention", "compiling", "dequantize",
-    "get_rows", "kq", "kqv", "matmul", "physical_cores", "register", "rms_norm", "rope", "rope_angles", "silu",
-    "soft_max", "softmax", "store_keys", "store_values",
+    "get_rows", "kq", "kqv", "matmul", "matmul_several", "physical_cores", "register", "rms_norm", "rope",
+    "rope_angles", "silu", "soft_max", "softmax", "store_keys", "store_values",
 ]  # fmt: skip

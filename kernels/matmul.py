@@ -4,10 +4,12 @@ Shapes and lengths are checked here, once; kernels get addresses and check nothi
 as the format says, and the rows of the weights are split over threads.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .format import Format
-from .machine.threads import Pool, run
+from .machine.threads import Job, Pool, run, run_several
 from .products.activations import (
     new_records,
     new_records_k,
@@ -69,19 +71,13 @@ def _prepare(x: np.ndarray, fmt: Format, in_panels: bool, pool: Pool | None) -> 
     return y, stride, n
 
 
-def matmul(
-    x: np.ndarray, raw: np.ndarray, fmt: Format, n_out: int, numerics: str = "ggml", pool: Pool | None = None,
-    forms: dict | None = None,
-) -> np.ndarray:  # fmt: skip
-    """out[t, i] = sum over j of x[t, j] * weight[i, j].
+Forms = dict[tuple[str, int, bool], tuple[np.ndarray, int, int]]  # what _prepare made of one x, by what it was for
 
-    x: float32 [n_tok, n_in], contiguous. raw: uint8, the n_out rows of n_in weights as they lie in a file.
-    Returns float32 [n_tok, n_out]. numerics "ggml": activations are rounded or quantised as fmt.activation says, bytes
-    are multiplied as integers, sums are float32. "f32": float32 weights times float32 activations. Products of the same
-    x may share `forms`, an empty dict at first, in which x is kept as it was prepared.
-    ValueError when shapes, types or lengths do not fit.
-    Source: ggml-cpu.c, ggml_compute_forward_mul_mat and type_traits_cpu (vec_dot_type).
-    """
+
+def _product(
+    x: np.ndarray, raw: np.ndarray, fmt: Format, n_out: int, numerics: str, pool: Pool | None, forms: Forms
+) -> tuple[np.ndarray, Job]:
+    """Room for a product, and the job that fills it; ValueError as `matmul` says."""
     if x.dtype != np.float32 or x.ndim != 2 or not x.flags.c_contiguous:
         raise ValueError(f"activations are a contiguous float32 [n_tok, n_in] array, not {x.dtype} {x.shape}")
     n_tok, n_in = x.shape
@@ -89,8 +85,7 @@ def matmul(
     out = np.empty((n_tok, n_out), np.float32)
     if numerics == "ggml":
         many = 0 < fmt.many_from <= n_tok and n_in % 16 == 0
-        kernel = fmt.matmul_many if many else fmt.matmul
-        forms, form = {} if forms is None else forms, (fmt.activation, fmt.bias, many)
+        kernel, form = fmt.matmul_many if many else fmt.matmul, (fmt.activation, fmt.bias, many)
         if form not in forms:
             forms[form] = _prepare(x, fmt, many, pool)
         y, stride, n = forms[form]
@@ -98,8 +93,39 @@ def matmul(
         kernel, y, stride, n = fmt.matmul_f32, x, 4 * n_in, n_in
     else:
         raise ValueError(f"numerics is 'ggml' or 'f32', not {numerics!r}")
-    run(pool, raw.size * n_tok, kernel, n_out, y, stride, raw, row_bytes, n, out)
+    return out, Job(raw.size * n_tok, kernel, n_out, (y, stride, raw, row_bytes, n, out))
+
+
+def matmul(
+    x: np.ndarray, raw: np.ndarray, fmt: Format, n_out: int, numerics: str = "ggml", pool: Pool | None = None,
+    forms: Forms | None = None,
+) -> np.ndarray:  # fmt: skip
+    """out[t, i] = sum over j of x[t, j] * weight[i, j].
+
+    x: float32 [n_tok, n_in], contiguous. raw: uint8, the n_out rows of n_in weights as they lie in a file.
+    Returns float32 [n_tok, n_out]. numerics "ggml": activations are rounded or quantised as fmt.activation says, bytes
+    are multiplied as integers, sums are float32. "f32": float32 weights times float32 activations. Products of the same
+    x may share `forms`, an empty dict at first, in which x is kept as it was prepared; see also matmul_several.
+    ValueError when shapes, types or lengths do not fit.
+    Source: ggml-cpu.c, ggml_compute_forward_mul_mat and type_traits_cpu (vec_dot_type).
+    """
+    out, job = _product(x, raw, fmt, n_out, numerics, pool, {} if forms is None else forms)
+    run(pool, job.n_bytes, job.kernel, job.n_items, *job.args)
     return out
+
+
+def matmul_several(
+    x: np.ndarray, weights: Sequence[tuple[np.ndarray, Format, int]], numerics: str = "ggml", pool: Pool | None = None
+) -> list[np.ndarray]:
+    """Products of one x with several matrices, such as those of Q, K and V: the same bits as `matmul` one by one.
+
+    weights: (raw, fmt, n_out) per matrix, as `matmul` takes them; formats may differ. Returns a float32 [n_tok, n_out]
+    per matrix. x is rounded or quantised once per kind of activation; the threads get all the products at once.
+    """
+    forms: Forms = {}
+    made = [_product(x, raw, fmt, n_out, numerics, pool, forms) for raw, fmt, n_out in weights]
+    run_several(pool, [job for _, job in made])
+    return [out for out, _ in made]
 
 
 def get_rows(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int, ids) -> np.ndarray:

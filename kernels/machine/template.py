@@ -84,12 +84,11 @@ class abstract(part[P, R]):
     """A decorator: a part without code, which each class that is stamped must bring; its docstring says what it is."""
 
 
-def names_after_fmt(function: Any) -> frozenset[str]:
-    """What a function takes from `fmt`: each `x` of `fmt.x` in its code."""
+def names_after_fmt(function: Any) -> tuple[str, ...]:
+    """What a function takes from `fmt`: each `x` of `fmt.x` in its code, once, in order."""
     steps = [step for step in dis.get_instructions(function) if step.opname not in ("CACHE", "EXTENDED_ARG")]
-    return frozenset(
-        after.argval for step, after in pairwise(steps) if step.opname == "LOAD_GLOBAL" and step.argval == "fmt"
-    )
+    found = (after.argval for step, after in pairwise(steps) if step.opname == "LOAD_GLOBAL" and step.argval == "fmt")
+    return tuple(dict.fromkeys(found))
 
 
 class Template:
@@ -122,7 +121,7 @@ class Template:
                 raise TypeError(f"{cls.__name__} lacks {_described(cls, name)}")
             setattr(fmt, name, value.compiled(cls, fmt) if isinstance(value, part) else value)
         for template in cls.templates().values():
-            for name in sorted(template.uses - vars(fmt).keys()):
+            for name in (name for name in template.uses if name not in vars(fmt)):
                 raise TypeError(f"{template.place} asks for fmt.{name}, which {cls.__name__} does not have")
         cls.parts = fmt
 
