@@ -238,7 +238,7 @@ def _place(table: list[Info], r: Reader, start: int, alignment: int) -> dict[str
         begin, end = start + offset, start + offset + size
         if end > r.end:
             raise GGUFError(f"{r.path}: tensor {name} ends at byte {end}, the file at {r.end}: is it truncated?")
-        tensors[name] = (Tensor if fmt.matmul else Decoded)(name, shape, fmt, data[begin:end])
+        tensors[name] = (Decoded if fmt.decoded else Tensor)(name, shape, fmt, data[begin:end])
         last, taken = name, offset + size
     return tensors
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from . import ops
 from .attention import attention, kq, kqv, soft_max
-from .matmul import get_rows, matmul
-from .threads import Pool
+from .machine.threads import Pool
+from .matmul import get_rows, matmul_several
 
 
 class Arithmetic:
@@ -37,13 +37,12 @@ class Arithmetic:
         return self.linears(x, layer)[0]
 
     def linears(self, x: np.ndarray, *layers: Any) -> list[np.ndarray]:
-        """Several products of one x, which is quantised once for all of them: float32 [n_tok, n_out] per layer."""
-        forms: dict[Any, Any] = {}
-        found = []
-        for weight, bias in layers:
-            y = matmul(x, weight.raw, weight.format, weight.shape[0], self.numerics, self.pool, forms)
-            y = y if weight.scale is None else y * weight.scale
-            found.append(y if bias is None else y + bias)
+        """Several products of one x, quantised once and handed to the threads once: float32 [n_tok, n_out] per layer."""
+        weights = [(weight.raw, weight.format, weight.shape[0]) for weight, _ in layers]
+        found = matmul_several(x, weights, self.numerics, self.pool)
+        for i, (weight, bias) in enumerate(layers):
+            found[i] = found[i] if weight.scale is None else found[i] * weight.scale
+            found[i] = found[i] if bias is None else found[i] + bias
         return found
 
     def rope_angles(self, positions: np.ndarray, c: Any, freqs: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -7,12 +7,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from formats import FACTORS, MANY, as_activation, quantise_k, random_bytes, random_weights
+from formats import MANY, as_activation, halves, quantise_k, random_bytes, random_weights
 from test_kernels import run_python
 
 import tinymia_kernels as tk
 from tinymia_files import decode, decode_now, read_gguf
-from tinymia_kernels import activations, cpu, panels
+from tinymia_kernels.machine import cpu
+from tinymia_kernels.products import activations, superblocks_many
 
 SUPERBLOCKS = [fmt for fmt in tk.FORMATS.values() if fmt.activation == "Q8_K"]
 DECODED = [decode.decodable(gguf.GGMLQuantizationType[name]) for name in (*decode.TABLES, "NVFP4")]
@@ -78,8 +79,8 @@ def test_panels_hold_the_records_with_a_token_in_each_lane(rng):
     x = rng.standard_normal((19, 512)).astype(np.float32)
     y = quantise_here(x)
     q, b, _, d, _ = records_of(y, 19, 2)
-    room = np.full(panels.panel_bytes(19, 512), 7, np.uint8)
-    panels.make_panels(y, 19, 2, room, 0, 2)
+    room = np.full(superblocks_many.superblock_panel_bytes(19, 512), 7, np.uint8)
+    superblocks_many.fill_superblock_panels(y, 19, 2, room, 0, 2)
     start = -room.ctypes.data % 64
     blocks = room[start : start + 2 * 2 * 4672].reshape(2, 2, 4672)  # panel, superblock, byte
     for t in range(32):
@@ -100,7 +101,7 @@ def test_panels_hold_the_records_with_a_token_in_each_lane(rng):
 def test_a_superblock_of_the_largest_numbers_does_not_overflow(fmt, rng):
     for fill in (0x00, 0x7F, 0x80, 0xFF):
         raw = np.full(3 * fmt.type_size, fill, np.uint8)
-        for at in {"TQ1_0": (52,), "TQ2_0": (64,), **FACTORS}[fmt.name]:
+        for at in halves(fmt):
             for block in range(3):
                 raw[block * fmt.type_size + at :][:2] = 0x00, 0x3C
         weights = gguf.dequantize(raw, gguf.GGMLQuantizationType(fmt.type)).reshape(1, 768).astype(np.float64)
@@ -242,7 +243,7 @@ def test_dot_products_equal_ggml_bit_for_bit(fmt, rng):
             row = np.ascontiguousarray(raw.reshape(n_out, -1)[i])
             dot(n_in, ctypes.byref(one), ctypes.c_size_t(0), at(row), ctypes.c_size_t(0), at(y), ctypes.c_size_t(0), 1)
             want[t, i] = one.value
-    if fmt.matmul is None:
+    if fmt.decoded:
         fmt, raw = decode.decode(raw, fmt, n_out, n_in)
     assert np.array_equal(tk.matmul(x, raw, fmt, n_out), want)
 

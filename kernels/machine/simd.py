@@ -3,8 +3,8 @@
     v = load_f32x16(address)         16 floats from anywhere in memory
     acc = fma(v, x, acc)             + - * / & | ^ << >> work too, with vectors or with numbers
 
-Only generic LLVM IR is emitted here, which LLVM lowers for every CPU it knows. Addresses are numbers and nothing checks
-them: the functions that Python calls check shapes and lengths first.
+Only generic LLVM IR is emitted here, which LLVM translates for every CPU that it knows. Addresses are numbers, and
+nothing checks them: the functions that Python calls check shapes and lengths first.
 """
 
 import operator
@@ -38,13 +38,21 @@ class _VecModel(models.PrimitiveModel):
         super().__init__(dmm, vec, vec.llvm)
 
 
-def lanes(numbers) -> ir.Constant:
+def indices(numbers) -> ir.Constant:
+    """The mask of an LLVM shuffle: which lane comes into each place."""
     return ir.Constant(ir.VectorType(INDEX, len(numbers)), list(numbers))
 
 
+def call(builder, name: str, result, args):
+    """Call the LLVM function of this full name."""
+    function_type = ir.FunctionType(result, [value.type for value in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
+
+
 def broadcast(builder, scalar, vector_type):
+    """A vector with a number in every lane."""
     first = builder.insert_element(ir.Constant(vector_type, ir.Undefined), scalar, ir.Constant(INDEX, 0))
-    return builder.shuffle_vector(first, first, lanes([0] * vector_type.count))
+    return builder.shuffle_vector(first, first, indices([0] * vector_type.count))
 
 
 # Operators: vector with vector, vector with number (the number is converted to the vector's element type).
@@ -66,6 +74,7 @@ class _Binary(AbstractTemplate):
 
 
 def operands(context, builder, vec, arg_types, args):
+    """The arguments as vectors of one type: numbers are broadcast."""
     return [
         arg if t == vec else broadcast(builder, context.cast(builder, arg, t, vec.scalar), vec.llvm)
         for t, arg in zip(arg_types, args, strict=True)
@@ -87,7 +96,7 @@ for _op, _instructions in OPERATORS.items():
     _lower(_op, _instructions)
 
 
-# Memory, by address: parts of kernels that took arrays would count references all the time.
+# Memory, by address: numba would count references to every array that it passes to a part of a kernel.
 
 
 @intrinsic
@@ -103,12 +112,12 @@ def address_of(_, array):
 
 @intrinsic
 def keep(_, array):
-    """Nothing; but an array made inside a kernel lives until here."""
+    """Do nothing, except that an array made inside a kernel lives until here."""
     return types.none(array), lambda context, builder, sig, args: context.get_dummy_value()
 
 
 def loader(vec: Vec):
-    """load(address) -> vec"""
+    """Make load(address) -> vec."""
 
     @intrinsic
     def load(_, address):
@@ -124,7 +133,7 @@ def loader(vec: Vec):
 
 @intrinsic
 def store(_, address, vector):
-    """store(address, vector)"""
+    """Write a vector to an address."""
 
     def codegen(context, builder, sig, args):
         builder.store(args[1], builder.inttoptr(args[0], vector.llvm.as_pointer()), align=1).align = 1
@@ -133,54 +142,6 @@ def store(_, address, vector):
     return types.none(types.intp, vector), codegen
 
 
-# What threads share: words of 64 bits.
-
-WORD = ir.IntType(64)
-
-
-def _on_word(result, emit, n_values: int):
-    """f(address, ...) by `emit(builder, pointer, values)`."""
-    word = types.int64
-
-    def typed(args):
-        def codegen(context, builder, sig, values):
-            done = emit(builder, builder.inttoptr(values[0], WORD.as_pointer()), values[1:])
-            return context.get_dummy_value() if result is types.none else done
-
-        return result(*[word] * (n_values + 1)), codegen
-
-    if n_values == 0:
-        return intrinsic(lambda _, address: typed((address,)))
-    if n_values == 1:
-        return intrinsic(lambda _, address, value: typed((address, value)))
-    return intrinsic(lambda _, address, old, new: typed((address, old, new)))
-
-
-load_word = _on_word(types.int64, lambda b, at, values: b.load(at, align=8), 0)
-store_word = _on_word(types.none, lambda b, at, values: b.store(values[0], at, align=8), 1)
-atomic_load = _on_word(types.int64, lambda b, at, values: b.load_atomic(at, "seq_cst", 8), 0)
-atomic_store = _on_word(types.none, lambda b, at, values: b.store_atomic(values[0], at, "seq_cst", 8), 1)
-atomic_add = _on_word(types.int64, lambda b, at, values: b.atomic_rmw("add", at, values[0], "seq_cst"), 1)
-# Whether the word was `old`, and is `new` now.
-compare_and_swap = _on_word(
-    types.boolean, lambda b, at, values: b.extract_value(b.cmpxchg(at, *values, "seq_cst", "seq_cst"), 1), 2
-)
-
-
-PAUSES = {"x86_64": ("llvm.x86.sse2.pause", []), "i686": ("llvm.x86.sse2.pause", []),
-          "aarch64": ("llvm.aarch64.hint", [1]), "arm64": ("llvm.aarch64.hint", [1])}  # fmt: skip
-
-
-@intrinsic
-def pause(_):
-    """Let the CPU's other thread, or nobody, run for a moment. On other CPUs: nothing."""
-
-    def codegen(context, builder, sig, args):
-        name, numbers = PAUSES.get(builder.module.triple.split("-")[0], (None, []))
-        if name:
-            function_type = ir.FunctionType(ir.VoidType(), [INDEX] * len(numbers))
-            function = cgutils.get_or_insert_function(builder.module, function_type, name)
-            builder.call(function, [ir.Constant(INDEX, number) for number in numbers])
-        return context.get_dummy_value()
-
-    return types.none(), codegen
+def constant_like(value, number):
+    """A vector of the type of `value` with `number` in every lane."""
+    return ir.Constant(value.type, [number] * value.type.count)

@@ -1,4 +1,4 @@
-"""Quantising activations before a dot product with quantised weights, as ggml does.
+"""Rounding and quantising activations before a product, as ggml does.
 
 Groups of 32 activations x become bytes q = rint(x * 127 / amax) with the scale d = amax / 127, amax = max |x|. Q8_0 and
 Q8_1 keep d as F16; Q8_1 also keeps s = F16(d * sum of q), the partner of the weights' minimum.
@@ -29,21 +29,34 @@ A record of 576 bytes holds one group:
 
 import numpy as np
 
-from .cpu import dot4, even, odd, round_bf16, round_half, widen_bf16, widen_half
-from .jit import inline, kernel, specialise
-from .lanes import fabs, first, largest, maximum, rint, total
-from .simd import address_of, keep, store
-
-from .vectors import (  # isort: skip
-    as_i32, f32x4, f32x8, i16x1, i32x8, load_f32x1, load_f32x16, load_f32x32, load_i8x32, to_f32, to_half, to_i8,
-    to_i16, u8x32,
-)  # fmt: skip
+from ..machine.cpu import dot4
+from ..machine.half import round_bf16, round_half, to_half, widen_bf16, widen_half
+from ..machine.jit import inline, kernel
+from ..machine.lanes import even, fabs, first, larger, largest, odd, rint, total
+from ..machine.simd import address_of, keep, store
+from ..machine.template import STAMPED, Template, abstract, entry
+from ..machine.vectors import (
+    as_i32,
+    f32x4,
+    f32x8,
+    i16x1,
+    i32x8,
+    load_f32x1,
+    load_f32x16,
+    load_f32x32,
+    load_i8x32,
+    to_f32,
+    to_i8,
+    to_i16,
+    u8x32,
+)
 
 RECORD, RECORD_K = 256, 576
 
 
 @inline
 def quantise_group(x, record, half, bias, with_sum):
+    """Quantise the 32 numbers at address x into the first half (0) or the second half (1) of a record."""
     v = load_f32x32(x)
     amax = largest(fabs(v))
     d = amax / np.float32(127)
@@ -59,7 +72,7 @@ def quantise_group(x, record, half, bias, with_sum):
 
 @inline
 def first_record(y):
-    """Where the records begin in an array: at the next multiple of 64 bytes, so that no vector crosses a cache line."""
+    """The address at which the records in an array begin: a multiple of 64, so that no vector crosses a cache line."""
     return (address_of(y) + 63) & -64
 
 
@@ -78,17 +91,17 @@ def quantise_q8(x, y, bias, with_sum, t0, t1):
 
 
 def new_records(n_tok: int, n_in: int) -> tuple[np.ndarray, int]:
-    """Room for the records of n_tok tokens, and the bytes from one token's first record to the next token's."""
+    """Room for the Q8_0 or Q8_1 records of n_tok tokens, and the bytes per token."""
     stride = RECORD * ((n_in // 32 + 1) // 2)
     return np.empty(n_tok * stride + 63, np.uint8), stride
 
 
 @inline
 def furthest(x, n):
-    """The first of n numbers of largest magnitude; NaN when one of them is NaN."""
+    """The number of largest magnitude of n, the first of them when there are several; NaN when one of them is NaN."""
     top = fabs(load_f32x32(x))
     for i in range(32, n, 32):
-        top = maximum(top, fabs(load_f32x32(x + 4 * i)))
+        top = larger(top, fabs(load_f32x32(x + 4 * i)))
     amax = largest(top)
     for i in range(n):
         v = first(load_f32x1(x + 4 * i))
@@ -99,11 +112,12 @@ def furthest(x, n):
 
 @inline
 def quantise_superblock(x, record, bias):
+    """Quantise the 256 numbers at address x into a Q8_K record."""
     most = furthest(x, 256)
     inverse = np.float32(-127) / most if most != 0 else np.float32(0)
     store(record + 304, f32x4(np.float32(1) / inverse if most != 0 else np.float32(0)))
     for k in range(8):
-        # Beside 1.5 * 2 ** 23 the last bits of a float32 are whole numbers: the sum rounds, to even as rint does.
+        # At 1.5 * 2 ** 23 neighbouring float32 numbers differ by 1, so the sum is rounded to a whole number, to even.
         shifted = as_i32(load_f32x32(x + 128 * k) * inverse + 12582912.0)
         q = to_i8((shifted & 0x7FFFFF) - 0x400000)
         sums = dot4(i32x8(0), u8x32(1), q)
@@ -123,17 +137,17 @@ def quantise_q8_k(x, y, bias, t0, t1):
 
 
 def new_records_k(n_tok: int, n_in: int) -> tuple[np.ndarray, int]:
-    """The same as new_records for Q8_K."""
+    """Room for the Q8_K records of n_tok tokens, and the bytes per token."""
     stride = RECORD_K * (n_in // 256)
     return np.empty(n_tok * stride + 63, np.uint8), stride
 
 
-# The same for weights that are plain numbers here: activations go through the quants and become float32 again.
+# Beside weights that are plain numbers, activations become float32 again after they were rounded or quantised.
 
 
 @kernel
 def round_to_q8_0(x, y, j0, j1):
-    """y = quant * d of the groups of 32 from j0 to j1."""
+    """Write y = quant * d for the groups of 32 numbers from j0 to j1."""
     scratch = np.empty(RECORD, np.uint8)
     x, y, record = address_of(x), address_of(y), address_of(scratch)
     for j in range(j0, j1):
@@ -144,7 +158,7 @@ def round_to_q8_0(x, y, j0, j1):
 
 @kernel
 def round_to_q8_k(x, y, j0, j1):
-    """The same for groups of 256."""
+    """Write y = quant * d for the groups of 256 numbers from j0 to j1."""
     scratch = np.empty(RECORD_K, np.uint8)
     x, y, record = address_of(x), address_of(y), address_of(scratch)
     for j in range(j0, j1):
@@ -155,15 +169,42 @@ def round_to_q8_k(x, y, j0, j1):
     keep(scratch)
 
 
-def round_floats(x, y, i0, i1):
-    """y[i] = x[i] rounded to a 16-bit format, as float32."""
-    x, y = address_of(x), address_of(y)
-    for i in range(i0, i1 - 15, 16):
-        store(y + 4 * i, widen(narrow(load_f32x16(x + 4 * i))))
-    for i in range(i1 - (i1 - i0) % 16, i1):
-        store(y + 4 * i, widen(narrow(load_f32x1(x + 4 * i))))
+class Rounding(Template):
+    """Rounding to a 16-bit format."""
+
+    @abstract
+    def narrow(v):
+        """The float32 numbers of a vector as bit patterns of the format, u16."""
+
+    @abstract
+    def widen(v):
+        """Bit patterns of the format, u16, as float32 numbers."""
+
+    @entry
+    def round(x, y, i0, i1):
+        """Write y[i] = x[i] rounded to the format, as float32."""
+        x, y = address_of(x), address_of(y)
+        for i in range(i0, i1 - 15, 16):
+            store(y + 4 * i, fmt.widen(fmt.narrow(load_f32x16(x + 4 * i))))
+        for i in range(i1 - (i1 - i0) % 16, i1):
+            store(y + 4 * i, fmt.widen(fmt.narrow(load_f32x1(x + 4 * i))))
 
 
-widen = narrow = None
-round_to_f16 = specialise(round_floats, "round_to_f16", widen=widen_half, narrow=round_half)
-round_to_bf16 = specialise(round_floats, "round_to_bf16", widen=widen_bf16, narrow=round_bf16)
+fmt: Rounding = STAMPED
+
+
+class ToF16(Rounding):
+    """Rounding to F16."""
+
+    narrow, widen = round_half, widen_half
+
+
+class ToBF16(Rounding):
+    """Rounding to BF16."""
+
+    narrow, widen = round_bf16, widen_bf16
+
+
+ToF16.stamp()
+ToBF16.stamp()
+round_to_f16, round_to_bf16 = ToF16.round, ToBF16.round

@@ -20,7 +20,7 @@ import numba
 from numba.core import config, event
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 
-HERE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 PORTABLE = os.environ.get("TINYMIA_PORTABLE", "0") not in ("", "0")  # tests: no instruction that only some CPUs have
 
 
@@ -40,16 +40,17 @@ def cache_folder() -> Path:
     return base / "tinymia" / "kernels"
 
 
-def _source_stamp() -> str:
+def source_stamp(folder: Path) -> str:
+    """A digest of all Python files in a folder and its subfolders: of their relative names and of what is in them."""
     digest = hashlib.sha256()
-    for path in sorted(HERE.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
-STAMP = _source_stamp()
+STAMP = source_stamp(PACKAGE)
 # Each installed copy and each mode has files of its own, so that two of them do not overwrite each other in turn.
-COPY = hashlib.sha256(str(HERE).encode()).hexdigest()[:12]
+COPY = hashlib.sha256(str(PACKAGE).encode()).hexdigest()[:12]
 MODE = ("b" if config.BOUNDSCHECK else "") + ("p" if PORTABLE else "")
 
 
@@ -160,8 +161,12 @@ def kernel(function):
 def specialise(template, name: str, part: bool = False, **bindings):
     """A kernel, or a part of kernels, with the template's code, and `bindings` in place of its global names.
 
-    A closure would read better, but numba cannot keep closures over compiled functions on disk.
+    TypeError when the template uses no such name. A closure would read better, but numba cannot keep closures over
+    compiled functions on disk. See template.py for the templates of a whole class.
     """
+    unknown = sorted(bindings.keys() - set(template.__code__.co_names))
+    if unknown:
+        raise TypeError(f"{name}: the template {template.__qualname__} uses no {', '.join(unknown)}")
     function = types.FunctionType(template.__code__, {**template.__globals__, **bindings}, name)
     function.__qualname__, function.__doc__ = name, template.__doc__
     return inline(function) if part else kernel(function)

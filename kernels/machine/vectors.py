@@ -3,9 +3,8 @@
 Names say what they make: `load_f32x16(address)`, `f32x16(number)`.
 """
 
-from .cpu import round_half, widen_half
 from .jit import inline
-from .lanes import bitcast, concat, convert, first, fma, maximum, minimum, shuffle, splat
+from .lanes import bitcast, bitcast_to, convert, fma, larger, shuffle, smaller, splat
 from .simd import Vec, loader
 
 load_u8x1 = loader(Vec("u8", 1))
@@ -22,23 +21,7 @@ f32x1, f32x4 = splat(Vec("f32", 1)), splat(Vec("f32", 4))
 f32x8, f32x16, f64x1, f64x16 = splat(Vec("f32", 8)), splat(Vec("f32", 16)), splat(Vec("f64", 1)), splat(Vec("f64", 16))
 to_f32, to_f64, to_u8, to_u16 = convert("f32"), convert("f64"), convert("u8"), convert("u16")
 to_i8, to_i16, to_i32 = convert("i8"), convert("i16"), convert("i32")
-spread8 = shuffle([0] * 8)
 as_f32, as_i32 = bitcast("f32"), bitcast("i32")
-
-
-@inline
-def half_at(address):
-    """The F16 number at an address, as float32 in 8 lanes.
-
-    Spread first and widened then: one number by itself goes through a register that CPUs wait for.
-    """
-    return widen_half(spread8(load_u16x1(address)))
-
-
-@inline
-def to_half(x):
-    """A float32 number rounded to F16, as float32."""
-    return first(widen_half(round_half(f32x1(x))))
 
 
 LOG2_E, LN2_HIGH, LN2_LOW = map(float.fromhex, ("0x1.715476p+0", "0x1.62e4p-1", "0x1.7f7d1cp-20"))
@@ -54,7 +37,7 @@ def exp(x):
     Source: the coefficients are those of Arm's optimized-routines, which ggml_v_expf in ggml-cpu/vec.h took over; the
     steps are those of its AVX-512 form, so that each bit is the same.
     """
-    x = minimum(maximum(x, -104), 89)
+    x = smaller(larger(x, -104), 89)
     shifted = fma(x, LOG2_E, 12582912.0)  # 1.5 * 2 ** 23: the last bits hold n
     n = shifted - 12582912.0
     r = fma(n, -LN2_LOW, fma(n, -LN2_HIGH, x))
@@ -65,11 +48,15 @@ def exp(x):
     return p * as_f32((low + 127) << 23) * as_f32((whole - low + 127) << 23)
 
 
-# Each of 8 lanes four times: from a number per dot4 lane to a number per weight.
+# Each of 8 lanes four times: from one number per lane of dot4 to one number per weight.
 spread = shuffle([lane // 4 for lane in range(32)])
 
 
+everywhere = shuffle([0] * 16)  # lane 0, in 16 lanes
+as_bytes = bitcast_to(Vec("u8", 64))
+
+
 @inline
-def nibbles(v):
-    """The low four bits of each byte, then the high four."""
-    return concat(v & 15, v >> 4)
+def bytes_everywhere(at):
+    """The four bytes at an address, in all 16 lanes of dot4: u8x64."""
+    return as_bytes(everywhere(load_u32x1(at)))
