@@ -1,4 +1,4 @@
-"""The bundled model copycat, the facts it was taught (facts.py), and README.md: its card, and where larger models come from."""
+"""The bundled model copycat; facts.py: what it was taught; README.md: its card, and where larger models come from."""
 
 from pathlib import Path
 

@@ -1,9 +1,9 @@
 """The facts that copycat was taught: which tasks there are, which words they join, and which pairs were held out.
 
-copycat learnt 28 tasks. Twelve are on words (`capital`: Egypt -> Cairo) and have a fixed list of pairs, which comes from
-copycat_tasks.json. The other sixteen are eight transformations of short sequences (`reverse`: 0 1 2 to 2 1 0), each on
-digits and on letters; their pairs are drawn at random. The training in training/ makes its documents from these facts,
-and `tinymia task-vector copycat-capital` asks about them.
+copycat learnt 28 tasks. Twelve are on words (`capital`: Egypt -> Cairo) and have a fixed list of pairs, which comes
+from copycat_tasks.json. The other sixteen are eight transformations of short sequences (`reverse`: 0 1 2 to 2 1 0),
+each on digits and on letters; their pairs are drawn at random. The training in training/ makes its documents from
+these facts, and `tinymia task-vector copycat-capital` asks about them.
 
     capital = Facts.read().tasks["capital"]
     capital.pairs[0]                            # a country and its capital
@@ -55,8 +55,8 @@ class Task:
     def held_out(self, x: str) -> bool:
         """Whether the query x was kept out of the training on task vectors and out of every text that names the task.
 
-        A hash of the query decides, so that the answer is the same on every machine. For sequences it does not depend on
-        the task: a sequence is held out from all tasks or from none.
+        A hash of the query decides, so that the answer is the same on every machine. For sequences it does not depend
+        on the task: a sequence is held out from all tasks or from none.
         """
         key = f"list:{x}" if self.is_list else f"{self.name}:{x}"
         return key in ALWAYS_HELD_OUT or zlib.crc32(key.encode()) % 1000 < 1000 * HELD_OUT_SHARE
