@@ -177,7 +177,7 @@ def _pairs(rows: list[Any], path: Path) -> tuple[Pair, ...]:
 
 @cache
 def _facts() -> dict[str, Any]:
-    from tinymia_models.train_copycat import Facts
+    from tinymia_models.facts import Facts
 
     return Facts.read().tasks
 
