@@ -37,26 +37,18 @@ from tinymia_files import (
     Note,
     Tensor,
     Text,
-    check_arguments,
     check_target,
-    closest,
     check_tensors,
     decode_now,
-    indices,
-    is_mask,
-    mean,
+    given,
     read_gguf,
     read_hparams,
-    read_row,
-    read_sources,
     read_tokenizer,
-    rows_for,
     short,
-    told,
-    whole,
+    sources,
     write_tensors,
 )
-from tinymia_kernels import Sampler, best
+from tinymia_kernels import Sampler
 
 __version__ = "0.1.0"
 __all__ = [
@@ -199,7 +191,7 @@ class Weights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self._tensors:
             return self._tensors[name]
-        raise UnknownName(f"no weight is called {name!r}{closest(name, self._tensors)}")
+        raise UnknownName(f"no weight is called {name!r}{given.closest(name, self._tensors)}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -431,7 +423,7 @@ def match(pattern: str, names: Mapping[str, Any]) -> list[str]:
     if not hits:
         bases = dict.fromkeys(n.rpartition("-")[0] or n for n in names)
         layers = [n for n in names if n.startswith(f"{pattern.partition('-')[0]}-")]
-        hint = closest(pattern, [*bases, *names])
+        hint = given.closest(pattern, [*bases, *names])
         if layers and layer.isdecimal() and int(layer) >= len(layers):
             hint = f": this model has layers 0 to {len(layers) - 1}, {layers[0]} to {layers[-1]}"
         raise UnknownName(f"no tensor is called {pattern!r}{hint}")
@@ -473,7 +465,7 @@ class Context:
         if at is None:
             return np.arange(len(self.positions)), np.arange(len(self.positions))
         n = int(self.positions[-1]) + 1
-        wanted = indices(at, "position", n if self.phase == "prompt" else None, f"{self.name}: ")
+        wanted = given.indices(at, "position", n if self.phase == "prompt" else None, f"{self.name}: ")
         wanted = np.where(wanted < 0, wanted + n, wanted)
         if must and self.phase == "prompt" and ((wanted < 0) | (wanted >= n)).any():
             raise ActionError(f"{self.name}: position {at} is out of range: the prompt has {n} tokens, 0 to {n - 1}")
@@ -516,9 +508,9 @@ class Action:
         for f in sorted(fields(self)[1:], key=lambda f: f.kw_only):
             value = getattr(self, f.name)
             if f.name == "source" and src is not None:
-                parts.append(f"row {told(src)} of {told(value)}")
-            elif f.name != "src" and told(value) != told(f.default):
-                parts.append(f"{f.name}={told(value)}")
+                parts.append(f"row {given.told(src)} of {given.told(value)}")
+            elif f.name != "src" and given.told(value) != given.told(f.default):
+                parts.append(f"{f.name}={given.told(value)}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
@@ -581,17 +573,17 @@ class Edit(Action):
 
     def bind(self, name: str, op: Op, model: Model) -> Action:
         if self.at is not None:
-            indices(self.at, "position", where=f"{name}: ")
-            if self.when == "decode" and is_mask(self.at):
+            given.indices(self.at, "position", where=f"{name}: ")
+            if self.when == "decode" and given.is_mask(self.at):
                 raise ActionError(f"{name}: a mask is of the prompt's tokens, and when=decode leaves them as they are")
         if self.heads is None:
             return self
         n = model.config.n_head_kv if "n_head_kv" in op.dims else model.config.n_head
         if not {"n_head", "n_head_kv", "n_head*d_head_v"} & set(op.dims):
             raise ActionError(f"{name} has no heads; kqv_merged, kqv, kq_soft_max, kq, Qcur, Kcur and Vcur have")
-        heads = indices(self.heads, "head", n, f"{name}: ").tolist()
+        heads = given.indices(self.heads, "head", n, f"{name}: ").tolist()
         if not all(0 <= h < n for h in heads):
-            raise ActionError(f"{name}: head {told(self.heads)} is out of range: there are {n} heads, 0 to {n - 1}")
+            raise ActionError(f"{name}: head {heads} is out of range: there are {n} heads, 0 to {n - 1}")
         return replace(self, heads=heads)
 
     def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | None:
@@ -631,8 +623,8 @@ class Patch(Edit):
 
     def bind(self, name: str, op: Op, model: Model) -> Action:
         bound = super().bind(name, op, model)
-        sources = read_sources(self.source, name, op.dims, model, self.name)
-        return replace(bound, source=mean([rows_for(rows, self.src, self.at, name) for rows in sources], name))
+        read = sources.read_sources(self.source, name, op.dims, model, self.name)
+        return replace(bound, source=sources.mean([sources.rows_for(x, self.src, self.at, name) for x in read], name))
 
     def edit(self, x: np.ndarray, rows: np.ndarray, places: np.ndarray) -> Any:
         if self.at is None and len(self.source) != len(x):
@@ -665,7 +657,8 @@ class Ablate(Edit):
                               "decodes has one row, and its mean is itself")
         if self.source is None:
             return bound
-        return replace(bound, source=mean(read_sources(self.source, name, op.dims, model, self.name), name))
+        read = sources.read_sources(self.source, name, op.dims, model, self.name)
+        return replace(bound, source=sources.mean(read, name))
 
     def edit(self, x: np.ndarray, rows: np.ndarray, places: np.ndarray) -> Any:
         if self.mode == "mean":
@@ -689,7 +682,7 @@ class Add(Edit):
 
     def bind(self, name: str, op: Op, model: Model) -> Action:
         bound = super().bind(name, op, model)
-        return replace(bound, vector=read_row(self.vector, self.row, name, op.dims, model, self.name))
+        return replace(bound, vector=sources.read_row(self.vector, self.row, name, op.dims, model, self.name))
 
     def edit(self, x: np.ndarray, rows: np.ndarray, places: np.ndarray) -> Any:
         return x[rows] + np.float32(self.coef) * self.vector
@@ -703,7 +696,7 @@ class ProjectOut(Edit):
 
     def bind(self, name: str, op: Op, model: Model) -> Action:
         bound = super().bind(name, op, model)
-        row = read_row(self.direction, None, name, op.dims, model, self.name)
+        row = sources.read_row(self.direction, None, name, op.dims, model, self.name)
         length = float(np.linalg.norm(row))
         if not 0 < length < math.inf:
             raise ActionError(f"projection of {name}: the direction has length {length}")
@@ -802,8 +795,7 @@ class Tap:
                 raise ActionError(f"{kind} of {action.name} (when={action.when}) never fired: no such pass or position")
             if isinstance(action, Edit) and action.at is not None and action.when != "prompt":
                 seen = self.seen["decode"].union(self.seen["prompt"] if action.when == "all" else ())
-                at = indices(action.at, "position").tolist()
-                lost = [p for p in at if p not in seen and not -max(seen) - 2 < p < 0]
+                lost = given.never_came(action.at, seen)
                 if lost:
                     warnings.warn(f"{action}: positions {lost} never came: the last one was {max(seen)}", Note, 3)
 
@@ -934,7 +926,7 @@ class Model:
             raise Error(f"numerics {numerics!r}: it must be one of {kinds}")
         if dtype != "float32" and not (numerics == "plain" and dtype == "float64"):
             raise Error(f"dtype {dtype!r}: it must be float32 or, with numerics plain, float64")
-        if threads is not None and not 1 <= whole(threads, "threads") <= 1024:
+        if threads is not None and not 1 <= given.whole(threads, "threads") <= 1024:
             raise Error(f"{threads} threads: it must be 1 to 1024")
         self.path, self.numerics = Path(path), numerics
         meta, tensors = read_gguf(self.path)
@@ -972,15 +964,15 @@ class Model:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of ids, without the blank that tokenize puts before the first word. Raises Error."""
-        return self.tokenizer.decode(self._known(ids))
+        return self.tokenizer.decode(given.token_ids(ids, self.n_ids))
 
     def text(self, prompt: str | Sequence[int]) -> str:
         """The text of a prompt: of ids the one that is cut into them again, where there is one."""
-        return prompt if isinstance(prompt, str) else self.tokenizer.text(self._known(prompt))
+        return prompt if isinstance(prompt, str) else self.tokenizer.text(given.token_ids(prompt, self.n_ids))
 
     def piece(self, i: int) -> str:
         """One token as people read it. Raises Error for an id that is not there."""
-        return self.tokenizer.piece(self._known([i])[0])
+        return self.tokenizer.piece(given.token_ids([i], self.n_ids)[0])
 
     def rows(self, weight: Tensor, ids: np.ndarray) -> np.ndarray:
         """Dequantised rows of a matrix, [len(ids), n_in]."""
@@ -1017,7 +1009,7 @@ class Model:
         ids = self.ids(prompt, follows=cache.n > 0)
         tap = Tap(self, [*listed(actions), *map(Save, [keep] if isinstance(keep, str) else keep)], on_record)
         if start is not None:
-            il, x = whole(start[0], "the layer of start"), np.ascontiguousarray(start[1], self.dtype)
+            il, x = given.whole(start[0], "the layer of start"), np.ascontiguousarray(start[1], self.dtype)
             if not 0 <= il <= self.config.n_layer or x.shape != (len(ids), self.config.n_embd):
                 raise Error(f"start=({il}, {list(x.shape)}): it takes a layer up to {self.config.n_layer} and "
                             f"[{len(ids)}, {self.config.n_embd}]")
@@ -1046,8 +1038,8 @@ class Model:
         the context is full, or at Ctrl-C. on_text gets the text piece by piece, whole characters only.
         """
         known = "prompt n actions stop on_text on_record bos special".split()
-        check_arguments("generate", sampling, [*known, *(f.name for f in fields(Sampler))])
-        if whole(n, "n") < 0:
+        given.check_arguments("generate", sampling, [*known, *(f.name for f in fields(Sampler))])
+        if given.whole(n, "n") < 0:
             raise Error(f"n is {n}: it must be 0 or more")
         texts, ends = self.tokenizer.stops(stop)
         try:
@@ -1096,7 +1088,7 @@ class Model:
             raise Error(f"the lens sees rows of n_embd = {self.config.n_embd} numbers, not {list(x.shape)}")
         if score not in ("raw", "logit", "prob"):
             raise Error(f"lens score {score!r}: it must be raw, logit or prob")
-        k = min(whole(k, "k"), self.config.n_vocab)
+        k = min(given.whole(k, "k"), self.config.n_vocab)
         if k < 1:
             raise Error(f"the lens shows {k} tokens a row: it must be at least 1")
         normed = x if score == "raw" else self.ops.rms_norm(x, self.config.eps)
@@ -1104,37 +1096,20 @@ class Model:
         scores = self.linear(normed * self.weights.output_norm, output)
         if score == "prob":
             scores = kernels.softmax(scores)
-        rows = zip(scores, best(scores, k), np.isnan(scores).any(1))
+        rows = zip(scores, kernels.best(scores, k), np.isnan(scores).any(1))
         return [[] if nan else [(self.piece(int(i)), float(row[i])) for i in ids] for row, ids, nan in rows]
-
-    def _known(self, ids: Sequence[int]) -> list[int]:
-        """Ids that the vocabulary or the embedding has, none at all included."""
-        found, n = [] if isinstance(ids, Sequence) and not len(ids) else indices(ids, "id").tolist(), self.n_ids
-        bad = [i for i in found if not 0 <= i < n]
-        if bad:
-            raise Error(f"token id {bad[0]} is out of range: there are {n} tokens, 0 to {n - 1}")
-        return found
 
     def ids(
         self, prompt: str | Sequence[int], bos: bool | None = None, special: bool = True, follows: bool = False
     ) -> list[int]:
-        """Ids of a prompt, text or ids, that can be run. A text that `follows` another gets no BOS and no blank first.
-
-        Raises Error.
-        """
-        if isinstance(prompt, bytes):
-            raise Error("a prompt is text or token ids, not bytes")
-        if not isinstance(prompt, str):
-            ids = indices(prompt, "id").tolist() if np.size(prompt) else []
-        elif follows:
-            ids = self.tokenizer.encode(prompt, False, special, follows)
-        else:
-            ids = self.tokenize(prompt, bos, special)
+        """Ids of a prompt, text or ids, that can be run; a text that `follows` another gets no BOS and no blank."""
+        if isinstance(prompt, str) and follows:
+            prompt = self.tokenizer.encode(prompt, False, special, follows)
+        elif isinstance(prompt, str):
+            prompt = self.tokenize(prompt, bos, special)
+        ids = given.token_ids(prompt, self.config.n_vocab)
         if not ids:
             raise Error("the prompt has no tokens: give some text, or let BOS stand for an empty one")
-        bad = [i for i in ids if not 0 <= i < self.config.n_vocab]
-        if bad:
-            raise Error(f"token id {bad[0]} is out of range: the model has {self.config.n_vocab} tokens")
         return ids
 
     def _pass(

@@ -8,11 +8,12 @@
     given.py       what a caller gives: positions, heads, layers, ids, arguments
 """
 
+from . import given, sources
 from .errors import Error, FileError, GGUFError, Note, short
 from .gguf import Tensor, decode_now
-from .given import ArgumentError, check_arguments, closest, indices, is_mask, told, whole
+from .given import ArgumentError, indices, is_mask, whole
 from .hparams import read_hparams
-from .sources import mean, read_row, read_sources, rows_for
+from .sources import read_sources
 from .split import read_gguf
 from .tensors import as_rows, check_target, read_tensor, write_atomic, write_tensors
 from .tokenizer import Text, read_tokenizer
@@ -21,7 +22,6 @@ from .vocab import Tokenizer
 
 __all__ = [
     "ArgumentError", "Error", "FileError", "GGUFError", "Note", "Tensor", "Text", "Tokenizer", "as_rows",
-    "check_arguments", "check_target", "check_tensors", "closest", "decode_now", "indices", "is_mask", "mean", "read_gguf",
-    "read_hparams", "read_row", "read_sources", "read_tensor", "read_tokenizer", "rows_for", "short", "told",
-    "whole", "write_atomic", "write_tensors",
+    "check_target", "check_tensors", "decode_now", "given", "indices", "is_mask", "read_gguf", "read_hparams", "read_sources",
+    "read_tensor", "read_tokenizer", "short", "sources", "whole", "write_atomic", "write_tensors",
 ]  # fmt: skip

@@ -71,6 +71,23 @@ def indices(given: Any, what: str, n: int | None = None, where: str = "") -> np.
     return np.array([_one(value, what, given, where) for value in given], np.intp)
 
 
+def token_ids(ids: Any, n: int) -> list[int]:
+    """Ids, none at all included, each of them one of n tokens. Raises Error."""
+    if isinstance(ids, bytes):
+        raise Error("a prompt is text or token ids, not bytes")
+    empty = ids.size == 0 if isinstance(ids, np.ndarray) else isinstance(ids, Sequence) and not ids
+    found = [] if empty else indices(ids, "id").tolist()
+    bad = [i for i in found if not 0 <= i < n]
+    if bad:
+        raise Error(f"token id {bad[0]} is out of range: there are {n} tokens, 0 to {n - 1}")
+    return found
+
+
+def never_came(at: Any, seen: set[int]) -> list[int]:
+    """Those positions of an action that no pass has had; negative ones count from the end."""
+    return [p for p in indices(at, "position").tolist() if p not in seen and not -max(seen) - 2 < p < 0]
+
+
 def _single(given: Any) -> bool:
     """Whether it is one value and no list."""
     return not isinstance(given, Sequence) and np.ndim(getattr(given, "__array__", lambda: 0)()) == 0

@@ -17,8 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
-
 import tinymia
 from tinymia import Error, Model
 from tinymia_files import check_target, indices
@@ -122,9 +120,7 @@ def chosen(wanted: str | Sequence[int] | None, n: int, what: str) -> list[int]:
         except ValueError:
             raise Error(f"{what}s {wanted!r}: write 0,3-5 for {what}s 0, 3, 4 and 5") from None
         wanted = [i for end in ends for i in range(end[0], end[-1] + 1)]
-    numbers = sorted(set(indices(wanted, what, n).tolist())) if np.size(wanted) else []
-    if not numbers:
-        raise Error(f"no {what} is chosen")
+    numbers = sorted(set(indices(wanted, what, n).tolist()))
     for i in numbers:
         if not 0 <= i < n:
             raise Error(f"{what} {i} is out of range: there are {n} {what}s, 0 to {n - 1}")

@@ -9,6 +9,7 @@ import numpy as np
 
 import tinymia
 from tinymia import Error, Model
+from tinymia_files import given
 
 POOLS = ("last", "mean")    # of a prompt's rows: the last token's, or the mean over tokens
 
@@ -36,7 +37,7 @@ def cut_prompts(model: Model, prompts: Sequence[str | Sequence[int]], what: str)
     """Ids of each prompt. Raises Error, which names the set and the prompt, where one does not fit the context."""
     if isinstance(prompts, str) or not len(prompts):
         raise Error(f"the {what} prompts are a list of one or more")
-    cut = [model.ids(p) if isinstance(p, str) or np.size(p) else [] for p in prompts]
+    cut = [given.token_ids(model.tokenize(p) if isinstance(p, str) else p, model.config.n_vocab) for p in prompts]
     for i, ids in enumerate(cut):
         if not 0 < len(ids) <= model.config.n_ctx:
             raise Error(f"prompt {i + 1} of the {what} prompts has {len(ids)} tokens; it must have 1 to "

@@ -257,7 +257,8 @@ def test_a_text_that_begins_with_bos_keeps_both_with_a_note(model):
 
 @pytest.mark.parametrize("ids", [[[1, 5]], [1.0, 5.0], ["text"], np.array([1.0]), np.array([[1, 5]]), [True, False],
                                  np.array([True]), (i for i in [1, 5]), None, 5, {1, 5}, [None], [1, 10**30], b"the",
-                                 [], [-1], [384], {"a": 1}], ids=str)
+                                 [], [-1], [384], {"a": 1}, [[1], [1, 5]], np.array(5),
+                                 np.array([], np.float32)], ids=str)
 def test_ids_of_the_wrong_kind_are_one_error_before_any_work(model, ids):
     seen = []
     look = Replace("inp_embd", lambda x, ctx: seen.append(1))
