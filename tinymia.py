@@ -20,7 +20,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -35,8 +35,10 @@ from tinymia_files import (
     Tensor,
     Text,
     as_rows,
+    check_apart,
     check_target,
     decode_now,
+    expand,
     read_gguf,
     read_hparams,
     read_tensor,
@@ -559,6 +561,13 @@ class Scale(Edit):
         return np.float32(self.factor) * x[rows]
 
 
+def sources(action: Action) -> list[str | Path]:
+    """The files that an action reads."""
+    given = [getattr(action, f.name) for f in fields(action) if f.type == "Source"]
+    parts = [part for one in given for part in (one if isinstance(one, tuple) else [one])]
+    return [part for part in parts if isinstance(part, (str, Path))]
+
+
 def read_source(source: Source, name: str, op: Op, model: Model) -> np.ndarray:
     """Rows of the tensor `name` that was saved, kept or made: float32, the token axis first."""
     if isinstance(source, tuple):
@@ -614,8 +623,10 @@ class Tap:
                 self.by_name.setdefault((op.base, il), []).append((i, action.bind(name, op, model)))
                 if isinstance(action, Save) and action.path is not None:
                     files.setdefault(action.path, []).append(name)
+        inputs = [path for action in actions for path in sources(action)]
         for path, names in files.items():
-            check_target(path, names)
+            check_target(path, names, inputs)
+        check_apart(list(files))
 
     def begin(self, phase: str, positions: np.ndarray) -> None:
         """Before each pass: the positions of its rows, intp [n_tok]."""
@@ -770,10 +781,11 @@ class Model:
             raise Error(f"numerics {numerics!r}: it must be ggml (as llama.cpp computes) or f32 (float32 throughout)")
         if threads is not None and not 1 <= threads <= 1024:
             raise Error(f"{threads} threads: it must be 1 to 1024")
-        self.path, self.numerics = Path(path), numerics
+        self.path, self.numerics = expand(path), numerics
         meta, tensors = read_gguf(self.path)
         self.config = Config(**read_hparams(meta, tensors, self.path))
         self.weights = Weights(tensors, self.config, self.path)
+        self.files = tensors.files
         self.tokenizer = read_tokenizer(meta, self.path)
         self.pool = kernels.Pool(threads or kernels.physical_cores())
         self.table = name_table(self.config.n_layer)
