@@ -37,9 +37,11 @@ from tinymia_files import (
     Note,
     Tensor,
     Text,
+    check_apart,
     check_target,
     check_tensors,
     decode_now,
+    expand,
     given,
     read_gguf,
     read_hparams,
@@ -259,8 +261,8 @@ def put(keys: np.ndarray, values: np.ndarray, k: np.ndarray, v: np.ndarray, n: i
 
 # ---------------------------------------------------------------------------------------- the arithmetic
 
-# Everything that a Llama computes, as one would write it on a blackboard. numerics="plain" runs exactly these functions,
-# in float32 or float64. kernels/ has the same functions with the same arguments, fast; a test compares every tensor.
+# Everything that a Llama computes, as one would write it on a blackboard. numerics="plain" runs exactly these
+# functions, in float32 or float64. kernels/ has the same functions with the same arguments, fast; a test compares them.
 
 
 def embed(weight: Tensor, tokens: np.ndarray) -> np.ndarray:        # [n_vocab, n_embd], [n_tok] -> [n_tok, n_embd]
@@ -717,6 +719,13 @@ class Scale(Edit):
         return np.float32(self.factor) * x[rows]
 
 
+def files_read(action: Action) -> list[str | Path]:
+    """The files that an action reads."""
+    found = [getattr(action, f.name) for f in fields(action) if f.type == "Source"]
+    parts = [part for one in found for part in (one if isinstance(one, tuple) else [one])]
+    return [part for part in parts if isinstance(part, (str, Path))]
+
+
 class Record(NamedTuple):
     """What an action kept: the best tokens of a Lens, the summary of a Log, the array of a Save."""
 
@@ -747,8 +756,10 @@ class Tap:
                 self.by_name.setdefault((op.base, il), []).append((i, action.bind(name, op, model)))
                 if isinstance(action, Save) and action.path is not None:
                     files.setdefault(action.path, []).append(name)
+        inputs = [path for action in self.actions for path in files_read(action)]
         for path, names in files.items():
-            check_target(path, names)
+            check_target(path, names, inputs)
+        check_apart(list(files))
 
     def begin(self, phase: str, positions: np.ndarray) -> None:
         """Before each pass: the positions of its rows, intp [n_tok]."""
@@ -818,7 +829,7 @@ def forward(
     t(name, layer, value) names a value and gives the one to go on with. start = (il, x) begins at layer il on a given
     residual x [n_tok, n_embd] (the cache then gets keys and values of the layers from il on only).
     """
-    c, w, o, n_tok = m.config, m.weights, cache.ops(m.ops), len(tokens)             # o: the arithmetic above, or kernels/
+    c, w, o, n_tok = m.config, m.weights, cache.ops(m.ops), len(tokens)             # o: the functions above, or kernels/
     positions = cache.positions(n_tok)                                              # [n_tok]
     n_kv = int(positions[-1]) + 1
     cache.reserve(n_kv)
@@ -928,10 +939,11 @@ class Model:
             raise Error(f"dtype {dtype!r}: it must be float32 or, with numerics plain, float64")
         if threads is not None and not 1 <= given.whole(threads, "threads") <= 1024:
             raise Error(f"{threads} threads: it must be 1 to 1024")
-        self.path, self.numerics = Path(path), numerics
+        self.path, self.numerics = expand(path), numerics
         meta, tensors = read_gguf(self.path)
         self.config = Config(**read_hparams(meta, tensors, self.path))
         self.weights = Weights(tensors, self.config, self.path)
+        self.files = tensors.files
         self.tokenizer = read_tokenizer(meta, self.path)
         self.threads, self.dtype = threads or kernels.physical_cores(), np.dtype(dtype)
         self.ops = plain(self.dtype) if numerics == "plain" else kernels.Arithmetic(self.threads, numerics)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import mmap
 import os
 import stat
 import struct
@@ -21,6 +20,7 @@ import numpy as np
 import tinymia_kernels as kernels
 
 from .decode import decodable, decode, say_cost
+from .disk import Mapped, expand
 from .errors import GGUFError
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -36,7 +36,7 @@ class Reader:
     Source: ggml/docs/gguf.md.
     """
 
-    def __init__(self, data: mmap.mmap, path: Path):
+    def __init__(self, data: Mapped, path: Path):
         self.data, self.path, self.pos, self.end = data, path, 0, len(data)
 
     def need(self, n: int, what: str) -> int:
@@ -149,6 +149,12 @@ class Decoded(Tensor):
         return self.data.size
 
 
+class Tensors(dict[str, Tensor]):
+    """The tensors of a model by name, and the files that they lie in."""
+
+    files: tuple[Mapped, ...] = ()
+
+
 def decode_now(path: Path, tensors: Iterable[Tensor]) -> None:
     """Decode those of the tensors that have no kernel, and say on stderr what they cost in memory."""
     weights = {t.name: t for t in tensors if isinstance(t, Decoded)}
@@ -157,7 +163,7 @@ def decode_now(path: Path, tensors: Iterable[Tensor]) -> None:
         _ = tensor.raw
 
 
-def read_part(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_part(path: Path) -> tuple[dict[str, Any], Tensors]:
     """Map one GGUF file and read its index: (metadata, tensors by name). split.py's read_gguf knows models of several.
 
     Versions 2 and 3, little-endian. Raises GGUFError for anything that does not add up: nothing in a file is trusted.
@@ -188,14 +194,14 @@ def read_part(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return meta, _place(table, r, start, alignment)
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map(path: Path) -> Mapped:
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as f:
+        with open(os.open(expand(path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as f:
             if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
                 raise GGUFError(f"{path}: not a regular file; -m takes a .gguf file")
             if os.fstat(f.fileno()).st_size == 0:
                 raise GGUFError(f"{path}: the file is empty")
-            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            return Mapped.open(f, path)
     except OSError as e:
         raise GGUFError(f"{path}: {e.strerror or e}") from e
 
@@ -212,9 +218,10 @@ def _read_tensor_info(r: Reader, i: int) -> Info:
     return name, dims[::-1], r.scalar("I", name), r.scalar("Q", name)
 
 
-def _place(table: list[Info], r: Reader, start: int, alignment: int) -> dict[str, Tensor]:
+def _place(table: list[Info], r: Reader, start: int, alignment: int) -> Tensors:
     """Check where each tensor claims to lie, and view it there."""
-    tensors: dict[str, Tensor] = {}
+    tensors = Tensors()
+    tensors.files = (r.data,)
     data = np.frombuffer(r.data, np.uint8)
     last, taken = "the header", 0  # the tensor before, and where its bytes end
     for name, shape, kind, offset in sorted(table, key=lambda entry: entry[3]):

@@ -37,7 +37,7 @@ class Arithmetic:
         return self.linears(x, layer)[0]
 
     def linears(self, x: np.ndarray, *layers: Any) -> list[np.ndarray]:
-        """Several products of one x, quantised once and handed to the threads once: float32 [n_tok, n_out] per layer."""
+        """Several products of one x, which is quantised once: float32 [n_tok, n_out] per layer."""
         weights = [(weight.raw, weight.format, weight.shape[0]) for weight, _ in layers]
         found = matmul_several(x, weights, self.numerics, self.pool)
         for i, (weight, bias) in enumerate(layers):

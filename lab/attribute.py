@@ -109,7 +109,7 @@ def attribute(
     settings = {"answer": wanted, "against": other, "position": position, "neurons": neurons,
                 "actions": describe(actions)}
     info = about(model, "attribute", settings, prompt=prompt)
-    found = resume(out, info, Attribution)
+    found = resume(out, info, Attribution, actions)
     if found is not None and not np.isnan(found.heads).any():
         return found
     with keeping(result := _empty(model, info, ids, position, neurons), out, c.n_layer + 1, "attribute") as bar:

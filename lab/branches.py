@@ -29,7 +29,7 @@ class Branches(Cache):
         if starts[0] >= end:
             raise Error(f"branches that start at {starts[0]} have no rows: they end before {end}")
         self.base, self.config, self.numerics, self.n = base, base.config, base.numerics, 0
-        self.k = self.v = [np.zeros(0)] * base.config.n_layer   # `ops` below never uses what is passed as keys and values
+        self.k = self.v = [np.zeros(0)] * base.config.n_layer   # not used: `ops` looks into the base
         self.places = np.concatenate([np.arange(start, end) for start in starts])       # [n_tok]
         self.ends = np.cumsum([end - start for start in starts])                        # [n_branch]
         self.parts = [(slice(stop - (end - start), stop), start) for stop, start in zip(self.ends.tolist(), starts)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import sys
 import time
@@ -21,10 +20,10 @@ import numpy as np
 
 import tinymia
 from tinymia import Error, Model, Record
-from tinymia_files import check_target, read_gguf
+from tinymia_files import check_target, dumps, read_gguf
 from tinymia_models import DEFAULT, bundled
 
-from .action_flags import Act, change_flags, patch_flags, read_actions
+from .action_flags import Act, Output, change_flags, patch_flags, read_actions
 from .arguments import Parser, model_flags, prompt_flags, read_prompt
 from .progress import interruptible
 from .terminal import notes, table
@@ -84,7 +83,7 @@ def parser() -> Parser:
     g.add_argument("--lens-score", choices=("raw", "logit", "prob"),
                    help="raw: norm weight only, as the post (default); logit: the whole final norm; prob: its softmax")
     act("--log", nargs=1, metavar="NAME", help="shape, mean, rms, range and first values")
-    g.add_argument("-d", "--draw", metavar="FILE.png", help="attention patterns, a row of panels a layer")
+    g.add_argument("-d", "--draw", type=Output, metavar="FILE.png", help="attention patterns, a row of panels a layer")
     g.add_argument("--print-cgraph", action="store_true", help="every op in order: name, op, shape, inputs, weight")
     g.add_argument("--list-tensors", action="store_true", help="the weights: name, type, shape, bytes")
 
@@ -172,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     """What main does once the flags are read."""
     if args.list_models:
         models = list_models()
-        print(json.dumps(models) if args.json else table([list(m.values()) for m in models]))
+        print(dumps(models) if args.json else table([list(m.values()) for m in models]))
         return 0
     if args.n_predict < 0:
         raise Error(f"-n {args.n_predict}: it must be 0 or more")
@@ -212,7 +211,7 @@ def run(args: argparse.Namespace) -> int:
     elif not (args.print_cgraph or args.list_tensors):
         raise Error("no prompt: give one with -p or -f")
     if args.json:
-        print(json.dumps(printer.out, ensure_ascii=False))
+        print(dumps(printer.out))
     return 130 if printer.out.get("stop") == "interrupted" else 0
 
 
@@ -220,7 +219,7 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
     """Run the prompt with its actions, and print what comes of it."""
     actions = read_actions(args, model)
     if args.draw:
-        check_target(args.draw, [])
+        check_target(args.draw)
         actions.append(tinymia.Save("kq_soft_max"))
     rows = [[i, token, model.piece(token).replace(" ", "▁")] for i, token in enumerate(ids)]
     print(table([["index", "id", "piece"], *rows]), file=sys.stderr, flush=True)

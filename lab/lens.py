@@ -74,7 +74,7 @@ def lens(
     wanted = None if target is None else token_of(model, target, prompt, "target")
     settings = {"names": patterns, "k": k, "score": score, "target": wanted, "actions": describe(actions)}
     info = about(model, "lens", settings, prompt=prompt)
-    result = resume(out, info, Lens) or _empty(model, info, chosen, ids, min(k, model.config.n_vocab), wanted)
+    result = resume(out, info, Lens, actions) or _empty(model, info, chosen, ids, min(k, model.config.n_vocab), wanted)
     todo = [i for i in range(len(chosen)) if np.isnan(result.entropy[i]).any()]
     if not todo:
         return result

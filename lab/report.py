@@ -18,14 +18,13 @@ from tinymia_kernels import softmax
 from .action_flags import change_flags, patch_flags, read_actions
 from .arguments import chosen, emit, open_model, parser, prompt_flags, prompt_ids
 from .attend import Attention, attend
+from .attention_page import MOST, check_size
 from .attribute import Attribution, attribute, kinds, largest
 from .lens import Lens, details, lens
 from .page import write_page
 from .report_page import report_page
 from .result import Result, about, describe
 from .terminal import table, visible
-
-MOST = 24_000_000   # bytes of attention patterns in a page
 
 
 @dataclass
@@ -38,11 +37,6 @@ class Report(Result):
     lenses: list[Lens]
     attention: Attention            # with the interventions
     attributions: list[Attribution]
-
-    def to_json(self) -> dict[str, Any]:
-        parts = {"lenses": [part.to_json() for part in self.lenses], "attention": self.attention.to_json(),
-                 "attributions": [part.to_json() for part in self.attributions]}
-        return {"about": self.about, "pieces": self.pieces, "outputs": self.outputs, "comes": self.comes, **parts}
 
 
 def report(
@@ -63,12 +57,9 @@ def report(
     ids = model.ids(prompt)
     actions = tinymia.listed(actions)
     kept = chosen(layers, c.n_layer, "layer")
-    size = len(kept) * c.n_head * len(ids) * (len(ids) + 1) // 2
     if whole(n, "n") < 0:
         raise Error(f"{n} tokens to go on with: it must be 0 or more")
-    if size > MOST:
-        raise Error(f"the attention patterns of {len(kept)} layers on {len(ids)} tokens take {size / 1e6:.0f} MB: "
-                    f"choose layers, {max(1, len(kept) * MOST // size)} or so")
+    check_size(len(kept), c.n_head, len(ids), MOST)
     at_prompt = [action for action in actions if action.when != "decode"]
     runs = [[], actions] if actions else [[]]
     outputs, probabilities = [], []

@@ -60,7 +60,7 @@ def trace(
         raise Error(f"position {position} is out of range: the prompt has {len(ids)} tokens, 0 to {len(ids) - 1}")
     position %= len(ids)
     info = about(model, "trace", {"layers": layers, "position": position, "actions": describe(actions)}, prompt=prompt)
-    found = resume(out, info, Trace)
+    found = resume(out, info, Trace, actions)
     if found is not None:
         return found
     graph = {op["name"]: op for op in cgraph(model, len(ids))}
