@@ -1028,7 +1028,7 @@ class Model:
             start = (il, x)
         out = self._pass(ids, cache, tap, "prompt", start, logits == "last")
         tap.finish(prompt, tokens=ids)
-        text = prompt if isinstance(prompt, str) else self.detokenize(ids).removeprefix(" ")
+        text = prompt if isinstance(prompt, str) else self.detokenize(ids)
         return Run(out, ids, tap.records, text, self.table)
 
     def generate(
