@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 
 import tinymia
 from tinymia import Error, Model
-from tinymia_files import check_apart, check_target, indices, place, read_text
+from tinymia_engine import indices
+from tinymia_files import check_apart, check_target, place, read_text
 from tinymia_models import DEFAULT
 
 from .action_flags import Input, Output, Spec

@@ -100,7 +100,7 @@ def test_two_outputs_are_two_files(model, tmp_path):
     check_apart([a, tmp_path / "c.npy", os.devnull, os.devnull])
     with pytest.raises(tinymia.Error, match="two outputs"):
         model.run([1, 5], actions=[tinymia.Save("l_out-0", a), tinymia.Save("l_out-1", b)])
-    model.run([1, 5], actions=[tinymia.Save("l_out-0", tmp_path / "x.npz"), tinymia.Save("l_out-1", tmp_path / "x.npz")])
+    model.run([1, 5], actions=[tinymia.Save(name, tmp_path / "x.npz") for name in ("l_out-0", "l_out-1")])
     with np.load(tmp_path / "x.npz") as f:
         assert {"l_out-0", "l_out-1"} <= set(f.files)
 
@@ -113,7 +113,8 @@ def test_two_outputs_are_two_files(model, tmp_path):
     ["steer", "-m", "M", "--vector", "P", "-p", "x", "-o", "P"], ["attend", "-m", "M", "-f", "P", "--scores", "P"],
     ["task-vector", "-m", "M", "P", "-o", "P"], ["function-vector", "-m", "M", "P", "-o", "P"],
     ["verify", "-m", "M", "-p", "x", "--against", "P", "--record", "P"], ["steer", "-m", "M", "-p", "x", "-o", "M"],
-    ["lens", "-m", "M", "-p", "x", "-o", "O", "-o", "O"], ["-m", "M", "-p", "x", "--draw", "O", "--save", "l_out-0", "O"],
+    ["lens", "-m", "M", "-p", "x", "-o", "O", "-o", "O"],
+    ["-m", "M", "-p", "x", "--draw", "O", "--save", "l_out-0", "O"],
 ], ids=" ".join)
 def test_every_command_looks_at_its_files_first(file, tmp_path, args, capsys):
     from tinymia_lab.cli import main
@@ -154,7 +155,8 @@ def test_what_cannot_be_written_is_said_before_the_run(tmp_path):
     locked.chmod(0o444)
     ring = tmp_path / "ring"
     ring.symlink_to(ring)
-    for path, word in ((locked, "permission to write"), (tmp_path / ("x" * 256), "name too long"), (ring, "symbolic links"),
+    for path, word in ((locked, "permission to write"), (tmp_path / ("x" * 256), "name too long"),
+                       (ring, "symbolic links"),
                        (tmp_path / "a b" / "x", f"mkdir -p '{tmp_path}/a b'"), (tmp_path, "is a folder"),
                        (locked / "x", "ot a directory"), ("a\0b", "NUL"), ("\ud800", "cannot be the name"),
                        (3, "cannot be the name")):
