@@ -196,7 +196,8 @@ def read_part(path: Path) -> tuple[dict[str, Any], Tensors]:
 
 def _map(path: Path) -> Mapped:
     try:
-        with open(os.open(expand(path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as f:
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        with open(os.open(expand(path), flags), "rb") as f:
             if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
                 raise GGUFError(f"{path}: not a regular file; -m takes a .gguf file")
             if os.fstat(f.fileno()).st_size == 0:
