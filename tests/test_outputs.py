@@ -112,7 +112,7 @@ def test_two_outputs_are_two_files(model, tmp_path):
     ["lens", "-m", "M", "-f", "P", "-o", "P"], ["steer", "-m", "M", "--positive", "P", "--negative", "Q", "-o", "P"],
     ["steer", "-m", "M", "--vector", "P", "-p", "x", "-o", "P"], ["attend", "-m", "M", "-f", "P", "--scores", "P"],
     ["task-vector", "-m", "M", "P", "-o", "P"], ["function-vector", "-m", "M", "P", "-o", "P"],
-    ["verify", "-m", "M", "-p", "x", "--against", "P", "--record", "P"], ["steer", "-m", "M", "-p", "x", "-o", "M"],
+    ["verify", "-m", "M", "-f", "P", "--record", "P"], ["steer", "-m", "M", "-p", "x", "-o", "M"],
     ["lens", "-m", "M", "-p", "x", "-o", "O", "-o", "O"],
     ["-m", "M", "-p", "x", "--draw", "O", "--save", "l_out-0", "O"],
 ], ids=" ".join)
