@@ -1,4 +1,4 @@
-"""Whatever a file holds, its reader gives a value or one tinymia.Error: arbitrary bytes, mutated and renamed files."""
+"""Whatever a file holds, its reader gives a value or one tinymia.Error: any bytes, valid files mutated, renamed."""
 import io
 import json
 import os
