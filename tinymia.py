@@ -15,13 +15,12 @@ line, pictures). Dimension names are ggml's: n_embd, n_head, n_head_kv, d_head, 
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -30,27 +29,47 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import tinymia_kernels as kernels
+from tinymia_engine import (
+    NOT_HERE,
+    Ablate,
+    Action,
+    Add,
+    Context,
+    Edit,
+    Lens,
+    Linear,
+    Log,
+    Patch,
+    ProjectOut,
+    Record,
+    Replace,
+    Sampler,
+    Save,
+    Scale,
+    Weights,
+    best,
+    files_read,
+    given,
+    listed,
+    softmax,
+)
 from tinymia_files import (
+    ActionError,
     Error,
     GGUFError,
     Note,
     Tensor,
     Text,
+    UnknownName,
     check_apart,
     check_target,
-    check_tensors,
-    decode_now,
     expand,
-    given,
     read_gguf,
     read_hparams,
     read_tokenizer,
     short,
-    sources,
     write_tensors,
 )
-from tinymia_kernels import Sampler
 
 __version__ = "0.1.0"
 __all__ = [
@@ -60,17 +79,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-class UnknownName(Error, KeyError):
-    """A name that matches no tensor; the message lists the closest ones."""
-
-    __str__ = Exception.__str__  # KeyError's would quote the message
-
-
-class ActionError(Error):
-    """An action that cannot be done: a source of another shape, a position out of range, one that never fired."""
-
-
-# ---------------------------------------------------------------------------------------- Config, Weights, Cache
+# ---------------------------------------------------------------------------------------- the model's shape
 
 
 @dataclass(frozen=True)
@@ -97,166 +106,6 @@ class Config:
     def sizes(self) -> dict[str, int]:
         """Size of each dimension in the table of names that a prompt does not decide."""
         return {**vars(self), "n_head*d_head_v": self.n_head * self.d_head_v}
-
-
-class Linear(NamedTuple):
-    """A matrix and, in some models, a bias."""
-
-    weight: Tensor              # [n_out, n_in]
-    bias: np.ndarray | None     # float32 [n_out]
-
-
-@dataclass(frozen=True)
-class Block:
-    """The weights of one layer, by their GGUF names."""
-
-    attn_norm: np.ndarray       # [n_embd]
-    attn_q: Linear              # n_embd -> n_head * d_head
-    attn_k: Linear              # n_embd -> n_head_kv * d_head
-    attn_v: Linear              # n_embd -> n_head_kv * d_head_v
-    attn_output: Linear         # n_head * d_head_v -> n_embd
-    ffn_norm: np.ndarray        # [n_embd]
-    ffn_gate: Linear            # n_embd -> n_ff
-    ffn_up: Linear              # n_embd -> n_ff
-    ffn_down: Linear            # n_ff -> n_embd
-
-
-class Weights(Mapping[str, Tensor]):
-    """All weights: by GGUF name as a mapping, and as attributes for the forward pass.
-
-    Every shape is checked against the config here, so that no kernel ever sees one that was not.
-    """
-
-    def __init__(self, tensors: dict[str, Tensor], c: Config, path: Path):
-        self._tensors, self._path = dict(tensors), path
-        q, k, v = c.n_head * c.d_head, c.n_head_kv * c.d_head, c.n_head_kv * c.d_head_v
-        block = {
-            "attn_norm": (c.n_embd,), "attn_q": (q, c.n_embd), "attn_k": (k, c.n_embd), "attn_v": (v, c.n_embd),
-            "attn_output": (c.n_embd, c.n_head * c.d_head_v),
-            "ffn_norm": (c.n_embd,), "ffn_gate": (c.n_ff, c.n_embd), "ffn_up": (c.n_ff, c.n_embd),
-            "ffn_down": (c.n_embd, c.n_ff),
-        }  # fmt: skip
-        self._check_names([f"blk.{il}.{name}" for il in range(c.n_layer) for name in block], c)
-        self.token_embd = self._tensor("token_embd.weight", (c.n_vocab, c.n_embd))
-        self.blk = [Block(**{name: self._part(f"blk.{il}.{name}", shape) for name, shape in block.items()})
-                    for il in range(c.n_layer)]
-        self.output_norm = self._part("output_norm", (c.n_embd,))                   # [n_embd]
-        self.output = Linear(self.token_embd, None)                                 # n_embd -> n_vocab
-        if "output.weight" in tensors:
-            self.output = self._part("output", (c.n_vocab, c.n_embd))
-        self.rope_freqs = None                                                      # [n_rot / 2]
-        if "rope_freqs.weight" in tensors:
-            self.rope_freqs = self._part("rope_freqs", (c.n_rot // 2,))
-        decode_now(path, [self.token_embd, self.output.weight] + [w.weight for b in self.blk for w in vars(b).values()
-                                                                  if isinstance(w, Linear)])
-
-    def _check_names(self, block: list[str], c: Config) -> None:
-        """Refuse tensors that neither the weights below use nor files/unused.py knows to be harmless."""
-        matrices, output = [name for name in block if not name.endswith("_norm")], self._tensors.get("output.weight")
-        used = {"token_embd.weight", "output_norm.weight", "rope_freqs.weight"} | {f"{name}.weight" for name in block}
-        used |= {f"{name}.bias" for name in matrices}
-        if output is not None:
-            used |= {"output.weight", "output.bias"}
-            matrices += ["output"] * (output.type_name == "NVFP4")  # llama.cpp looks for no scale of another output
-        check_tensors(self._tensors, used | {f"{name}.scale" for name in matrices}, matrices, c.n_layer, self._path)
-
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self._tensors.get(name)
-        if tensor is None:
-            raise GGUFError(f"{self._path}: tensor {name} {list(shape)} is missing")
-        if tensor.shape[-len(shape):] != shape or math.prod(tensor.shape) != math.prod(shape):
-            raise GGUFError(f"{self._path}: tensor {name} is {list(tensor.shape)}; the metadata ask for {list(shape)}")
-        if tensor.shape != shape:  # dimensions of 1 before the others, which GGUF lists last and ggml takes for none
-            self._tensors[name] = tensor.but(shape=shape)
-        return self._tensors[name]
-
-    def _part(self, name: str, shape: tuple[int, ...]) -> Any:
-        """A vector as float32, a matrix where it lies with the scale and the bias that may go with it.
-
-        A scale multiplies the product: before a bias is added in the attention block, after it in the feed-forward
-        block. Source: llama-graph.cpp, build_lora_mm, build_qkv and build_ffn.
-        """
-        weight = self._tensor(f"{name}.weight", shape)
-        if len(shape) == 1:
-            return weight.numpy()
-        bias = self._tensor(f"{name}.bias", shape[:1]).numpy() if f"{name}.bias" in self._tensors else None
-        if f"{name}.scale" in self._tensors:
-            scale = self._tensor(f"{name}.scale", (1,)).numpy()[0]
-            weight = self._tensors[weight.name] = weight.but(scale=scale)
-            if bias is not None and ".ffn_" in name:
-                if weight.type_name == "NVFP4":
-                    raise GGUFError(f"{self._path}: tensor {name}.scale of NVFP4 goes with no {name}.bias: which of "
-                                    "the two comes first is not known (llama.cpp refuses the file too)")
-                bias = bias * scale
-        return Linear(weight, bias)
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._tensors:
-            return self._tensors[name]
-        raise UnknownName(f"no weight is called {name!r}{given.closest(name, self._tensors)}")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-class Cache:
-    """Keys and values of the positions seen so far, one pair of arrays per layer; it stores them and computes nothing.
-
-    k[il] is [n_head_kv, capacity, d_head] and v[il] is [n_head_kv, d_head_v, capacity]: float16 with ggml's numerics,
-    float32 or float64 otherwise. The capacity is a multiple of 16, doubles as needed, and unused places hold zeros.
-
-    Here the tokens of a pass continue one sequence. A subclass may hold several continuations of one prompt as the rows
-    of one pass (lab/branches.py): it overrides `positions`, `last`, `store` and `ops`.
-    """
-
-    def __init__(self, c: Config, numerics: str, dtype: Any = np.float32):
-        self.n = 0  # positions that hold something
-        self.config, self.numerics = c, numerics
-        dtype = np.float16 if numerics == "ggml" else dtype
-        self.k = [np.zeros((c.n_head_kv, 0, c.d_head), dtype) for _ in range(c.n_layer)]
-        self.v = [np.zeros((c.n_head_kv, c.d_head_v, 0), dtype) for _ in range(c.n_layer)]
-
-    def reserve(self, n: int) -> None:
-        """Make room for n positions in all."""
-        if n > self.k[0].shape[1]:
-            more = -(-max(n, 2 * self.k[0].shape[1]) // 64) * 64 - self.k[0].shape[1]
-            self.k = [np.pad(k, ((0, 0), (0, more), (0, 0))) for k in self.k]
-            self.v = [np.pad(v, ((0, 0), (0, 0), (0, more))) for v in self.v]
-
-    def truncate(self, n: int) -> None:
-        """Drop the positions n and later. Values become zeros, because kernels read 16 positions at a time."""
-        self.n = n
-        for v in self.v:
-            v[:, :, n:] = 0
-
-    def positions(self, n_tok: int) -> np.ndarray:
-        """Sequence positions of the next n_tok tokens, intp [n_tok]."""
-        return np.arange(self.n, self.n + n_tok)
-
-    def last(self, x: np.ndarray) -> np.ndarray:
-        """The last row of x [n_tok, ...]: the only one whose logits predict the next token."""
-        return x[-1:]
-
-    def store(self, il: int, k: np.ndarray, v: np.ndarray) -> None:
-        """Keep the keys [n_tok, n_head_kv, d_head] and values [n_tok, n_head_kv, d_head_v] of a pass."""
-        put(self.k[il], self.v[il], k, v, self.n)
-
-    def ops(self, ops: Any) -> Any:
-        """The arithmetic that a pass over this cache uses: `ops` as it is.
-
-        A subclass whose rows do not all see the same keys replaces scores, soft_max, mix and attention here.
-        """
-        return ops
-
-
-def put(keys: np.ndarray, values: np.ndarray, k: np.ndarray, v: np.ndarray, n: int) -> None:
-    """Write k [n_tok, n_head_kv, d_head] and v [n_tok, n_head_kv, d_head_v] to the positions from n on of one layer."""
-    with np.errstate(over="ignore"):  # a number too large for float16 becomes infinite, as in ggml
-        keys[:, n : n + len(k)] = k.swapaxes(0, 1)
-        values[:, :, n : n + len(v)] = v.transpose(1, 2, 0)
 
 
 # ---------------------------------------------------------------------------------------- the arithmetic
@@ -346,8 +195,15 @@ def plain(dtype: np.dtype) -> SimpleNamespace:
     return SimpleNamespace(
         embed=lambda weight, tokens: embed(weight, tokens).astype(dtype), rms_norm=rms_norm, linear=linear,
         linears=linears, rope_angles=rope_angles, rope=rope, scores=scores, soft_max=soft_max, mix=mix,
-        attention=attention, silu=silu,
+        attention=attention, silu=silu, threads=1, done=lambda: None,
     )
+
+
+def fast(threads: int | None, numerics: str) -> Any:
+    """The same functions by the kernels, which numba compiles for this CPU."""
+    from tinymia_kernels import Arithmetic
+
+    return Arithmetic(threads, numerics)
 
 
 NUMERICS = {"ggml": "as llama.cpp computes", "f32": "float32 throughout", "plain": "float32, the NumPy in tinymia.py"}
@@ -432,390 +288,64 @@ def match(pattern: str, names: Mapping[str, Any]) -> list[str]:
     return hits
 
 
-# ---------------------------------------------------------------------------------------- actions
-
-Positions = int | Sequence[int] | Sequence[bool] | np.ndarray | None  # numbers, or a mask: True for each that is meant
-Source = Any  # a saved file, an array, a Run, or a tuple of these: rows are chosen in each, then their mean is taken
+# ---------------------------------------------------------------------------------------- the cache
 
 
-@dataclass(frozen=True)
-class Context:
-    """What an action is told about the tensor it is called with."""
+class Cache:
+    """Keys and values of the positions seen so far, one pair of arrays per layer; it stores them and computes nothing.
 
-    name: str                   # exact name
-    layer: int | None
-    positions: np.ndarray       # intp [n_tok]: place of each row in the sequence
-    phase: str                  # "prompt" or "decode"
-    op: Op                      # its line in the table of names
-    model: Model = field(repr=False)
-    keep: Callable[[Context, Any], None] = field(repr=False)
+    k[il] is [n_head_kv, capacity, d_head] and v[il] is [n_head_kv, d_head_v, capacity]: float16 with ggml's numerics,
+    float32 or float64 otherwise. The capacity is a multiple of 16, doubles as needed, and unused places hold zeros.
 
-    def rows(self, x: np.ndarray) -> np.ndarray:
-        """View of x with the token axis first."""
-        return np.moveaxis(x, self.op.dims.index("n_tok"), 0)
+    Here the tokens of a pass continue one sequence. A subclass may hold several continuations of one prompt as the rows
+    of one pass (lab/branches.py): it overrides `positions`, `last`, `store` and `ops`.
+    """
 
-    def record(self, value: Any) -> None:
-        """Keep a value in the run's records."""
-        self.keep(self, value)
+    def __init__(self, c: Config, numerics: str, dtype: Any = np.float32):
+        self.n = 0  # positions that hold something
+        self.config, self.numerics = c, numerics
+        dtype = np.float16 if numerics == "ggml" else dtype
+        self.k = [np.zeros((c.n_head_kv, 0, c.d_head), dtype) for _ in range(c.n_layer)]
+        self.v = [np.zeros((c.n_head_kv, c.d_head_v, 0), dtype) for _ in range(c.n_layer)]
 
-    def at(self, at: Positions, must: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of this pass, their places in `at`); negative positions count from the end of the sequence.
+    def reserve(self, n: int) -> None:
+        """Make room for n positions in all."""
+        if n > self.k[0].shape[1]:
+            more = -(-max(n, 2 * self.k[0].shape[1]) // 64) * 64 - self.k[0].shape[1]
+            self.k = [np.pad(k, ((0, 0), (0, more), (0, 0))) for k in self.k]
+            self.v = [np.pad(v, ((0, 0), (0, 0), (0, more))) for v in self.v]
 
-        A mask has a value for each position of the prompt. Raises ActionError for positions that a prompt does not
-        have, unless they need not be there.
+    def truncate(self, n: int) -> None:
+        """Drop the positions n and later. Values become zeros, because kernels read 16 positions at a time."""
+        self.n = n
+        for v in self.v:
+            v[:, :, n:] = 0
+
+    def positions(self, n_tok: int) -> np.ndarray:
+        """Sequence positions of the next n_tok tokens, intp [n_tok]."""
+        return np.arange(self.n, self.n + n_tok)
+
+    def last(self, x: np.ndarray) -> np.ndarray:
+        """The last row of x [n_tok, ...]: the only one whose logits predict the next token."""
+        return x[-1:]
+
+    def store(self, il: int, k: np.ndarray, v: np.ndarray) -> None:
+        """Keep the keys [n_tok, n_head_kv, d_head] and values [n_tok, n_head_kv, d_head_v] of a pass."""
+        put(self.k[il], self.v[il], k, v, self.n)
+
+    def ops(self, ops: Any) -> Any:
+        """The arithmetic that a pass over this cache uses: `ops` as it is.
+
+        A subclass whose rows do not all see the same keys replaces scores, soft_max, mix and attention here.
         """
-        if at is None:
-            return np.arange(len(self.positions)), np.arange(len(self.positions))
-        n = int(self.positions[-1]) + 1
-        wanted = given.indices(at, "position", n if self.phase == "prompt" else None, f"{self.name}: ")
-        wanted = np.where(wanted < 0, wanted + n, wanted)
-        if must and self.phase == "prompt" and ((wanted < 0) | (wanted >= n)).any():
-            raise ActionError(f"{self.name}: position {at} is out of range: the prompt has {n} tokens, 0 to {n - 1}")
-        rows, places = np.nonzero(self.positions[:, None] == wanted)
-        return rows, places
+        return ops
 
 
-def listed(actions: Action | Sequence[Action]) -> list[Action]:
-    """Actions as a list; one may stand by itself. Raises ActionError for what is not an action."""
-    found = [actions] if isinstance(actions, Action) or not hasattr(actions, "__iter__") else list(actions)
-    for action in found:
-        if not isinstance(action, Action):
-            raise ActionError(f"{short(action)} is not an action; Lens, Log, Save, Patch, Ablate, ... are")
-    return found
-
-
-@dataclass(frozen=True, repr=False)
-class Action:
-    """What to do with the tensors that `name` matches.
-
-    `when` is "prompt" (the pass over the prompt, as mia), "decode" (the passes over generated tokens) or "all". The KV
-    cache keeps what a pass left in it: a change of Kcur or Vcur, or of anything before them, that was made during the
-    prompt is still seen by every later token; one made while decoding is seen from that token on.
-    """
-
-    name: str
-    when: str = field(default="prompt", kw_only=True)
-
-    def bind(self, name: str, op: Op, model: Model) -> Action:
-        """This action for one exact name, with what it needs loaded and checked before the run starts."""
-        return self
-
-    def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | None:
-        """The array to go on with: x itself, never written to, or a new one; None where no row of the pass is meant."""
-        raise NotImplementedError
-
-    def __repr__(self) -> str:
-        """Patch('l_out-3', row -1 of Run('Egypt -> Cairo,', 5 tokens), at=-1): what was said, in few words."""
-        parts, src = [repr(self.name)], getattr(self, "src", None)
-        for f in sorted(fields(self)[1:], key=lambda f: f.kw_only):
-            value = getattr(self, f.name)
-            if f.name == "source" and src is not None:
-                parts.append(f"row {given.told(src)} of {given.told(value)}")
-            elif f.name != "src" and given.told(value) != given.told(f.default):
-                parts.append(f"{f.name}={given.told(value)}")
-        return f"{type(self).__name__}({', '.join(parts)})"
-
-
-@dataclass(frozen=True, repr=False)
-class Lens(Action):
-    """See each row through the logit lens: its k best tokens, scored as in Model.lens, kept in the records."""
-
-    k: int = 10
-    score: str = "raw"
-
-    def bind(self, name: str, op: Op, model: Model) -> Action:
-        if op.dims != ("n_tok", "n_embd"):
-            raise ActionError(f"{name} is [{', '.join(op.dims)}]; the lens sees tensors of [n_tok, n_embd]")
-        return self
-
-    def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | None:
-        ctx.record(ctx.model.lens(x, self.k, self.score))
-        return x
-
-
-@dataclass(frozen=True, repr=False)
-class Log(Action):
-    """Keep a summary in the records: shape, mean, root mean square, least and greatest value, the first few."""
-
-    def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | None:
-        rms = math.sqrt(np.mean(np.square(x, dtype=np.float64)))
-        ctx.record({"shape": list(x.shape), "mean": float(x.mean()), "rms": rms, "min": float(x.min()),
-                    "max": float(x.max()), "first": x.reshape(-1)[:4].tolist()})
-        return x
-
-
-@dataclass(frozen=True, repr=False)
-class Save(Action):
-    """Keep a copy, in the records and, when a path is given, in a file that is written after the run."""
-
-    path: str | Path | None = None
-
-    def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | None:
-        ctx.record(x.copy())
-        return x
-
-
-@dataclass(frozen=True, repr=False)
-class Replace(Action):
-    """fn(x, ctx): an array of the same shape to go on with, or None for no change; x is a copy that fn may write to."""
-
-    fn: Callable[[np.ndarray, Context], np.ndarray | None]
-
-    def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | None:
-        y = self.fn(x.copy(), ctx)
-        return x if y is None else y
-
-
-@dataclass(frozen=True, repr=False)
-class Edit(Action):
-    """Base of the actions that change a part: the rows at positions `at`, of `heads`; all where None."""
-
-    at: Positions = field(default=None, kw_only=True)
-    heads: Positions = field(default=None, kw_only=True)
-
-    def bind(self, name: str, op: Op, model: Model) -> Action:
-        if self.at is not None:
-            given.indices(self.at, "position", where=f"{name}: ")
-            if self.when == "decode" and given.is_mask(self.at):
-                raise ActionError(f"{name}: a mask is of the prompt's tokens, and when=decode leaves them as they are")
-        if self.heads is None:
-            return self
-        n = model.config.n_head_kv if "n_head_kv" in op.dims else model.config.n_head
-        if not {"n_head", "n_head_kv", "n_head*d_head_v"} & set(op.dims):
-            raise ActionError(f"{name} has no heads; kqv_merged, kqv, kq_soft_max, kq, Qcur, Kcur and Vcur have")
-        heads = given.indices(self.heads, "head", n, f"{name}: ").tolist()
-        if not all(0 <= h < n for h in heads):
-            raise ActionError(f"{name}: head {heads} is out of range: there are {n} heads, 0 to {n - 1}")
-        return replace(self, heads=heads)
-
-    def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | None:
-        rows, places = ctx.at(self.at, self.when == "prompt")
-        if not len(rows):
-            return None
-        y = x.copy()
-        part = ctx.rows(y)  # [n_tok, ...], a view of y
-        old = part[rows]
-        try:
-            new = np.broadcast_to(np.asarray(self.edit(part, rows, places), np.float32), old.shape)
-        except ValueError as e:
-            kind = type(self).__name__
-            raise ActionError(f"{kind} of {ctx.name} does not fit rows of {list(old.shape[1:])}: {e}") from e
-        if self.heads is not None:
-            c = ctx.model.config
-            mask = np.isin(np.arange(c.n_head_kv if "n_head_kv" in ctx.op.dims else c.n_head), self.heads)
-            mask = np.repeat(mask, c.d_head_v) if ctx.op.base == "kqv_merged" else mask[:, None]
-            new = np.where(mask, new, old)
-        part[rows] = new
-        return y
-
-    def edit(self, x: np.ndarray, rows: np.ndarray, places: np.ndarray) -> Any:
-        """New values of x[rows]; x is [n_tok, ...], and places says which of `at` each row is."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, repr=False)
-class Patch(Edit):
-    """Put row `src` of another run in place of the row `at`.
-
-    Without `src`, the source's only row or the same positions; without both, the whole tensor.
-    """
-
-    source: Source
-    src: Positions = None
-
-    def bind(self, name: str, op: Op, model: Model) -> Action:
-        bound = super().bind(name, op, model)
-        read = sources.read_sources(self.source, name, op.dims, model, self.name)
-        return replace(bound, source=sources.mean([sources.rows_for(x, self.src, self.at, name) for x in read], name))
-
-    def edit(self, x: np.ndarray, rows: np.ndarray, places: np.ndarray) -> Any:
-        if self.at is None and len(self.source) != len(x):
-            raise ActionError(f"patch of {self.name}: {len(self.source)} rows for {len(x)} positions: say from and to")
-        return self.source if len(self.source) == 1 else self.source[places]
-
-
-@dataclass(frozen=True, repr=False)
-class Ablate(Edit):
-    """Take information away, by mode: "zero"; "mean", over the positions of the prompt's pass; "resample", the same
-    rows of `source`, another run; or "value", a number or an array that fits a row.
-
-    A pass over one row has no mean but that row: it is an error there, and so while decoding.
-    """
-
-    mode: str = "zero"
-    value: Any = None
-    source: Source = None
-
-    def bind(self, name: str, op: Op, model: Model) -> Action:
-        bound = super().bind(name, op, model)
-        if self.mode not in ("zero", "mean", "resample", "value"):
-            raise ActionError(f"ablation mode {self.mode!r}: it must be zero, mean, resample or value")
-        if (self.mode == "resample") != (self.source is not None):
-            raise ActionError(f"ablation of {name}: a source goes with mode resample, and with no other")
-        if (self.mode == "value") != (self.value is not None):
-            raise ActionError(f"ablation of {name}: a value goes with mode value, and with no other")
-        if self.mode == "mean" and self.when != "prompt":
-            raise ActionError(f"ablation of {name}: mode mean goes with when=prompt, not {self.when}: a pass that "
-                              "decodes has one row, and its mean is itself")
-        if self.source is None:
-            return bound
-        read = sources.read_sources(self.source, name, op.dims, model, self.name)
-        return replace(bound, source=sources.mean(read, name))
-
-    def edit(self, x: np.ndarray, rows: np.ndarray, places: np.ndarray) -> Any:
-        if self.mode == "mean":
-            if len(x) == 1:
-                raise ActionError(f"ablation of {self.name}: the pass has one row, and its mean is itself")
-            return x.mean(0)
-        if self.mode == "resample":
-            if len(self.source) != len(x):
-                raise ActionError(f"ablation of {self.name}: the source has {len(self.source)} rows, this run {len(x)}")
-            return self.source[rows]
-        return self.value if self.mode == "value" else 0.0
-
-
-@dataclass(frozen=True, repr=False)
-class Add(Edit):
-    """x + coef * vector; the vector is the source's row `row`, or its only one."""
-
-    vector: Source
-    coef: float = 1.0
-    row: int | None = None
-
-    def bind(self, name: str, op: Op, model: Model) -> Action:
-        bound = super().bind(name, op, model)
-        return replace(bound, vector=sources.read_row(self.vector, self.row, name, op.dims, model, self.name))
-
-    def edit(self, x: np.ndarray, rows: np.ndarray, places: np.ndarray) -> Any:
-        return x[rows] + np.float32(self.coef) * self.vector
-
-
-@dataclass(frozen=True, repr=False)
-class ProjectOut(Edit):
-    """Remove a direction d from each row: x - (x . d) d / (d . d)."""
-
-    direction: Source
-
-    def bind(self, name: str, op: Op, model: Model) -> Action:
-        bound = super().bind(name, op, model)
-        row = sources.read_row(self.direction, None, name, op.dims, model, self.name)
-        length = float(np.linalg.norm(row))
-        if not 0 < length < math.inf:
-            raise ActionError(f"projection of {name}: the direction has length {length}")
-        return replace(bound, direction=row / np.float32(length))
-
-    def edit(self, x: np.ndarray, rows: np.ndarray, places: np.ndarray) -> Any:
-        along = np.tensordot(x[rows], self.direction, self.direction.ndim)  # [n_rows]
-        return x[rows] - np.multiply.outer(along, self.direction)
-
-
-@dataclass(frozen=True, repr=False)
-class Scale(Edit):
-    """factor * x."""
-
-    factor: float
-
-    def edit(self, x: np.ndarray, rows: np.ndarray, places: np.ndarray) -> Any:
-        return np.float32(self.factor) * x[rows]
-
-
-def files_read(action: Action) -> list[str | Path]:
-    """The files that an action reads."""
-    found = [getattr(action, f.name) for f in fields(action) if f.type == "Source"]
-    parts = [part for one in found for part in (one if isinstance(one, tuple) else [one])]
-    return [part for part in parts if isinstance(part, (str, Path))]
-
-
-class Record(NamedTuple):
-    """What an action kept: the best tokens of a Lens, the summary of a Log, the array of a Save."""
-
-    action: Action
-    name: str
-    layer: int | None
-    positions: np.ndarray       # intp [n_tok]
-    phase: str
-    value: Any
-
-
-class Tap:
-    """The `t` of forward: hands each named tensor to the actions that want it, and counts that every one fired."""
-
-    def __init__(self, model: Model, actions: Any, on_record: Callable[[Record], None] | None = None):
-        self.model, self.actions, self.on_record = model, listed(actions), on_record
-        self.records: list[Record] = []
-        self.fired = [False] * len(self.actions)
-        self.phase, self.positions = "prompt", np.arange(0)
-        self.seen: dict[str, set[int]] = {"prompt": set(), "decode": set()}  # positions of the passes so far
-        self.by_name: dict[tuple[str, int | None], list[tuple[int, Action]]] = {}
-        files: dict[str | Path, list[str]] = {}
-        for i, action in enumerate(self.actions):
-            if action.when not in ("prompt", "decode", "all"):
-                raise ActionError(f"{action}: when must be prompt, decode or all")
-            for name in match(action.name, model.table):
-                op, il = model.table[name]
-                self.by_name.setdefault((op.base, il), []).append((i, action.bind(name, op, model)))
-                if isinstance(action, Save) and action.path is not None:
-                    files.setdefault(action.path, []).append(name)
-        inputs = [path for action in self.actions for path in files_read(action)]
-        for path, names in files.items():
-            check_target(path, names, inputs)
-        check_apart(list(files))
-
-    def begin(self, phase: str, positions: np.ndarray) -> None:
-        """Before each pass: the positions of its rows, intp [n_tok]."""
-        self.phase, self.positions = phase, positions
-        self.seen[phase].update(positions.tolist())
-
-    def wants(self, il: int | None, *bases: str) -> bool:
-        """Whether an action of this phase is on one of these names."""
-        return any(a.when in ("all", self.phase) for base in bases for _, a in self.by_name.get((base, il), ()))
-
-    def __call__(self, base: str, il: int | None, x: np.ndarray) -> np.ndarray:
-        """The value to go on with: x itself unless an action changes it."""
-        for i, action in self.by_name.get((base, il), ()):
-            if action.when in ("all", self.phase):
-                name = base if il is None else f"{base}-{il}"
-                op = self.model.table[name][0]
-                keep = partial(self._keep, action)
-                with np.errstate(all="ignore"):  # what is no number shows in the logits, and is told of there
-                    y = action.apply(x, Context(name, il, self.positions, self.phase, op, self.model, keep))
-                self.fired[i] |= y is not None
-                if y is not None and y is not x:
-                    if np.shape(y) != x.shape:
-                        raise ActionError(f"{action} gave {name} the shape {list(np.shape(y))}, not {list(x.shape)}")
-                    x = np.ascontiguousarray(y, x.dtype)
-        return x
-
-    def _keep(self, action: Action, ctx: Context, value: Any) -> None:
-        self.records.append(Record(action, ctx.name, ctx.layer, ctx.positions, ctx.phase, value))
-        if self.on_record:
-            self.on_record(self.records[-1])
-
-    def finish(self, prompt: str | Sequence[int], **about: Any) -> None:
-        """After the run: write the files of Save, then complain of actions that never fired, or not at all of `at`."""
-        files: dict[str | Path, dict[str, dict[int, np.ndarray]]] = {}  # path, name, first position
-        for r in self.records:
-            if isinstance(r.action, Save) and r.action.path is not None:
-                files.setdefault(r.action.path, {}).setdefault(r.name, {})[int(r.positions[0])] = r.value
-        for path, tensors in files.items():
-            joined = {name: self._join(name, list(passes.values())) for name, passes in tensors.items()}
-            write_tensors(path, joined, {"model": self.model.about, "prompt": self.model.text(prompt), **about})
-        for action, fired in zip(self.actions, self.fired):
-            if not fired:
-                kind = type(action).__name__
-                raise ActionError(f"{kind} of {action.name} (when={action.when}) never fired: no such pass or position")
-            if isinstance(action, Edit) and action.at is not None and action.when != "prompt":
-                seen = self.seen["decode"].union(self.seen["prompt"] if action.when == "all" else ())
-                lost = given.never_came(action.at, seen)
-                if lost:
-                    warnings.warn(f"{action}: positions {lost} never came: the last one was {max(seen)}", Note, 3)
-
-    def _join(self, name: str, passes: list[np.ndarray]) -> np.ndarray:
-        """The passes of a run after one another along the token axis."""
-        op = self.model.table[name][0]
-        if len(passes) > 1 and "n_kv" in op.dims:
-            raise ActionError(f"{name} grows with each token: save it with when=prompt")
-        return np.concatenate(passes, op.dims.index("n_tok"))
+def put(keys: np.ndarray, values: np.ndarray, k: np.ndarray, v: np.ndarray, n: int) -> None:
+    """Write k [n_tok, n_head_kv, d_head] and v [n_tok, n_head_kv, d_head_v] to the positions from n on of one layer."""
+    with np.errstate(over="ignore"):  # a number too large for float16 becomes infinite, as in ggml
+        keys[:, n : n + len(k)] = k.swapaxes(0, 1)
+        values[:, :, n : n + len(v)] = v.transpose(1, 2, 0)
 
 
 # ---------------------------------------------------------------------------------------- forward
@@ -829,7 +359,8 @@ def forward(
     t(name, layer, value) names a value and gives the one to go on with. start = (il, x) begins at layer il on a given
     residual x [n_tok, n_embd] (the cache then gets keys and values of the layers from il on only).
     """
-    c, w, o, n_tok = m.config, m.weights, cache.ops(m.ops), len(tokens)             # o: the functions above, or kernels/
+    c, w, n_tok = m.config, m.weights, len(tokens)
+    o = cache.ops(m.ops)                            # the functions above, or the same ones in kernels/
     positions = cache.positions(n_tok)                                              # [n_tok]
     n_kv = int(positions[-1]) + 1
     cache.reserve(n_kv)
@@ -875,6 +406,92 @@ def forward(
     cur = t("norm", None, o.rms_norm(x, c.eps))                                     # [n_tok, n_embd]
     cur = t("result_norm", None, cur * w.output_norm)                               # [n_tok, n_embd]
     return t("result_output", None, o.linear(cur, w.output))                        # [n_tok, n_vocab]
+
+
+# ---------------------------------------------------------------------------------------- the tap
+
+
+class Tap:
+    """The `t` of forward: hands each named tensor to the actions that want it, and counts that every one fired."""
+
+    def __init__(self, model: Model, actions: Any, on_record: Callable[[Record], None] | None = None):
+        self.model, self.actions, self.on_record = model, listed(actions), on_record
+        self.records: list[Record] = []
+        self.fired = [False] * len(self.actions)
+        self.phase, self.positions = "prompt", np.arange(0)
+        self.seen: dict[str, set[int]] = {"prompt": set(), "decode": set()}  # positions of the passes so far
+        self.by_name: dict[tuple[str, int | None], list[tuple[int, Action]]] = {}
+        files: dict[str | Path, list[str]] = {}
+        for i, action in enumerate(self.actions):
+            if action.when not in ("prompt", "decode", "all"):
+                raise ActionError(f"{action}: when must be prompt, decode or all")
+            for name in match(action.name, model.table):
+                op, il = model.table[name]
+                self.by_name.setdefault((op.base, il), []).append((i, action.bind(name, op, model)))
+                if isinstance(action, Save) and action.path is not None:
+                    files.setdefault(action.path, []).append(name)
+        inputs = [path for action in self.actions for path in files_read(action)]
+        for path, names in files.items():
+            check_target(path, names, inputs)
+        check_apart(list(files))
+
+    def begin(self, phase: str, positions: np.ndarray) -> None:
+        """Before each pass: the positions of its rows, intp [n_tok]."""
+        self.phase, self.positions = phase, positions
+        self.seen[phase].update(positions.tolist())
+
+    def wants(self, il: int | None, *bases: str) -> bool:
+        """Whether an action of this phase is on one of these names."""
+        return any(a.when in ("all", self.phase) for base in bases for _, a in self.by_name.get((base, il), ()))
+
+    def __call__(self, base: str, il: int | None, x: np.ndarray) -> np.ndarray:
+        """The value to go on with: x itself unless an action changes it."""
+        for i, action in self.by_name.get((base, il), ()):
+            if action.when in ("all", self.phase):
+                name = base if il is None else f"{base}-{il}"
+                op = self.model.table[name][0]
+                keep = partial(self._keep, action)
+                with np.errstate(all="ignore"):  # what is no number shows in the logits, and is told of there
+                    y = action.apply(x, Context(name, il, self.positions, self.phase, op, self.model, keep))
+                if y is NOT_HERE:
+                    continue
+                self.fired[i] = True
+                if y is not x:
+                    if np.shape(y) != x.shape:
+                        raise ActionError(f"{action} gave {name} the shape {list(np.shape(y))}, not {list(x.shape)}")
+                    x = np.ascontiguousarray(y, x.dtype)
+        return x
+
+    def _keep(self, action: Action, ctx: Context, value: Any) -> None:
+        self.records.append(Record(action, ctx.name, ctx.layer, ctx.positions, ctx.phase, value))
+        if self.on_record:
+            self.on_record(self.records[-1])
+
+    def finish(self, prompt: str | Sequence[int], **about: Any) -> None:
+        """After the run: write the files of Save, then complain of actions that never fired, or not at all of `at`."""
+        files: dict[str | Path, dict[str, dict[int, np.ndarray]]] = {}  # path, name, first position
+        for r in self.records:
+            if isinstance(r.action, Save) and r.action.path is not None:
+                files.setdefault(r.action.path, {}).setdefault(r.name, {})[int(r.positions[0])] = r.value
+        for path, tensors in files.items():
+            joined = {name: self._join(name, list(passes.values())) for name, passes in tensors.items()}
+            write_tensors(path, joined, {"model": self.model.about, "prompt": self.model.text(prompt), **about})
+        for action, fired in zip(self.actions, self.fired):
+            if not fired:
+                kind = type(action).__name__
+                raise ActionError(f"{kind} of {action.name} (when={action.when}) never fired: no such pass or position")
+            if isinstance(action, Edit) and action.at is not None and action.when != "prompt":
+                seen = self.seen["decode"].union(self.seen["prompt"] if action.when == "all" else ())
+                lost = given.never_came(action.at, seen)
+                if lost:
+                    warnings.warn(f"{action}: positions {lost} never came: the last one was {max(seen)}", Note, 3)
+
+    def _join(self, name: str, passes: list[np.ndarray]) -> np.ndarray:
+        """The passes of a run after one another along the token axis."""
+        op = self.model.table[name][0]
+        if len(passes) > 1 and "n_kv" in op.dims:
+            raise ActionError(f"{name} grows with each token: save it with when=prompt")
+        return np.concatenate(passes, op.dims.index("n_tok"))
 
 
 # ---------------------------------------------------------------------------------------- Model
@@ -942,11 +559,12 @@ class Model:
         self.path, self.numerics = expand(path), numerics
         meta, tensors = read_gguf(self.path)
         self.config = Config(**read_hparams(meta, tensors, self.path))
-        self.weights = Weights(tensors, self.config, self.path)
+        self.weights = Weights(tensors, self.config, self.path, decode=numerics != "plain")
         self.files = tensors.files
         self.tokenizer = read_tokenizer(meta, self.path)
-        self.threads, self.dtype = threads or kernels.physical_cores(), np.dtype(dtype)
-        self.ops = plain(self.dtype) if numerics == "plain" else kernels.Arithmetic(self.threads, numerics)
+        self.dtype = np.dtype(dtype)
+        self.ops: Any = plain(self.dtype) if numerics == "plain" else fast(threads, numerics)
+        self.threads = self.ops.threads
         self.table = name_table(self.config.n_layer)
         self.n_ids = max(self.config.n_vocab, len(self.tokenizer.pieces))
         self.about = {k: getattr(self.config, k) for k in ("name", "n_embd", "n_layer", "n_head", "n_vocab")}
@@ -1107,8 +725,8 @@ class Model:
         output = self.weights.output if score != "raw" else self.weights.output._replace(bias=None)
         scores = self.linear(normed * self.weights.output_norm, output)
         if score == "prob":
-            scores = kernels.softmax(scores)
-        rows = zip(scores, kernels.best(scores, k), np.isnan(scores).any(1))
+            scores = softmax(scores)
+        rows = zip(scores, best(scores, k), np.isnan(scores).any(1))
         return [[] if nan else [(self.piece(int(i)), float(row[i])) for i in ids] for row, ids, nan in rows]
 
     def ids(
@@ -1138,7 +756,7 @@ class Model:
         try:
             with np.errstate(over="ignore"):  # of silu's exp: the quotient is then 0, as it should be
                 logits = forward(self, np.asarray(ids, np.intp), cache, tap, start, last)
-            kernels.announce_done()
+            self.ops.done()
             if not np.isfinite(logits.max(axis=1)).all():
                 raise Error("the logits are not finite: a weight or an action brought NaN or infinity (see --log all)")
             return logits

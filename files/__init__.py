@@ -4,19 +4,14 @@
     hparams.py     the model's shape out of the metadata; unused.py what else a file may hold
     tokenizer.py   text to ids and back: spm.py by sentencepiece, bpe.py by tokenizers, vocab.py what both have
     tensors.py     saved activations: raw float32, .npy, .npz
-    sources.py     what actions take from them, from arrays and from runs
-    given.py       what a caller gives: positions, heads, layers, ids, arguments
     disk.py        how a file is read, text and JSON of any kind; outputs.py how one is written
 """
 
-from . import given, sources
 from .disk import dumps, expand, plain, read_json, read_text, reading
-from .errors import Error, FileError, GGUFError, Note, short
+from .errors import ActionError, Error, FileError, GGUFError, Note, UnknownName, short
 from .gguf import Tensor, decode_now
-from .given import ArgumentError, indices, is_mask, whole
 from .hparams import read_hparams
 from .outputs import check_apart, check_target, place, write_atomic
-from .sources import read_sources
 from .split import read_gguf
 from .tensors import as_rows, read_npz, read_tensor, write_tensors
 from .tokenizer import Text, read_tokenizer
@@ -24,8 +19,33 @@ from .unused import check_tensors
 from .vocab import Tokenizer
 
 __all__ = [
-    "ArgumentError", "Error", "FileError", "GGUFError", "Note", "Tensor", "Text", "Tokenizer", "as_rows",
-    "check_apart", "check_target", "check_tensors", "decode_now", "dumps", "expand", "given", "indices", "is_mask",
-    "place", "plain", "read_gguf", "read_hparams", "read_json", "read_npz", "read_sources", "read_tensor", "read_text",
-    "read_tokenizer", "reading", "short", "sources", "whole", "write_atomic", "write_tensors",
+    "ActionError",
+    "Error",
+    "FileError",
+    "GGUFError",
+    "Note",
+    "Tensor",
+    "Text",
+    "Tokenizer",
+    "UnknownName",
+    "as_rows",
+    "check_apart",
+    "check_target",
+    "check_tensors",
+    "decode_now",
+    "dumps",
+    "expand",
+    "place",
+    "plain",
+    "read_gguf",
+    "read_hparams",
+    "read_json",
+    "read_npz",
+    "read_tensor",
+    "read_text",
+    "read_tokenizer",
+    "reading",
+    "short",
+    "write_atomic",
+    "write_tensors",
 ]  # fmt: skip

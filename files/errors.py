@@ -22,6 +22,16 @@ class GGUFError(FileError):
     """The model file is not what it should be."""
 
 
+class UnknownName(Error, KeyError):
+    """A name that matches no tensor; the message lists the closest ones."""
+
+    __str__ = Exception.__str__  # KeyError's would quote the message
+
+
+class ActionError(Error):
+    """An action that cannot be done: a source of another shape, a position out of range, one that never fired."""
+
+
 def short(value: object) -> str:
     """A value from a file, fit for one line of a message."""
     text = repr(value)

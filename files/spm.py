@@ -20,7 +20,6 @@ class SentencePiece(Tokenizer):
         super().__init__(meta, path, add_bos=True)
         self.scores = self._numbers(meta, "scores", 0.0, "scores")
         self.space_prefix = self._flag(meta, "add_space_prefix", True)
-        self._sp = self._processor(self.space_prefix)
 
     def _processor(self, space_prefix: bool) -> Any:
         """A sentencepiece ModelProto, written field by field (source: sentencepiece_model.proto), and loaded.
@@ -29,7 +28,10 @@ class SentencePiece(Tokenizer):
         were cut out before), and a letter without a piece becomes bytes: by byte_fallback, where there is a piece for
         each of the 256, otherwise below. The unknown piece, which sentencepiece needs, is one more than the file has.
         """
-        from sentencepiece import SentencePieceProcessor
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as e:
+            raise Error(f"{self.path}: its text needs the sentencepiece library: pip install sentencepiece") from e
 
         def varint(n: int) -> bytes:
             return bytes((n,)) if n < 128 else bytes((n & 127 | 128,)) + varint(n >> 7)
@@ -76,6 +78,11 @@ class SentencePiece(Tokenizer):
         if None in ids:
             raise Error(f"{self.path}: the vocabulary has no token for {text!r}, nor for its bytes, nor an unknown one")
         return [i for i in ids if i is not None]
+
+    @functools.cached_property
+    def _sp(self) -> Any:
+        """The library's object."""
+        return self._processor(self.space_prefix)
 
     @functools.cached_property
     def _sp_following(self) -> Any:

@@ -47,3 +47,16 @@ def dequantize(raw: np.ndarray, kind: BlockType, n_in: int) -> np.ndarray:
     with np.errstate(all="ignore"):
         rows = raw.reshape(-1, n_in // kind.block_size * kind.type_size)
         return gguf.dequantize(rows, gguf.GGMLQuantizationType(kind.type)).reshape(-1, n_in)
+
+
+def decodable(kind: int) -> BlockType | None:
+    """The type of ggml's number `kind`, when gguf-py can decode it; None where it cannot, or is not installed."""
+    try:
+        import gguf
+
+        known = gguf.GGMLQuantizationType(kind)
+        block_size, type_size = gguf.GGML_QUANT_SIZES[known]
+        gguf.dequantize(np.zeros((1, type_size), np.uint8), known)
+    except (ImportError, ValueError, KeyError, NotImplementedError):
+        return None
+    return BlockType(kind, known.name, block_size, type_size)

@@ -45,7 +45,6 @@ class Tokenizer:
         """`add_bos` is what holds where the metadata do not say."""
         self.path = path
         self.pieces: list[str] = [p or f"[EMPTY_{i}]" for i, p in enumerate(self._array(meta, "tokens", list))]
-        n = len(self.pieces)
         self.types = self._numbers(meta, "token_type", NORMAL, "types")
         if BYTE not in self.types:  # converters that lost the types leave the names, and nothing else is called so
             self.types = [BYTE if p in BYTES else t for p, t in zip(self.pieces, self.types)]

@@ -4,7 +4,6 @@
     attention.py   scores, softmax, weighted sums, and all of it in one                 } arrays are checked, prepared
     ops.py         RMS norm, rotary positions, SiLU                                     } and handed to the threads
     arithmetic.py  the functions of tinymia.py's arithmetic, by all of these
-    sampling.py    the best of many scores, a token from logits
     format.py      the register of block formats
     formats/       one class per block format: where its bits lie, and the few functions that read them
     products/      the loops that formats are put into, by family: floats, blocks of 32, superblocks of 256;
@@ -24,13 +23,11 @@ from .machine.jit import announce_done, compiling
 from .machine.threads import Pool, physical_cores
 from .matmul import dequantize, get_rows, matmul, matmul_several
 from .ops import rms_norm, rope, rope_angles, silu
-from .sampling import Sampler, best, softmax
 
 EXPANDED = expanded.EXPANDED.format
 
 __all__ = [
-    "EXPANDED", "FORMATS", "Arithmetic", "Format", "Pool", "Sampler", "announce_done", "attention", "best", "compiling",
-    "dequantize",
+    "EXPANDED", "FORMATS", "Arithmetic", "Format", "Pool", "announce_done", "attention", "compiling", "dequantize",
     "get_rows", "kq", "kqv", "matmul", "matmul_several", "physical_cores", "register", "rms_norm", "rope",
-    "rope_angles", "silu", "soft_max", "softmax", "store_keys", "store_values",
+    "rope_angles", "silu", "soft_max", "store_keys", "store_values",
 ]  # fmt: skip

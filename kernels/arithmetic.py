@@ -1,7 +1,7 @@
 """The arithmetic of tinymia.py, fast: functions of the same names and arguments, by kernels, over a pool of threads.
 
 tinymia.py says what each function computes and in which shapes; what is added here is how numbers are rounded.
-A weight is an object with `raw` (uint8, its rows as they lie in the file), `format`, `shape` (n_out, n_in) and `scale`.
+A weight is an object with `stored` (its format, and uint8, its rows in it), `shape` (n_out, n_in) and `scale`.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 
 from . import ops
 from .attention import attention, kq, kqv, soft_max
+from .machine.jit import announce_done
 from .machine.threads import Pool
 from .matmul import get_rows, matmul_several
 
@@ -20,12 +21,18 @@ class Arithmetic:
     numerics "ggml" rounds where llama.cpp's CPU backend rounds and takes sums in its order; "f32" keeps float32.
     """
 
-    def __init__(self, threads: int, numerics: str):
+    def __init__(self, threads: int | None, numerics: str):
         self.pool, self.numerics = Pool(threads), numerics
+        self.threads = self.pool.n
+
+    def done(self) -> None:
+        """End the line about compiling, if there was one, after a pass."""
+        announce_done()
 
     def embed(self, weight: Any, tokens: np.ndarray) -> np.ndarray:
         """Look up the row of each token: float32 [n_tok, n_embd]."""
-        x = get_rows(weight.raw, weight.format, *weight.shape, tokens)
+        fmt, raw = weight.stored
+        x = get_rows(raw, fmt, *weight.shape, tokens)
         return x if weight.scale is None else x * weight.scale
 
     def rms_norm(self, x: np.ndarray, eps: float) -> np.ndarray:
@@ -38,7 +45,7 @@ class Arithmetic:
 
     def linears(self, x: np.ndarray, *layers: Any) -> list[np.ndarray]:
         """Several products of one x, which is quantised once: float32 [n_tok, n_out] per layer."""
-        weights = [(weight.raw, weight.format, weight.shape[0]) for weight, _ in layers]
+        weights = [(raw, fmt, w.shape[0]) for w, _ in layers for fmt, raw in [w.stored]]
         found = matmul_several(x, weights, self.numerics, self.pool)
         for i, (weight, bias) in enumerate(layers):
             found[i] = found[i] if weight.scale is None else found[i] * weight.scale

@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 
 from tinymia import Error, Model
-from tinymia_files import indices, is_mask
-from tinymia_kernels import best
+from tinymia_engine import best, indices, is_mask
 
 from .action_flags import integers
 from .answers import token_of

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinymia import Error, Model
-from tinymia_files import whole
+from tinymia_engine import whole
 
 Row = npt.NDArray[np.float32]   # logits of one position, [n_vocab]
 

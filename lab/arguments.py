@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any, NoReturn
 
 import tinymia
 from tinymia import Error, Model
-from tinymia_files import check_apart, check_target, indices, place, read_text
+from tinymia_engine import indices
+from tinymia_files import check_apart, check_target, place, read_text
 from tinymia_models import DEFAULT
 
 from .action_flags import Input, Output, Spec
@@ -114,6 +116,8 @@ def open_model(args: argparse.Namespace) -> Model:
 
 def read_prompt(args: argparse.Namespace) -> str | None:
     """The text of -p or -f."""
+    if args.file is None and args.prompt is not None and sys.getfilesystemencoding() != "utf-8":
+        return os.fsencode(args.prompt).decode("utf-8", "surrogateescape")  # a C locale without Python's UTF-8 mode
     if args.file is None:
         return args.prompt
     if args.prompt is not None:

@@ -28,7 +28,8 @@ import numpy as np
 
 import tinymia
 from tinymia import Action, Context, Error, Model
-from tinymia_files import Tensor, whole
+from tinymia_engine import whole
+from tinymia_files import Tensor
 
 from .action_flags import change_flags, patch_flags, read_actions
 from .answers import token_of

@@ -29,7 +29,7 @@ from tinymia import (
     listed,
     match,
 )
-from tinymia_files import indices, read_sources
+from tinymia_engine import indices, read_sources
 
 
 class Edits:

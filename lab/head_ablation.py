@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinymia import Cache, Context, Error, Model, Replace
-from tinymia_files import indices
+from tinymia_engine import indices
 
 from .answers import kl, logit_difference, probability
 from .branches import ROWS, Branches

@@ -18,7 +18,7 @@ import numpy as np
 
 import tinymia
 from tinymia import Action, Cache, Error, Model, Run
-from tinymia_kernels import softmax
+from tinymia_engine import softmax
 
 from .branches import Branches
 from .task_files import Pair, Task

@@ -10,7 +10,8 @@ import numpy as np
 
 import tinymia
 from tinymia import Error, Model
-from tinymia_files import given, read_text
+from tinymia_engine import given
+from tinymia_files import read_text
 
 POOLS = ("last", "mean")    # of a prompt's rows: the last token's, or the mean over tokens
 

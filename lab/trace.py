@@ -12,8 +12,7 @@ import numpy as np
 
 import tinymia
 from tinymia import Action, Context, Error, Lens, Log, Model, Save
-from tinymia_files import whole
-from tinymia_kernels import best, softmax
+from tinymia_engine import best, softmax, whole
 
 from .action_flags import change_flags, patch_flags, read_actions
 from .arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids

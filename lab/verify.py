@@ -90,7 +90,7 @@ def verify(
     if record is not None and Path(record).suffix != ".npz":
         raise Error(f"{record}: recordings are .npz files")
     if record is not None:
-        check_target(record, inputs=files_in([*actions, *([] if against is None else [against])]))
+        check_target(record, inputs=files_in(list(actions)))
     text = prompt if isinstance(prompt, str) else None
     ids, actions = model.ids(prompt), tinymia.listed(actions)
     if not 0 < len(ids) + n_predict <= model.config.n_ctx:
@@ -261,7 +261,7 @@ def parser() -> Parser:
     p.add_argument("-n", "--n-predict", type=int, default=0, metavar="N",
                    help="go on greedily by N tokens, and compare")
     p.add_argument("--record", type=Output, metavar="FILE.npz", help="write llama.cpp's tensors there as well")
-    p.add_argument("--against", type=Input, metavar="FILE.npz",
+    p.add_argument("--against", metavar="FILE.npz",  # never beside --record
                    help="compare with a recording; llama.cpp is not needed")
     p.add_argument("--self", action="store_true", help="compare both numerics with float64, without llama.cpp")
     p.add_argument("--json", action="store_true", help="one JSON object")

@@ -30,20 +30,27 @@ def compiled(folder, **env):
     return int(p.stdout), p.stderr
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with the script and a cache that holds its kernel."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert compiled(folder, NUMBA_CACHE_DIR=str(folder / "cache"))[0] == 1
+    assert compiled(folder, NUMBA_CACHE_DIR=str(folder / "cache"))[0] == 0
+    return folder
+
+
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:100], lambda b: bytes(len(b)), lambda b: b[:-1]],
                          ids=["empty", "cut", "zeroed", "one byte less"])
 @pytest.mark.parametrize("suffix", ["nbi", "nbc"])
-def test_a_damaged_cache_mends_itself(tmp_path, damage, suffix):
-    cache = tmp_path / "cache"
-    assert compiled(tmp_path, NUMBA_CACHE_DIR=str(cache))[0] == 1
-    assert compiled(tmp_path, NUMBA_CACHE_DIR=str(cache))[0] == 0
+def test_a_damaged_cache_mends_itself(whole, damage, suffix):
+    cache = whole / "cache"     # whole again after each of these tests
     files = list(cache.rglob(f"*.{suffix}"))
     assert files
     for file in files:
         file.write_bytes(damage(file.read_bytes()))
-    n, said = compiled(tmp_path, NUMBA_CACHE_DIR=str(cache))
+    n, said = compiled(whole, NUMBA_CACHE_DIR=str(cache))
     assert n == 1 and "cannot keep" not in said
-    assert compiled(tmp_path, NUMBA_CACHE_DIR=str(cache))[0] == 0
+    assert compiled(whole, NUMBA_CACHE_DIR=str(cache))[0] == 0
 
 
 def test_without_jit_kernels_are_compiled_all_the_same(tmp_path):

@@ -1,4 +1,4 @@
-"""Whatever a file holds, its reader gives a value or one tinymia.Error: arbitrary bytes, valid files mutated, renamed."""
+"""Whatever a file holds, its reader gives a value or one tinymia.Error: any bytes, valid files mutated, renamed."""
 import io
 import json
 import os
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -151,8 +150,8 @@ def test_json_without_end_is_an_error(readers, tmp_path):
     np.save(buffer, np.zeros((3, 4), np.float32))
     (tmp_path / "deep.npy").write_bytes(buffer.getvalue() + deep.encode())
     np.savez(tmp_path / "deep.npz", about=np.array(deep), result=np.array(deep))
-    for reader, name in (("task.json", "deep.json"), ("r.json", "deep.json"), ("t.npy", "deep.npy"), ("r.npz", "deep.npz"),
-                         ("t.npz", "deep.npz"), ("rec.npz", "deep.npz")):
+    for reader, name in (("task.json", "deep.json"), ("r.json", "deep.json"), ("t.npy", "deep.npy"),
+                         ("r.npz", "deep.npz"), ("t.npz", "deep.npz"), ("rec.npz", "deep.npz")):
         assert name in value_or_error(read[reader], tmp_path / name)
 
 
@@ -167,7 +166,7 @@ def test_sizes_are_looked_at_before_room_is_made(tmp_path):
         with zipfile.ZipFile(tmp_path / "x.npz", "w") as z:
             z.writestr("a.npy", header(shape) + b"1234" * 64)
         for name in ("x.npy", "x.npz"):
-            with pytest.raises(tinymia.Error, match="takes|shape"):
+            with pytest.raises(tinymia.Error, match=r"takes|shape"):
                 read_tensors(tmp_path / name)
 
 

@@ -9,7 +9,7 @@ from conftest import prompt
 
 import tinymia
 from tinymia import Replace
-from tinymia_kernels import best, softmax
+from tinymia_engine import best, softmax
 
 IDS = prompt(6)
 

@@ -100,7 +100,7 @@ def test_two_outputs_are_two_files(model, tmp_path):
     check_apart([a, tmp_path / "c.npy", os.devnull, os.devnull])
     with pytest.raises(tinymia.Error, match="two outputs"):
         model.run([1, 5], actions=[tinymia.Save("l_out-0", a), tinymia.Save("l_out-1", b)])
-    model.run([1, 5], actions=[tinymia.Save("l_out-0", tmp_path / "x.npz"), tinymia.Save("l_out-1", tmp_path / "x.npz")])
+    model.run([1, 5], actions=[tinymia.Save(name, tmp_path / "x.npz") for name in ("l_out-0", "l_out-1")])
     with np.load(tmp_path / "x.npz") as f:
         assert {"l_out-0", "l_out-1"} <= set(f.files)
 
@@ -112,8 +112,9 @@ def test_two_outputs_are_two_files(model, tmp_path):
     ["lens", "-m", "M", "-f", "P", "-o", "P"], ["steer", "-m", "M", "--positive", "P", "--negative", "Q", "-o", "P"],
     ["steer", "-m", "M", "--vector", "P", "-p", "x", "-o", "P"], ["attend", "-m", "M", "-f", "P", "--scores", "P"],
     ["task-vector", "-m", "M", "P", "-o", "P"], ["function-vector", "-m", "M", "P", "-o", "P"],
-    ["verify", "-m", "M", "-p", "x", "--against", "P", "--record", "P"], ["steer", "-m", "M", "-p", "x", "-o", "M"],
-    ["lens", "-m", "M", "-p", "x", "-o", "O", "-o", "O"], ["-m", "M", "-p", "x", "--draw", "O", "--save", "l_out-0", "O"],
+    ["verify", "-m", "M", "-f", "P", "--record", "P"], ["steer", "-m", "M", "-p", "x", "-o", "M"],
+    ["lens", "-m", "M", "-p", "x", "-o", "O", "-o", "O"],
+    ["-m", "M", "-p", "x", "--draw", "O", "--save", "l_out-0", "O"],
 ], ids=" ".join)
 def test_every_command_looks_at_its_files_first(file, tmp_path, args, capsys):
     from tinymia_lab.cli import main
@@ -154,7 +155,8 @@ def test_what_cannot_be_written_is_said_before_the_run(tmp_path):
     locked.chmod(0o444)
     ring = tmp_path / "ring"
     ring.symlink_to(ring)
-    for path, word in ((locked, "permission to write"), (tmp_path / ("x" * 256), "name too long"), (ring, "symbolic links"),
+    for path, word in ((locked, "permission to write"), (tmp_path / ("x" * 256), "name too long"),
+                       (ring, "symbolic links"),
                        (tmp_path / "a b" / "x", f"mkdir -p '{tmp_path}/a b'"), (tmp_path, "is a folder"),
                        (locked / "x", "ot a directory"), ("a\0b", "NUL"), ("\ud800", "cannot be the name"),
                        (3, "cannot be the name")):
@@ -297,3 +299,49 @@ def test_json_is_json(model, tmp_path, capsys):
     assert out["log"][1]["mean"] is None and out["log"][0]["mean"] is not None
     assert json.loads(dumps({"x": [np.nan, np.inf, -np.inf, np.float32("nan"), 1.5]}), parse_constant=never) == {
         "x": [None] * 4 + [1.5]}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locales of this kind")
+def test_a_prompt_is_utf8_in_every_locale(tiny):
+    for env in ({}, {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}):
+        p = subprocess.run([sys.executable, "-m", "tinymia", "-m", str(tiny()), "-p", "é", "-n", "0", "--json"],
+                           env={**os.environ, **env}, capture_output=True, cwd=os.path.dirname(tinymia.__file__))
+        assert p.returncode == 0 and json.loads(p.stdout)["prompt"] == "é", p.stderr
+
+
+def test_attention_pages_have_a_limit_that_is_told_before_the_run(tiny, tmp_path):
+    from tinymia_lab.attention_page import MOST, check_size
+
+    check_size(30, 9, 300)
+    with pytest.raises(tinymia.Error, match=r"30 layers and 9 heads on 1191 tokens .* choose layers, 3 or so"):
+        check_size(30, 9, 1191)
+    with pytest.raises(tinymia.Error, match="some heads"):
+        check_size(1, 32, 2000)
+    assert MOST == 24_000_000
+
+
+def test_patterns_are_kept_as_small_as_their_use_allows(model):
+    from tinymia_lab.attend import attend
+
+    whole, half, none = (attend(model, [1, 5, 6, 5], kept=kept) for kept in ("float32", "float16", None))
+    assert whole.patterns.dtype == np.float32 and half.patterns.dtype == np.float16 and not none.patterns.size
+    np.testing.assert_array_equal(half.patterns, whole.patterns.astype(np.float16))
+    for name in ("previous", "first", "induction", "induction_here"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(half, name))
+        np.testing.assert_array_equal(getattr(whole, name), getattr(none, name))
+
+
+def test_a_saved_result_makes_no_lists_of_its_arrays(model, tmp_path, monkeypatch):
+    import tinymia_files.disk as disk
+    from tinymia_lab.attend import attend
+
+    found, plain = attend(model, [1, 5, 6]), disk.plain
+
+    def watched(value):
+        assert not isinstance(value, np.ndarray)
+        return plain(value)
+
+    monkeypatch.setattr(disk, "plain", watched)
+    monkeypatch.setattr("tinymia_lab.result.plain", watched)
+    found.save(tmp_path / "x.npz")
+    np.testing.assert_array_equal(type(found).load(tmp_path / "x.npz").patterns, found.patterns)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from .errors import Error, short
+from tinymia_files import Error, short
 
 PLURAL = {"id": "token ids", "layer": "layers", "head": "heads", "position": "positions", "row": "rows"}
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .errors import Error, Note, short
+from tinymia_files import Error, Note, as_rows, read_tensor, short
+
 from .given import indices, told, whole
-from .tensors import as_rows, read_tensor
 
 
 def read_sources(source: Any, name: str, dims: Sequence[str], model: Any, asked: str) -> list[np.ndarray]:
@@ -34,7 +34,7 @@ def read_sources(source: Any, name: str, dims: Sequence[str], model: Any, asked:
     elif hasattr(source, "__getitem__") and not isinstance(source, Sequence) and not hasattr(source, "__array__"):
         given = source[name]
     try:
-        array = np.asarray(given, np.float32)
+        array = np.asarray(given, model.dtype)
     except (TypeError, ValueError) as e:
         raise Error(f"{name}: a source is a file, an array, a Run, or a tuple of these, not {short(source)}") from e
     rows = as_rows(array, name, dims, model.config.sizes(), what, held)
@@ -80,4 +80,4 @@ def mean(parts: list[np.ndarray], name: str) -> np.ndarray:
     if len({p.shape for p in parts}) != 1:
         shapes = " and ".join(str(list(p.shape)) for p in parts)
         raise Error(f"{name}: sources of {shapes} have no mean: choose as many rows in each, of the same width")
-    return parts[0] if len(parts) == 1 else np.mean(parts, axis=0, dtype=np.float32)
+    return parts[0] if len(parts) == 1 else np.mean(parts, axis=0, dtype=parts[0].dtype)
