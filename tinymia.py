@@ -830,9 +830,10 @@ class Model:
     def linear(
         self, x: np.ndarray, layer: Linear, n_head: int | None = None, forms: dict[Any, Any] | None = None
     ) -> np.ndarray:
-        """x W^T (times the scale of W, where it has one) + b: float32 [n_tok, n_in] -> [n_tok, n_out], or [n_tok, n_head, n_out / n_head].
+        """x W^T + b: float32 [n_tok, n_in] -> [n_tok, n_out], or [n_tok, n_head, n_out / n_head].
 
-        Calls with the same x may share a dict `forms`, so that x is quantised once.
+        The product is multiplied by the scale of W, where the file has one, before b is added. Calls with the same x
+        may share a dict `forms`, so that x is quantised once.
         """
         w, b = layer
         y = kernels.matmul(x, w.raw, w.format, w.shape[0], self.numerics, self.pool, forms)

@@ -17,5 +17,6 @@ from .vocab import Tokenizer
 
 __all__ = [
     "Error", "FileError", "GGUFError", "Tensor", "Text", "Tokenizer", "as_rows", "check_target", "check_tensors",
-    "decode_now", "read_gguf", "read_hparams", "read_tensor", "read_tokenizer", "short", "write_atomic", "write_tensors",
+    "decode_now", "read_gguf", "read_hparams", "read_tensor", "read_tokenizer", "short", "write_atomic",
+    "write_tensors",
 ]
