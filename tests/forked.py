@@ -31,6 +31,7 @@ def in_child(function, *args, timeout=60.0):
             faulthandler.disable()
             os.dup2(says[1], 1)
             os.dup2(says[1], 2)
+            sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8", closefd=False) for fd in (1, 2))
             try:
                 answer = "ok", function(*args)
             except BaseException as e:

@@ -6,7 +6,8 @@
 
 The command is run whole, `tinymia -m MUTANT -p Once -n 1`. What may come of it: ok (exit 0, nothing but notes on
 stderr), or clean (exit 2 and one line `error: ...`). Anything else is a failure: dirty (another exit status, or a
-traceback), crash (a signal), hang. The mutants are those of the folder `shared` beside the project (tools/fuzz_gguf.py).
+traceback), crash (a signal), hang. The mutants are those of tools/fuzz_gguf.py in the folder `shared` beside the
+project.
 """
 import argparse
 import collections
@@ -17,21 +18,20 @@ import tempfile
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "shared" / "tools")]
-import bpe_vocab
-from forked import in_child
-from formats import random_bytes
-from fuzz_gguf import mutate
-from rawgguf import Info, Raw
-from tiny import write_gguf
+import bpe_vocab  # noqa: E402
+import numpy as np  # noqa: E402
+from forked import in_child  # noqa: E402
+from formats import random_bytes  # noqa: E402
+from fuzz_gguf import mutate  # noqa: E402
+from rawgguf import Info, Raw  # noqa: E402
+from tiny import write_gguf  # noqa: E402
 
-import tinymia
-import tinymia_kernels as kernels
+import tinymia  # noqa: E402
+import tinymia_kernels as kernels  # noqa: E402
 
 
 def q4_k_m(path):
     """A small model whose matrices are of the types that llama.cpp's Q4_K_M gives them: Q4_K, and Q6_K for some."""
-    import numpy as np
-
     g = Raw.read(write_gguf(path, n_embd=256, n_layer=2, n_head=4, n_head_kv=2, n_ff=256))
     formats, data, rng = {f.name: f for f in kernels.FORMATS.values()}, g.data, np.random.default_rng(0)
     tensors, g.tensors, g.data = g.tensors, [], b""
@@ -96,7 +96,8 @@ def main():
                     if args.keep:
                         args.keep.mkdir(parents=True, exist_ok=True)
                         mutant.replace(args.keep / f"{seed.stem}-{i}-{kind}.gguf")
-            print(f"{file}: {args.n} mutants: {', '.join(f'{n} {kind}' for kind, n in sorted(counts.items()))}", flush=True)
+            told = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
+            print(f"{file}: {args.n} mutants: {told}", flush=True)
     return failed
 
 

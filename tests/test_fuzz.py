@@ -20,7 +20,8 @@ def says(text, status):
 
 @pytest.mark.parametrize("function, args, kind", [
     (says, ("tinymia: f.gguf: note", 0), "ok"), (says, ("error: f.gguf: no", 2), "clean"),
-    (says, ("error: f.gguf: no\nerror: twice", 2), "dirty"), (says, ("no", 2), "dirty"), (says, ("error: no", 1), "dirty"),
+    (says, ("error: f.gguf: no\nerror: twice", 2), "dirty"), (says, ("no", 2), "dirty"),
+    (says, ("error: no", 1), "dirty"),
     (says, ("Traceback (most recent call last):", 0), "dirty"), (int, ("x",), "dirty"), (os._exit, (0,), "crash"),
     (os.abort, (), "crash"), (time.sleep, (60,), "hang"),
 ], ids=str)  # fmt: skip
