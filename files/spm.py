@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,16 +20,18 @@ class SentencePiece(Tokenizer):
         super().__init__(meta, path, add_bos=True)
         self.scores = self._numbers(meta, "scores", 0.0, "scores")
         self.space_prefix = self._flag(meta, "add_space_prefix", True)
-        self._sp = self._processor()
 
-    def _processor(self) -> Any:
+    def _processor(self, space_prefix: bool) -> Any:
         """A sentencepiece ModelProto, written field by field (source: sentencepiece_model.proto), and loaded.
 
         As in llama.cpp, letters join to any piece of the file, whatever its type (special pieces that are meant as such
         were cut out before), and a letter without a piece becomes bytes: by byte_fallback, where there is a piece for
         each of the 256, otherwise below. The unknown piece, which sentencepiece needs, is one more than the file has.
         """
-        from sentencepiece import SentencePieceProcessor
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as e:
+            raise Error(f"{self.path}: its text needs the sentencepiece library: pip install sentencepiece") from e
 
         def varint(n: int) -> bytes:
             return bytes((n,)) if n < 128 else bytes((n & 127 | 128,)) + varint(n >> 7)
@@ -50,17 +53,23 @@ class SentencePiece(Tokenizer):
         parts.append(message(1, message(1, b"\xee\x80\x80") + integer(3, UNKNOWN)))
         trainer = integer(3, 2) + integer(35, fallback) + integer(40, unknown)  # BPE, byte_fallback, unk_id
         trainer += b"".join(integer(field, 2**31 - 1) for field in (41, 42, 43))  # no bos, eos, pad of its own
-        normalizer = message(1, b"identity") + integer(3, self.space_prefix) + integer(4, 0) + integer(5, 1)
+        normalizer = message(1, b"identity") + integer(3, space_prefix) + integer(4, 0) + integer(5, 1)
         try:
             return SentencePieceProcessor(model_proto=b"".join(parts) + message(2, trainer) + message(3, normalizer))
         except RuntimeError as e:
             raise GGUFError(f"{self.path}: sentencepiece refuses the vocabulary: {short(str(e))}") from e
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._sp.encode(text)
+        return self._cut(self._sp, text)
+
+    def _encode_following(self, text: str) -> list[int]:
+        return self._cut(self._sp_following, text)
+
+    def _cut(self, processor: Any, text: str) -> list[int]:
+        ids: list[int] = processor.encode(text)
         if len(self.pieces) not in ids:
             return ids
-        pieces = self._sp.encode(text, out_type=str)  # with the letters themselves where they are unknown
+        pieces = processor.encode(text, out_type=str)  # with the letters themselves where they are unknown
         return [j for i, piece in zip(ids, pieces) for j in ([i] if i < len(self.pieces) else self._bytes_of(piece))]
 
     def _bytes_of(self, text: str) -> list[int]:
@@ -69,6 +78,16 @@ class SentencePiece(Tokenizer):
         if None in ids:
             raise Error(f"{self.path}: the vocabulary has no token for {text!r}, nor for its bytes, nor an unknown one")
         return [i for i in ids if i is not None]
+
+    @functools.cached_property
+    def _sp(self) -> Any:
+        """The library's object."""
+        return self._processor(self.space_prefix)
+
+    @functools.cached_property
+    def _sp_following(self) -> Any:
+        """The library's object that puts no blank first."""
+        return self._processor(False) if self.space_prefix else self._sp
 
     def _spelling(self, text: str) -> str:
         return text.replace(" ", "▁")

@@ -119,16 +119,19 @@ class Tokenizer:
             self.types[self.ids["</s>"]] = NORMAL
         return end
 
-    def encode(self, text: str, bos: bool | None = None, special: bool = True) -> list[int]:
+    def encode(self, text: str, bos: bool | None = None, special: bool = True, follows: bool = False) -> list[int]:
         """Ids of a text; special pieces written in it, such as <s>, become their own ids (without `special`: only
-        those that the file calls user-defined)."""
+        those that the file calls user-defined). With `follows` it goes on with another text: no blank is put first."""
+        if not isinstance(text, str):
+            raise Error(f"a text is a str, not {short(text)}")
         try:
             text.encode()
         except UnicodeEncodeError as e:
             raise Error(f"the text is not valid UTF-8 at character {e.start}") from e
         ids = [self.bos] if (self.add_bos if bos is None else bos) and self.bos is not None else []
-        for part in self._split(text, special):
-            ids += [part] if isinstance(part, int) else self._encode(part) if part else []
+        for i, part in enumerate(self._split(text, special)):
+            encode = self._encode_following if follows and i == 0 else self._encode
+            ids += [part] if isinstance(part, int) else encode(part) if part else []
         return [*ids, self.eos] if self.add_eos and self.eos is not None else ids
 
     def _split(self, text: str, special: bool) -> list[str | int]:
@@ -158,14 +161,58 @@ class Tokenizer:
         if text.startswith("#") and text[1:].isdecimal() and int(text[1:]) < len(self.pieces):
             return int(text[1:])
         i: int | None = self.ids.get(self._spelling(text), self.ids.get(text))
-        if i is None:
-            ids = self.encode(text, bos=False)
-            pieces = "|".join(map(self.piece, ids))
-            raise Error(f"{text!r} is not one token but {len(ids)}: {pieces}; an id is written #123")
-        return i
+        if i is not None:
+            return i
+        other, how = (text[1:], "without") if text.startswith(" ") else (f" {text}", "with")
+        if self._spelling(other) in self.ids or other in self.ids:
+            raise Error(f"there is no token {text!r}; did you mean {other!r} ({how} a blank)? An id is written #123")
+        ids = self.encode(text, bos=False)
+        is_not = f"{text!r} is not one token but {len(ids)}" if len(ids) != 1 else f"there is no token {text!r}, only"
+        raise Error(f"{is_not}: {'|'.join(map(self.piece, ids))}; an id is written #123")
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text that `encode` cuts into these ids, where there is one, with BOS or without; else that of `decode`.
+
+        Special tokens inside it are written out, and the blank that a vocabulary puts before a text is not part of it.
+        """
+        ids, plain, written, first = list(ids), self.decode(ids), b"", True
+        bos = self.add_bos and ids[:1] == [self.bos]
+        for i in ids[bos : len(ids) - (self.add_eos and ids[-1:] == [self.eos])]:
+            if special := i < len(self.pieces) and self.types[i] in (UNKNOWN, CONTROL, USER_DEFINED):
+                written += self.pieces[i].encode("utf-8", "replace")
+            else:
+                written += self.bytes(i).removeprefix(b" " * (first and self.space_prefix))
+            first = special
+        try:
+            for text in (written.decode("utf-8", "replace"), plain.removeprefix(" "), plain):
+                if any(self.encode(text, bos, special) == ids for special in (True, False)):
+                    return text
+        except Error:  # without the library that cuts texts, ids can be run all the same
+            pass
+        return plain
+
+    def stops(self, stop: str | Sequence[str] | None) -> tuple[list[str], set[int]]:
+        """Stop texts, and the control tokens among them, which add no text that could be found. Raises Error."""
+        texts, ids = [stop] if isinstance(stop, str) else list(stop or ()), set[int]()
+        for text in texts:
+            if not isinstance(text, str):
+                raise Error(f"stop texts {short(stop)}: they must be a text, or a list of texts")
+            if not text:
+                raise Error("an empty stop text would end every text at once")
+            parts = [part for part in self._split(text, True) if part != ""]
+            silent = [part for part in parts if isinstance(part, int) and not self.bytes(part)]
+            if silent and len(parts) > 1:
+                raise Error(f"the stop text {text!r} has the control token {self.piece(silent[0])!r}, which ends a "
+                            "text by itself: give it as a stop text of its own")
+            ids.update(silent)
+        return texts, ids
 
     def _encode(self, text: str) -> list[int]:
         raise NotImplementedError
+
+    def _encode_following(self, text: str) -> list[int]:
+        """The same for a text that goes on with another."""
+        return self._encode(text)
 
     def _spelling(self, text: str) -> str:
         raise NotImplementedError
