@@ -3,6 +3,8 @@
 Items are numbered head after head, so that a thread's items share the keys and values of few heads. Values are cached
 with positions innermost, as ggml does, so that both products of attention are dots of contiguous rows. The templates
 are specialised for caches of F16 (cast rounds, narrow makes the 16 bits) and of F32 (both leave the numbers alone).
+F16 is ggml's way, which sums a single token, `alone` in its pass, in an order of its own: that of ggml_vec_dot_f16,
+over positions that are padded with zeros (llama.cpp reads a multiple of 256 of them).
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ from .lanes import largest, maximum, total
 from .simd import address_of, keep, store
 from .vectors import exp, f32x1, f32x16, load_f32x1, load_f32x16
 
-dot = tile = cast = narrow = cast_row = dots = tiles = None  # see jit.specialise
+dot = tile = cast = narrow = cast_row = dots = tiles = key_dots = value_dots = None  # see jit.specialise
 SIZE = 0
 
 
@@ -100,14 +102,18 @@ def soft_max_row(s, n, scale):
 # Kernels, for the items i0 to i1.
 
 
-def kq_template(q, k, out, i0, i1):
+def kq_template(q, k, alone, out, i0, i1):
     (n_tok, n_head, d), (n_head_kv, cap, d), n = q.shape, k.shape, out.shape[2]
     scratch = np.empty(d, np.float32)
     row, q, k, out = address_of(scratch), address_of(q), address_of(k), address_of(out)
     for item in range(i0, i1):
         h, t = item // n_tok, item % n_tok
         cast_row(q + 4 * (t * n_head + h) * d, d, row)
-        dots(row, d, k + SIZE * (h * n_head_kv // n_head) * cap * d, d, n, out + 4 * item * n)
+        keys, to = k + SIZE * (h * n_head_kv // n_head) * cap * d, out + 4 * item * n
+        if alone:
+            key_dots(row, d, keys, d, n, to)
+        else:
+            dots(row, d, keys, d, n, to)
     keep(scratch)
 
 
@@ -124,7 +130,7 @@ def soft_max_rows(s, scale, n_past, out, i0, i1):
         out[h, t, n:] = 0
 
 
-def kqv_template(p, v, out, i0, i1):
+def kqv_template(p, v, alone, out, i0, i1):
     (n_head, n_tok, n), (n_head_kv, d, cap) = p.shape, v.shape
     scratch = np.empty(up16(n), np.float32)
     row, p, v, out = address_of(scratch), address_of(p), address_of(v), address_of(out)
@@ -132,11 +138,15 @@ def kqv_template(p, v, out, i0, i1):
         h = item // n_tok
         cast_row(p + 4 * item * n, n, row)
         end = pad(row, n, 0)
-        dots(row, end, v + SIZE * (h * n_head_kv // n_head) * d * cap, cap, d, out + 4 * item * d)
+        values, to = v + SIZE * (h * n_head_kv // n_head) * d * cap, out + 4 * item * d
+        if alone:
+            value_dots(row, end, values, cap, d, to)
+        else:
+            dots(row, end, values, cap, d, to)
     keep(scratch)
 
 
-def attention_template(q, k, v, n_past, scale, out, i0, i1):
+def attention_template(q, k, v, n_past, scale, alone, out, i0, i1):
     (n_tok, n_head, d), (n_head_kv, k_cap, d), (n_head_kv, d_v, v_cap) = q.shape, k.shape, v.shape
     wide, blocks = 4 * up16(d), (n_tok + 3) // 4
     scratch = np.empty(4 * (up16(d) + up16(n_past + n_tok)), np.float32)
@@ -146,10 +156,12 @@ def attention_template(q, k, v, n_past, scale, out, i0, i1):
         h_kv, at, n = h * n_head_kv // n_head, t * n_head + h, n_past + min(t + 4, n_tok)
         keys, values = k + SIZE * h_kv * k_cap * d, v + SIZE * h_kv * d_v * v_cap
         p, long = x + 4 * wide, 4 * up16(n)
-        four = t + 4 <= n_tok
+        four = t + 4 <= n_tok and not alone
         for m in range(min(4, n_tok - t)):
             cast_row(q + 4 * (at + m * n_head) * d, d, x + m * wide)
-            if not four:
+            if alone:
+                key_dots(x + m * wide, d, keys, d, n, p + m * long)
+            elif not four:
                 dots(x + m * wide, d, keys, d, n, p + m * long)
         if four:
             tiles(x, wide, d, keys, d, n, p, long)
@@ -159,7 +171,9 @@ def attention_template(q, k, v, n_past, scale, out, i0, i1):
             for j in range(up16(seen), up16(n), 16):
                 store(p + m * long + 4 * j, f32x16(0))
             cast_row(p + m * long, up16(n), p + m * long)
-            if not four:
+            if alone:
+                value_dots(p + m * long, up16(n), values, v_cap, d_v, out + 4 * (at + m * n_head) * d_v)
+            elif not four:
                 dots(p + m * long, up16(n), values, v_cap, d_v, out + 4 * (at + m * n_head) * d_v)
         if four:
             tiles(p, long, up16(n), values, v_cap, d_v, out + 4 * at * d_v, 4 * n_head * d_v)
@@ -181,7 +195,10 @@ def _kernels(fmt, cast, narrow) -> Kernels:
     cast_row = specialise(cast_row_template, f"cast_row_{name}", part=True, cast=cast)
     dots = specialise(dots_template, f"dots_{name}", part=True, dot=fmt.dot, SIZE=size)
     tiles = specialise(tiles_template, f"tiles_{name}", part=True, tile=fmt.tile, SIZE=size)
-    parts = {"cast_row": cast_row, "dots": dots, "tiles": tiles, "SIZE": size}
+    parts = {"cast_row": cast_row, "dots": dots, "tiles": tiles, "SIZE": size, "key_dots": dots, "value_dots": dots}
+    if fmt is F16:
+        for kind, one in ("key", fmt.vec_dot), ("value", fmt.vec_dot_then_zeros):
+            parts[f"{kind}_dots"] = specialise(dots_template, f"{kind}_dots_{name}", part=True, dot=one, SIZE=size)
     return Kernels(
         specialise(store_keys_template, f"store_keys_{name}", narrow=narrow, SIZE=size),
         specialise(store_values_template, f"store_values_{name}", narrow=narrow, SIZE=size),

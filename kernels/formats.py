@@ -31,11 +31,14 @@ class Format:
     bias: int = field(default=0, repr=False)  # weight = scale * (quant - bias) + minimum
     many: int = field(default=0, repr=False)  # tokens from which matmul_many is taken; 0: never
     matmul: Callable | None = field(default=None, repr=False, compare=False)  # products.matmul_rows of this format
+    matmul_one: Callable | None = field(default=None, repr=False, compare=False)  # one token, where ggml does otherwise
     matmul_f32: Callable | None = field(default=None, repr=False, compare=False)  # the same for float32 activations
     matmul_many: Callable | None = field(default=None, repr=False, compare=False)  # for many tokens at once
     unpack_rows: Callable | None = field(default=None, repr=False, compare=False)  # unpack.unpack_rows
     dot: Callable | None = field(default=None, repr=False, compare=False)  # float formats: rows.dot_floats, a part
     tile: Callable | None = field(default=None, repr=False, compare=False)  # float formats: rows.tile_floats
+    vec_dot: Callable | None = field(default=None, repr=False, compare=False)  # float formats: rows.vec_dot_floats
+    vec_dot_then_zeros: Callable | None = field(default=None, repr=False, compare=False)  # F32, F16
 
     def row_bytes(self, n_in: int) -> int:
         """Bytes of a row of n_in weights; ValueError when n_in is no multiple of block_size."""
@@ -64,17 +67,24 @@ def register_floats(name: str, type: int, size: int, weights, weight, pairs: boo
     parts = {"weights": weights, "weight": weight, "SIZE": size, "CHUNK": 32 if pairs else 16}
     parts["step"] = rows.step_pairs if pairs else rows.step_floats
     parts["rest"] = specialise(rows.rest_f32 if name == "F32" else rows.rest_f64, f"rest_{name}", part=True, **parts)
-    uneven = rows.uneven_pairs if pairs else rows.uneven_floats
-    parts["uneven"] = specialise(uneven, f"uneven_{name}", part=True, **parts)
+    suffix = "pairs" if pairs else "floats"
+    parts |= {"nothing": getattr(rows, f"nothing_{suffix}"), "whole": getattr(rows, f"whole_{suffix}")}
+    parts["add_64"] = specialise(getattr(rows, f"add_64_{suffix}"), f"add_64_{name}", part=True, **parts)
+    parts["vec_dot"] = vec_dot = specialise(rows.vec_dot_floats, f"vec_dot_{name}", part=True, **parts)
     parts["dot"] = dot = specialise(rows.dot_floats, f"dot_{name}", part=True, **parts)
     tile = specialise(rows.tile_floats, f"tile_{name}", part=True, **parts)
     unpack = specialise(unpacking.unpack_floats, f"unpack_{name}", part=True, **parts)
     stack = specialise(stacks.stack_floats, f"stack_{name}", part=True, **parts)
+    alone = specialise(stacks.stack_vec_dot, f"stack_vec_dot_{name}", part=True, **parts)
     matmul = specialise(products.matmul_rows, f"matmul_{name}", stack=stack, tile=tile, start=address_of, FAR=True)
+    matmul_one = specialise(products.matmul_one, f"matmul_one_{name}", stack=alone, start=address_of, FAR=True)
     unpack_rows = specialise(unpacking.unpack_rows, f"unpack_rows_{name}", unpack=unpack)
     many = None if pairs else specialise(products.matmul_unpacked, f"matmul_many_{name}", unpack=unpack)
     least = 0 if pairs else 32
-    return register(Format(name, type, 1, size, name, 0, least, matmul, matmul, many, unpack_rows, dot, tile))
+    zeros = None if pairs else specialise(rows.vec_dot_then_zeros, f"vec_dot_then_zeros_{name}", part=True, **parts)
+    products_of = {"matmul": matmul, "matmul_one": matmul_one, "matmul_f32": matmul, "matmul_many": many}
+    dots = {"dot": dot, "tile": tile, "vec_dot": vec_dot, "vec_dot_then_zeros": zeros}
+    return register(Format(name, type, 1, size, name, 0, least, **products_of, unpack_rows=unpack_rows, **dots))
 
 
 def register_quants(

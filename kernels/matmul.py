@@ -68,8 +68,9 @@ def matmul(
 
     x: float32 [n_tok, n_in], contiguous. raw: uint8, the n_out rows of n_in weights as they lie in a file.
     Returns float32 [n_tok, n_out]. numerics "ggml": activations are rounded or quantised as fmt.activation says, bytes
-    are multiplied as integers, sums are float32. "f32": float32 weights times float32 activations. Products of the same
-    x may share `forms`, an empty dict at first, in which x is kept as it was prepared.
+    are multiplied as integers, sums are float32, in ggml's order, which for some formats is another one for a single
+    token. "f32": float32 weights times float32 activations; one token and several are summed alike. Products of the
+    same x may share `forms`, an empty dict at first, in which x is kept as it was prepared.
     ValueError when shapes, types or lengths do not fit.
     Source: ggml-cpu.c, ggml_compute_forward_mul_mat and type_traits_cpu (vec_dot_type).
     """
@@ -80,7 +81,8 @@ def matmul(
     out = np.empty((n_tok, n_out), np.float32)
     if numerics == "ggml":
         many = 0 < fmt.many <= n_tok and n_in % 16 == 0
-        kernel = fmt.matmul_many if many else fmt.matmul
+        one = n_tok == 1 and fmt.matmul_one
+        kernel = fmt.matmul_many if many else one or fmt.matmul
         forms, form = {} if forms is None else forms, (fmt.activation, fmt.bias, many)
         if form not in forms:
             forms[form] = _prepare(x, fmt, many, pool)

@@ -38,6 +38,17 @@ def matmul_rows(y, stride, w, row_bytes, n, out, i0, i1):
             out[t, i] = stack(w + i * row_bytes, 0, n, y + t * stride)[0]
 
 
+def matmul_one(y, stride, w, row_bytes, n, out, i0, i1):
+    """The same for a single token."""
+    w, y = address_of(w), start(y)
+    apart, step = ((i1 - i0) // 4, 1) if FAR else (1, 4)
+    for i in range(i0, i0 + (i1 - i0) // 4 * step, step):
+        sums = stack(w + i * row_bytes, apart * row_bytes, n, y)
+        out[0, i], out[0, i + apart], out[0, i + 2 * apart], out[0, i + 3 * apart] = sums
+    for i in range(i1 - (i1 - i0) % 4, i1):
+        out[0, i] = stack(w + i * row_bytes, 0, n, y)[0]
+
+
 @inline
 def tile_4_by_6(row, stride, n, x, x_stride):
     """Dot products of four rows of float32 with six tokens."""

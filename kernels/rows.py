@@ -16,8 +16,9 @@ q, c, d, s at bytes 0, 64, 128 and 192, with which the dot product of a group is
 
 Sums are taken in the order of ggml's code for x86-64 with AVX-512, so that results are ggml's bit for bit: 8 lanes and
 group after group for quants, the minima by themselves (arch/x86/quants.c; llamafile/sgemm.cpp, tinyBLAS_Q0_AVX); 16
-lanes for floats (sgemm.cpp, tinyBLAS), and where a row does not divide evenly, as ggml_vec_dot_* in vec.cpp do. One
-token and several are summed alike, so that a token's result does not depend on its company.
+lanes for floats (sgemm.cpp, tinyBLAS), and where a row does not divide evenly, as ggml_vec_dot_* in vec.cpp do. Of
+quantised rows one token and several are summed alike. Of floats ggml sums a single token by ggml_vec_dot_* always:
+`vec_dot` is that order, which numerics "ggml" takes for a pass of one token.
 """
 
 import numpy as np
@@ -29,7 +30,7 @@ from .vectors import f32x8, f32x16, load_f32x1, load_f32x16, load_f32x32, load_i
 
 # What jit.specialise puts into the templates.
 weights = weight = quants = scale = minimum = rest = None
-pair = single = nothing = step = whole = uneven = dot = None
+pair = single = nothing = step = whole = add_64 = vec_dot = dot = None
 SIZE = CHUNK = 0
 
 
@@ -139,7 +140,7 @@ def step_pairs(acc, v, x):
 
 def dot_floats(row, n, x):
     if n % CHUNK:
-        return uneven(row, n, x)
+        return vec_dot(row, n, x)
     acc = f32x16(0)
     for i in range(0, n, CHUNK):
         acc = step(acc, weights(row + SIZE * i), x + 4 * i)
@@ -159,23 +160,60 @@ def tile_floats(row, row2, n, x, stride):
     return (total(a[0]), total(a[1]), total(a[2]), total(a[3])), (total(b[0]), total(b[1]), total(b[2]), total(b[3]))
 
 
-def uneven_floats(row, n, x):
-    """64 weights at a time, and the rest one by one."""
-    a = b = c = d = f32x16(0)
-    for i in range(0, n - 63, 64):
-        v, at = row + SIZE * i, x + 4 * i
-        a, b = step(a, weights(v), at), step(b, weights(v + 16 * SIZE), at + 64)
-        c, d = step(c, weights(v + 32 * SIZE), at + 128), step(d, weights(v + 48 * SIZE), at + 192)
-    return rest(total((a + c) + (b + d)), row, n, x)
+# The order of ggml_vec_dot_*: 64 weights at a time in several sums, which are added up at the end; the rest one by one.
 
 
-def uneven_pairs(row, n, x):
-    """The same for chunks of 32."""
-    a = b = f32x16(0)
+@inline
+def nothing_floats():
+    return f32x16(0), f32x16(0), f32x16(0), f32x16(0)
+
+
+def add_64_floats(acc, row, x):
+    a, b = step(acc[0], weights(row), x), step(acc[1], weights(row + 16 * SIZE), x + 64)
+    c, d = step(acc[2], weights(row + 32 * SIZE), x + 128), step(acc[3], weights(row + 48 * SIZE), x + 192)
+    return a, b, c, d
+
+
+@inline
+def whole_floats(acc):
+    return total((acc[0] + acc[2]) + (acc[1] + acc[3]))
+
+
+@inline
+def nothing_pairs():
+    return f32x16(0), f32x16(0)
+
+
+def add_64_pairs(acc, row, x):
+    return step(acc[0], weights(row), x), step(acc[1], weights(row + 32 * SIZE), x + 128)
+
+
+@inline
+def whole_pairs(acc):
+    return np.float64(total(acc[0])) + np.float64(total(acc[1]))
+
+
+def vec_dot_floats(row, n, x):
+    acc = nothing()
     for i in range(0, n - 63, 64):
-        v, at = row + SIZE * i, x + 4 * i
-        a, b = step(a, weights(v), at), step(b, weights(v + 32 * SIZE), at + 128)
-    return rest(np.float64(total(a)) + np.float64(total(b)), row, n, x)
+        acc = add_64(acc, row + SIZE * i, x + 4 * i)
+    return rest(whole(acc), row, n, x)
+
+
+def vec_dot_then_zeros(row, n, x):
+    """vec_dot of a row of n weights, a multiple of 16, that zeros fill up to a multiple of 64; not for pairs."""
+    acc, most = nothing(), n & -64
+    for i in range(0, most, 64):
+        acc = add_64(acc, row + SIZE * i, x + 4 * i)
+    a, b, c, d = acc
+    at, y = row + SIZE * most, x + 4 * most
+    if n - most > 0:
+        a = step(a, weights(at), y)
+    if n - most > 16:
+        b = step(b, weights(at + 16 * SIZE), y + 64)
+    if n - most > 32:
+        c = step(c, weights(at + 32 * SIZE), y + 128)
+    return whole((a, b, c, d))
 
 
 def rest_f32(acc, row, n, x):

@@ -31,7 +31,7 @@ from .vectors import (
 
 # What jit.specialise puts into the templates.
 quants = scales = minimums = scales_of_four = add_group = pair = single = nothing = None
-whole = step = weights = dot = None
+whole = step = weights = dot = add_64 = rest = None
 SIZE = CHUNK = 0
 
 
@@ -188,6 +188,18 @@ def stack_floats(row, stride, n, x):
         a, b = step(a, weights(row + k), at), step(b, weights(row2 + k), at)
         c, d = step(c, weights(row3 + k), at), step(d, weights(row4 + k), at)
     return total(a), total(b), total(c), total(d)
+
+
+def stack_vec_dot(row, stride, n, x):
+    """The same in the order of ggml_vec_dot_*, see vec_dot in rows.py."""
+    row2, row3, row4 = row + stride, row + 2 * stride, row + 3 * stride
+    a = b = c = d = nothing()
+    for i in range(0, n - 63, 64):
+        at, k = x + 4 * i, SIZE * i
+        a, b = add_64(a, row + k, at), add_64(b, row2 + k, at)
+        c, d = add_64(c, row3 + k, at), add_64(d, row4 + k, at)
+    a, b, c, d = whole(a), whole(b), whole(c), whole(d)
+    return rest(a, row, n, x), rest(b, row2, n, x), rest(c, row3, n, x), rest(d, row4, n, x)
 
 
 def stack_superblocks(row, stride, n, x):
