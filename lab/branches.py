@@ -52,18 +52,21 @@ class Branches(Cache):
         self.rows = k, v
 
     def kq(self, il: int, q: np.ndarray) -> np.ndarray:
-        n_kv = int(self.places[-1]) + 1
-        return np.concatenate([kq(q[rows], k, n_kv) for rows, _, k, _ in self._each(il)], axis=1)
+        n_kv, alone = int(self.places[-1]) + 1, len(self.places) == 1
+        return np.concatenate([kq(q[rows], k, n_kv, alone=alone) for rows, _, k, _ in self._each(il)], axis=1)
 
     def soft_max(self, kq: np.ndarray, scale: np.float32) -> np.ndarray:
         parts = [soft_max(np.ascontiguousarray(kq[:, rows]), scale, start) for rows, start in self.parts]
         return np.concatenate(parts, axis=1)
 
     def kqv(self, il: int, pattern: np.ndarray) -> np.ndarray:
-        return np.concatenate([kqv(np.ascontiguousarray(pattern[:, rows]), v) for rows, _, _, v in self._each(il)], 1)
+        alone = len(self.places) == 1
+        parts = [kqv(np.ascontiguousarray(pattern[:, rows]), v, alone=alone) for rows, _, _, v in self._each(il)]
+        return np.concatenate(parts, axis=1)
 
     def attention(self, il: int, q: np.ndarray, scale: np.float32, pool: Pool) -> np.ndarray:
-        parts = [attention(q[rows], k, v, start, scale, pool) for rows, start, k, v in self._each(il)]
+        alone = len(self.places) == 1
+        parts = [attention(q[rows], k, v, start, scale, pool, alone) for rows, start, k, v in self._each(il)]
         return np.concatenate(parts)
 
     def _each(self, il: int) -> Iterator[tuple[slice, int, np.ndarray, np.ndarray]]:
