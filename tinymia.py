@@ -21,10 +21,11 @@ all of them. `t(name, layer, value)` hands each value to the actions that asked 
 value (Log, Save, or Lens, which shows what the model would say if it stopped here), or give another one to go on with
 (Patch, Ablate, Add, ProjectOut, Scale, Replace).
 
-What patching means. Run the model on a clean prompt, "The capital of France is", and keep its stream. Run it on a corrupt
-prompt that differs in one thing, "The capital of Italy is", and in that run put one row of the clean stream in place of
-its own: one token, after one layer. If the answer changes from Rome to Paris, then this row carried the country. Repeat
-this for each layer and token, and you see where the model keeps the fact, and in which layer it moves to the last token.
+What patching means. Run the model on a clean prompt, "The capital of France is", and keep its stream. Run it on a
+corrupt prompt that differs in one thing, "The capital of Italy is", and in that run put one row of the clean stream in
+place of its own: one token, after one layer. If the answer changes from Rome to Paris, then this row carried the
+country. Repeat this for each layer and token, and you see where the model keeps the fact, and in which layer it moves to
+the last token.
 
 Where this comes from. In January 2024 the post "Task vectors & analogy making in LLMs" (https://grgv.xyz/blog) used a
 program called mia, made from llama.cpp, to find such a row: saved from a prompt with examples of a task, it makes a
@@ -216,11 +217,13 @@ def silu(x: np.ndarray) -> np.ndarray:                              # [n_tok, n_
 
 def plain(dtype: np.dtype) -> SimpleNamespace:
     """The functions above as `forward` calls them, for numbers of a dtype."""
-    return SimpleNamespace(
+    these = SimpleNamespace(
         embed=lambda weight, tokens: embed(weight, tokens).astype(dtype), rms_norm=rms_norm, linear=linear,
         linears=linears, rope_angles=rope_angles, rope=rope, scores=scores, soft_max=soft_max, mix=mix,
         attention=attention, silu=silu, threads=1, done=lambda: None,
     )
+    these.several = lambda: these
+    return these
 
 
 def fast(threads: int | None, numerics: str) -> Any:
