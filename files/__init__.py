@@ -6,7 +6,7 @@
     tensors.py     saved activations: raw float32, .npy, .npz
 """
 
-from .errors import Error, FileError, GGUFError, short
+from .errors import Error, FileError, GGUFError, printable, short
 from .gguf import Tensor, decode_now
 from .hparams import read_hparams
 from .split import read_gguf
@@ -16,5 +16,5 @@ from .vocab import Tokenizer
 
 __all__ = [
     "Error", "FileError", "GGUFError", "Tensor", "Text", "Tokenizer", "as_rows", "check_target", "decode_now",
-    "read_gguf", "read_hparams", "read_tensor", "read_tokenizer", "short", "write_atomic", "write_tensors",
+    "printable", "read_gguf", "read_hparams", "read_tensor", "read_tokenizer", "short", "write_atomic", "write_tensors",
 ]

@@ -9,7 +9,6 @@ weights, Q8_0 beside smaller ones. Source: ggml-cpu.c, type_traits_cpu (vec_dot_
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,5 +101,5 @@ def say_cost(path: Path, weights: list[tuple[kernels.Format, int]]) -> None:
     types = ", ".join(sorted({fmt.name for fmt, _ in weights}))
     to = " and ".join(sorted({"bytes" if _target(fmt) is UNROLLED else "F16" for fmt, _ in weights}))
     size = sum(n * _target(fmt).type_size // _target(fmt).block_size for fmt, n in weights)
-    print(f"tinymia: {path}: decoding {len(weights)} tensors of type {types} to {to}: {size / 1e6:.1f} MB of memory",
-          file=sys.stderr, flush=True)
+    kernels.note(f"tinymia: {path}: decoding {len(weights)} tensors of type {types} to {to}: "
+                 f"{size / 1e6:.1f} MB of memory")

@@ -14,6 +14,7 @@
     sampling.py     a token from logits
     threads.py      the pool over which items are split
     jit.py          compilation, its cache, its announcement
+    notes.py        lines for the user, on stderr
     simd.py         LLVM vectors in numba, lanes.py functions on them, vectors.py the ones used here
     cpu.py          what only some CPUs have, beside a portable form
 """
@@ -23,6 +24,7 @@ from .attention import attention, kq, kqv, soft_max, store_keys, store_values
 from .formats import FORMATS, Format
 from .jit import announce_done, compiling
 from .matmul import dequantize, get_rows, matmul
+from .notes import note
 from .ops import rms_norm, rope, rope_angles, silu
 from .sampling import Sampler, softmax
 from .threads import Pool, physical_cores
@@ -30,6 +32,6 @@ from .unrolled import UNROLLED
 
 __all__ = [
     "FORMATS", "UNROLLED", "Format", "Pool", "Sampler", "announce_done", "attention", "compiling", "dequantize",
-    "get_rows", "kq", "kqv", "matmul", "physical_cores", "rms_norm", "rope", "rope_angles", "silu", "soft_max",
+    "get_rows", "kq", "kqv", "matmul", "note", "physical_cores", "rms_norm", "rope", "rope_angles", "silu", "soft_max",
     "softmax", "store_keys", "store_values",
 ]  # fmt: skip

@@ -20,6 +20,8 @@ import numba
 from numba.core import config, event
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 
+from .notes import note
+
 HERE = Path(__file__).resolve().parent
 PORTABLE = os.environ.get("TINYMIA_PORTABLE", "0") not in ("", "0")  # tests: no instruction that only some CPUs have
 
@@ -103,8 +105,7 @@ class _Cache(FunctionCache):
 
 
 def _say(line: str) -> None:
-    if sys.stderr is not None:
-        print(f"tinymia: {line}", file=sys.stderr, flush=True)
+    note(f"tinymia: {line}")
 
 
 class _Announcer(event.Listener):

@@ -34,16 +34,23 @@ class Act(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         lengths = {"patch": (2, 4), "add": (2, 3)}.get(self.dest)
         if lengths and len(values) not in lengths:
-            parser.error(f"{option_string} takes {lengths[0]} or {lengths[1]} values, not {len(values)}")
+            all_, more = (f"{option_string} {' '.join(self.metavar[:n])}" for n in (1, 2))
+            parser.error(f"{option_string} takes {lengths[0]} or {lengths[1]} values, {all_} or {more}, "
+                         f"not {len(values)}")
         namespace.specs.append(Spec(self.dest, values if isinstance(values, list) else [values]))
 
 
 class Qualify(argparse.Action):
-    """A flag that says more of the action before it."""
+    """A flag that says more of the action before it, such as `after`."""
+
+    def __init__(self, *args: Any, after: str = "--scale, --add or --ablate", **how: Any):
+        super().__init__(*args, **how)
+        self.after = after
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if not namespace.specs:
-            parser.error(f"{option_string} qualifies the action before it, and none was given")
+            parser.error(f"{option_string} says more of the action before it, and there is none: put it behind "
+                         f"{self.after}")
         setattr(namespace.specs[-1], self.dest, values)
 
 
@@ -52,7 +59,7 @@ def integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-integers.__name__ = "position"  # argparse names it in its messages
+integers.kind = "a position or a list of them: write 3, -1 or 3,5"  # type: ignore[attr-defined]  # in messages
 
 
 def patch_flags(g: Any) -> None:
@@ -62,9 +69,9 @@ def patch_flags(g: Any) -> None:
         help="put row FROM of a saved tensor in place of row TO; without them, all of it")
     act("--patch-avg", dest="patch_avg", nargs=5, metavar=("NAME", "FILE1", "FILE2", "FROM", "TO"),
         help="the mean of two saved rows")
-    qualify("--from-token-idx", dest="from_idx", type=int, metavar="I",
+    qualify("--from-token-idx", dest="from_idx", type=int, metavar="I", after="--patch",
             help="FROM of the patch before, or the row of the --add before")
-    qualify("--to-token-idx", dest="to_idx", type=int, metavar="J", help="TO of the patch before")
+    qualify("--to-token-idx", dest="to_idx", type=int, metavar="J", after="--patch", help="TO of the patch before")
 
 
 def change_flags(g: Any) -> None:
@@ -91,7 +98,7 @@ def number(text: str, flag: str, kind: type = int) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise Error(f"--{flag.replace('_', '-')}: {text!r} is no {'whole ' if kind is int else ''}number") from None
+        raise Error(f"--{flag.replace('_', '-')}: {text!r} is not a {'whole ' if kind is int else ''}number") from None
 
 
 def actions_of(spec: Spec, model: Model, args: argparse.Namespace) -> list[tinymia.Action]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinymia import Error, Model
+from tinymia_kernels import note
 
 Row = npt.NDArray[np.float32]   # logits of one position, [n_vocab]
 
@@ -53,7 +53,7 @@ def _ids(model: Model, text: str, bos: bool | None = None) -> list[int]:
 
 @lru_cache(maxsize=256)
 def _note(text: str, pieces: str, used: str) -> None:
-    print(f"note: the answer {text!r} has several tokens, {pieces}; the first one is used: {used}", file=sys.stderr)
+    note(f"note: the answer {text!r} has several tokens, {pieces}; the first one is used: {used}")
 
 
 def logit_difference(row: Row, answer: int, against: int) -> float:

@@ -12,36 +12,33 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import tinymia
 from tinymia import Error, Model
 from tinymia_files import check_target
+from tinymia_kernels import note
 from tinymia_models import DEFAULT
 
 from .heatmap import Heatmap, draw_png
+from .mistakes import find_model
 from .page import page, write_page
+from .parser import Parser, whole
+from .prompt_notes import tell_of_prompt, tell_unknown
 from .prompt_sets import read_text
 from .result import Result, dumps
+from .streams import print_json
 
 RESULTS, PICTURES = (".npz", ".json"), (".png", ".html")    # what -o takes
 Writer = Callable[[Path], None]
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours."""
-
-    def error(self, message: str) -> NoReturn:
-        raise Error(f"{message} ({self.prog} --help shows the flags)")
-
-
 def model_flags(g: argparse._ActionsContainer) -> None:
     """-m, -t, --numerics."""
-    g.add_argument("-m", "--model", metavar="FILE", help=f"GGUF file (default: {DEFAULT}, which is bundled)")
-    g.add_argument("-t", "--threads", type=int, metavar="N", help="default: the physical cores")
+    g.add_argument("-m", "--model", metavar="FILE",
+                   help=f"GGUF file, or the name of a bundled model (default: {DEFAULT})")
+    g.add_argument("-t", "--threads", type=whole(1), metavar="N", help="default: the physical cores")
     g.add_argument("--numerics", choices=("ggml", "f32"), default="ggml",
                    help="ggml: activations quantised as llama.cpp does (default); f32: float32 throughout")
 
@@ -86,25 +83,37 @@ def open_model(args: argparse.Namespace) -> Model:
     """The model of -m, after a look at where the results go."""
     for path in args.out:
         check_file("-o", path, args.kinds)
-    if args.model is None:
-        print(f"no -m: the bundled model {DEFAULT} runs", file=sys.stderr)
-    return tinymia.load(args.model, args.threads, args.numerics)
+    return load_model(args)
+
+
+def load_model(args: argparse.Namespace) -> Model:
+    """The model of -m; without it the bundled one, and a line that says so."""
+    path = find_model(args.model)
+    if path is None:
+        note(f"no -m: the bundled model {DEFAULT} runs")
+    return tinymia.load(path, args.threads, getattr(args, "numerics", "ggml"))
 
 
 def read_prompt(args: argparse.Namespace) -> str | None:
     """The text of -p or -f."""
     if args.file is None:
+        if args.prompt is not None:
+            tell_of_prompt(args.prompt)
         return args.prompt
     if args.prompt is not None:
         raise Error("-p and -f: one prompt at a time")
     return read_text(args.file, "the prompt is").removesuffix("\n")
 
 
-def prompt_ids(args: argparse.Namespace, model: Model) -> str | list[int]:
-    """The prompt that must be there: its text, or ids where --no-bos or --no-special say how it is cut."""
+def prompt_ids(args: argparse.Namespace, model: Model, others: Sequence[str] = ()) -> str | list[int]:
+    """The prompt that must be there: its text, or ids where --no-bos or --no-special say how it is cut.
+
+    A note names the words of it, and of the other prompts of the command, that the bundled model does not know.
+    """
     prompt = read_prompt(args)
     if prompt is None:
         raise Error("no prompt: give one with -p or -f")
+    tell_unknown(model, [prompt, *others])
     if args.no_bos or args.no_special:
         return model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
     return prompt
@@ -144,5 +153,8 @@ def emit(args: argparse.Namespace, result: Result, text: str, picture: Heatmap |
     }
     for path in args.out:
         draw[Path(path).suffix](Path(path))
-    print(dumps(result.to_json()) if args.json else text)
+    if args.json:
+        print_json(dumps(result.to_json()))
+    else:
+        print(text)
     return 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from tinymia_files import Error, write_atomic
+from tinymia_files import Error, printable, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ def draw(patterns: Patterns, path: str | os.PathLike[str], tokens: Sequence[str]
     if tokens is not None and len(tokens) != shape[2]:
         raise Error(f"a picture with {shape[2]} keys needs as many tokens, not {len(tokens)}")
     try:
-        figure = _figure(patterns, _layout(len(patterns), *shape), tokens, " ".join((title or "").split()),
+        figure = _figure(patterns, _layout(len(patterns), *shape), tokens, printable(" ".join((title or "").split())),
                          range(shape[0]) if heads is None else heads)
     except ImportError:
         raise Error("drawing needs matplotlib: pip install 'tinymia[lab]'") from None
