@@ -146,7 +146,8 @@ def heads_of(spec: Spec, model: Model) -> dict[int, list[int]]:
             pairs.append((one, number(head, "ablate")) if dot else divmod(one, c.n_head))
     for layer, head in pairs:
         if not (0 <= layer < c.n_layer and 0 <= head < c.n_head):
-            raise Error(f"--{spec.flag}: no head {layer}.{head}: the model has {c.n_layer} layers of {c.n_head} heads")
+            raise Error(f"--{spec.flag}: no head {layer}.{head}: the model has {c.n_layer} layers of {c.n_head} heads: "
+                        f"layers 0 to {c.n_layer - 1}, heads 0 to {c.n_head - 1}")
         heads.setdefault(layer, []).append(head)
     if spec.flag == "select":
         return {layer: [h for h in range(c.n_head) if h not in kept] for layer, kept in heads.items()}

@@ -44,13 +44,13 @@ def left_over(left: Sequence[str], argv: Sequence[str], flags: Sequence[str], co
     flag = next((w for w in left if w.startswith("-") and w.strip("-")), None)
     if shell and (flag is None or any(not w.strip("-") for w in left)):
         return shell
-    if flag is not None:
-        name = flag.partition("=")[0]
-        return f"no flag {name}{did_you_mean(name, flags)}"
     if commands and word == argv[0] and word.replace("-", "").replace("_", "").isalpha():
         found = closest(word, commands, 0.75)
         if found:
             return f"no command {word}; closest: {', '.join(found)}"
+    if flag is not None:
+        name = flag.partition("=")[0]
+        return f"no flag {name}{did_you_mean(name, flags)}"
     if word in commands:
         return f"the command comes first: tinymia {word} ..."
     words = " ".join(left)

@@ -117,7 +117,7 @@ def whole(least: int) -> Callable[[str], int]:
             raise ValueError
         return number
 
-    read.kind = f"{least} or more"  # type: ignore[attr-defined]
+    read.kind = f"a whole number, {least} or more"  # type: ignore[attr-defined]
     return read
 
 

@@ -24,10 +24,10 @@ from .arguments import load_model, read_prompt
 from .compare import Compared, Feed, Others, Progress, compare, divergence
 from .edits import Edits
 from .llama import FLASH, FUSED, Item, Outcome, compute
-from .recording import Recorder, check_recorded, read_recording
-from .reference import Reference
 from .parser import Parser
 from .prompt_notes import tell_unknown
+from .recording import Recorder, check_recorded, read_recording
+from .reference import Reference
 from .result import dumps
 from .streams import print_json
 from .terminal import table
