@@ -64,7 +64,7 @@ def test_a_full_stderr_does_not_stop_the_work():
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     assert shell("2>/dev/full", *P, "-n", "1") == (0, 'output: " Italy"\n', "")
-    status, out, err = shell(">/dev/full", "lens", *P)
+    status, _, err = shell(">/dev/full", "lens", *P)
     assert status == 2 and err.splitlines()[-1].startswith("error: the output cannot be written: No space left")
 
 
