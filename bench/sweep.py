@@ -115,7 +115,7 @@ def beside_transformer_lens(args: argparse.Namespace) -> None:
         raise Error("--transformer-lens needs two packages: pip install torch 'transformer-lens<4' "
                     f"({type(e).__name__}: {e})") from e
     model = tinymia.load(args.model, args.threads, "f32")
-    torch.set_num_threads(model.pool.n)
+    torch.set_num_threads(model.threads)
     torch.set_grad_enabled(False)
     theirs, n_cell = hooked(model), model.config.n_layer * args.tokens
     clean, corrupt = (torch.tensor([ids]) for ids in prompts(model, args.tokens, args.at))

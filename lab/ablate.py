@@ -22,14 +22,15 @@ from typing import Any
 import numpy as np
 
 from tinymia import Error, Model
+from tinymia_engine import best, indices, is_mask
 
 from .action_flags import integers
-from .answers import answer_token
+from .answers import token_of
 from .arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
 from .head_ablation import Layer, ablate_layer, head_outputs, measure, positions
 from .heatmap import Heatmap
 from .in_context import commit, spread
-from .parser import whole
+from .parser import least
 from .progress import keeping
 from .prompt_sets import POOLS, cut_prompts, pooled, read_prompts
 from .result import Result, about, resume
@@ -98,7 +99,8 @@ def ablate(
     """
     c = model.config
     _check(mode, pool, prompts, other)
-    ids = model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+    ids = model.ids(prompt)
+    at = at if at is None or not is_mask(at) else indices(at, "position", len(ids)).tolist()
     rows = positions(at, len(ids), "the prompt")
     wanted, which = chosen(layers, c.n_layer, "layer"), chosen(heads, c.n_head, "head")
     given = cut_prompts(model, prompts, "mean's") if prompts is not None else []
@@ -108,9 +110,9 @@ def ablate(
     cache = model.cache()
     run = model.run(ids, keep=["inp_embd", "l_out"], logits="last", cache=cache)
     plain = run.logits[-1]
-    by_score = np.argsort(-plain, kind="stable")
-    token = int(by_score[0]) if answer is None else _token(model, answer, prompt)
-    rival = next(int(i) for i in by_score if i != token) if against is None else _token(model, against, prompt)
+    two = best(plain, 2)
+    token = int(two[0]) if answer is None else token_of(model, answer, prompt)
+    rival = next(int(i) for i in two if i != token) if against is None else token_of(model, against, prompt)
     if token == rival:
         raise Error(f"the answer and what it is against are the same token: {model.piece(token)!r}")
     settings = {"mode": mode, "answer": token, "against": rival, "pool": pool, "at": at, "layers": wanted,
@@ -152,13 +154,6 @@ def _check(mode: str, pool: str, prompts: Any, other: Any) -> None:
         raise Error("mode mean goes with a set of prompts to take the mean over, and no other mode does")
     if (mode == "resample") != (other is not None):
         raise Error("mode resample goes with another prompt to take the heads' outputs from, and no other mode does")
-
-
-def _token(model: Model, answer: str | int, prompt: str | Sequence[int]) -> int:
-    token = answer_token(model, answer, prompt) if isinstance(answer, str) else int(answer)
-    if not 0 <= token < model.config.n_vocab:
-        raise Error(f"answer #{token} is out of range: the model has {model.config.n_vocab} tokens")
-    return token
 
 
 def _nothing(note: dict[str, Any], model: Model, ids: list[int], answer: int, against: int, plain: Any) -> Ablation:
@@ -240,7 +235,7 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--heads", metavar="LIST", help="0,3-5 (default: all)")
     p.add_argument("--metric", choices=METRICS, default=METRICS[0], help="that the table and the picture go by "
                    f"(default {METRICS[0]})")
-    p.add_argument("-k", type=whole(1), default=20, metavar="N", help="heads in the table (20)")
+    p.add_argument("-k", type=least(1), default=20, metavar="N", help="heads in the table (20)")
     args = p.parse_args(argv)
     for mode, flag, given in (("mean", "--prompts FILE", args.prompts), ("resample", "--other TEXT", args.other)):
         if (args.mode == mode) != (given is not None):

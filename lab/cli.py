@@ -16,18 +16,16 @@ from functools import partial
 
 import tinymia
 from tinymia import Error, Model
-from tinymia_files import check_target
-from tinymia_kernels import note
+from tinymia_files import check_target, dumps, note
 
-from .action_flags import Act, change_flags, integers, patch_flags, read_actions
+from .action_flags import Act, Output, change_flags, integers, patch_flags, read_actions
 from .arguments import load_model, model_flags, prompt_flags, read_prompt
-from .parser import Parser, whole
+from .parser import Parser, least
 from .printer import Printer, cgraph, list_models
 from .progress import interruptible
 from .prompt_notes import tell_unknown
-from .result import dumps
 from .streams import Stream, is_terminal, print_generated, print_json, streams
-from .terminal import table, visible
+from .terminal import notes, table, visible
 
 EXAMPLES = """\
 the post's commands (https://grgv.xyz/blog; any Llama in GGUF will do for llama2.gguf):
@@ -69,13 +67,13 @@ def parser() -> Parser:
     g.add_argument("--list-models", action="store_true", help="the bundled models: name, bytes, what it is, path")
 
     g = p.add_argument_group("generation")
-    g.add_argument("-n", "--n-predict", type=whole(0), default=32, metavar="N", help="tokens at most (default 32)")
+    g.add_argument("-n", "--n-predict", type=least(0), default=32, metavar="N", help="tokens at most (default 32)")
     g.add_argument("--temp", type=float, default=0.0, metavar="T", help="temperature; 0, the default, is greedy")
-    g.add_argument("--top-k", type=whole(0), default=0, metavar="K", help="draw from the K best tokens")
+    g.add_argument("--top-k", type=least(0), default=0, metavar="K", help="draw from the K best tokens")
     g.add_argument("--top-p", type=float, default=1.0, metavar="P", help="... from the best that together have P")
     g.add_argument("--min-p", type=float, default=0.0, metavar="P", help="... from those P times as likely as the best")
     g.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="weaken the last 64 tokens; 1: not")
-    g.add_argument("--seed", type=whole(0), metavar="N", help="the same seed gives the same text")
+    g.add_argument("--seed", type=least(0), metavar="N", help="the same seed gives the same text")
     g.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
 
     g = p.add_argument_group("look")
@@ -87,7 +85,7 @@ def parser() -> Parser:
     g.add_argument("--lens-position", type=integers, metavar="POS",
                    help="the rows that --logit-lens shows: 3 or 3,5 or -1, the last (default: all)")
     act("--log", nargs=1, metavar="NAME", help="shape, mean, rms, range and first values")
-    g.add_argument("-d", "--draw", metavar="FILE.png", help="attention patterns, a row of panels a layer")
+    g.add_argument("-d", "--draw", type=Output, metavar="FILE.png", help="attention patterns, a row of panels a layer")
     g.add_argument("--print-cgraph", action="store_true", help="every op in order: name, op, shape, inputs, weight")
     g.add_argument("--list-tensors", action="store_true", help="the weights: name, type, shape, bytes")
 
@@ -130,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     if args.verbose:
         for key, value in vars(model.config).items():
             note(f"{key:10s}  {value:.6g}" if isinstance(value, float) else f"{key:10s}  {visible(str(value))}")
-        note(f"loaded in {time.perf_counter() - clock:.2f} s, {model.pool.n} threads")
+        note(f"loaded in {time.perf_counter() - clock:.2f} s, {model.threads} threads")
     ids = None if prompt is None else model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
     printer = Printer(args, model)
     if args.print_cgraph:
@@ -160,7 +158,7 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
     """Run the prompt with its actions, and print what comes of it."""
     actions = read_actions(args, model)
     if args.draw:
-        check_target(args.draw, [])
+        check_target(args.draw)
         actions.append(tinymia.Save("kq_soft_max"))
     rows = [[i, token, model.piece(token).replace(" ", "▁")] for i, token in enumerate(ids)]
     printer.begin(len(ids))
@@ -202,6 +200,7 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
               f"generation: {len(gen.tokens)} tokens in {rest:.3f} s, {rates[1]:.1f} a second")
 
 
+@notes()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 2 for an error, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)

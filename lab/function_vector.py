@@ -32,7 +32,7 @@ from .head_effects import Prompts, draw_prompts, head_effects, head_outputs, mea
 from .heatmap import Heatmap
 from .in_context import commit, spread
 from .page import page, write_page
-from .parser import whole
+from .parser import least
 from .progress import keeping
 from .result import Result, about, resume
 from .task_files import Task, check_counts, read_tasks
@@ -86,7 +86,7 @@ def function_vector(
                 "top": top, "n_mean": n_mean, "n_effect": n_effect, "n_test": n_test, "seed": seed}
     first = {name: [getattr(p, name)[0].ids for p in prompts] for name in ("mean", "shuffled")}
     note = about(model, "function-vector", settings, **first, bare=[p.test[0][0].ids for p in prompts])
-    found = resume(out, note, FunctionVector) or _nothing(note, [t.name for t in read], model, prompts)
+    found = resume(out, note, FunctionVector, tasks) or _nothing(note, [t.name for t in read], model, prompts)
     counts = [found.n_means.astype(int), *(np.isfinite(a.reshape(*a.shape[:2], -1)[..., 0]).sum(1)
                                            for a in (found.prompt_effects, found.hits))]
     total = sum(len(part) for p in prompts for part in p)
@@ -169,10 +169,10 @@ def command(argv: Sequence[str]) -> int:
     """`tinymia function-vector`."""
     p = parser("function-vector", "Function vectors: the heads that carry a task, and what they write.", EPILOG)
     task_flags(p, 10)
-    p.add_argument("--top", type=whole(1), default=10, metavar="N", help="heads in the vector (10)")
-    p.add_argument("--n-mean", type=whole(1), default=100, metavar="N", help="prompts for the mean head outputs (100)")
-    p.add_argument("--n-effect", type=whole(1), default=25, metavar="N", help="shuffled prompts for the effects (25)")
-    p.add_argument("--n-test", type=whole(1), default=50, metavar="N", help="test queries, at most (50)")
+    p.add_argument("--top", type=least(1), default=10, metavar="N", help="heads in the vector (10)")
+    p.add_argument("--n-mean", type=least(1), default=100, metavar="N", help="prompts for the mean head outputs (100)")
+    p.add_argument("--n-effect", type=least(1), default=25, metavar="N", help="shuffled prompts for the effects (25)")
+    p.add_argument("--n-test", type=least(1), default=50, metavar="N", help="test queries, at most (50)")
     args = p.parse_args(argv)
     if args.list:
         return list_tasks(args.json)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from tinymia import Error
+from tinymia_files import check_apart, check_target, place
 
+from .action_flags import Input, Output, Spec
 from .mistakes import closest, left_over, shell_mistake
 
 GUARD = "\0"                                        # before a value that begins with a dash; no argument holds one
@@ -18,7 +20,10 @@ KINDS: dict[Any, str] = {int: "a whole number", float: "a number"}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours. `commands` may stand in front of the flags."""
+    """argparse whose errors are ours, and which lets no output be an input or another output.
+
+    `commands` may stand in front of the flags.
+    """
 
     argv: Sequence[str] = ()
     commands: Sequence[str] = ()
@@ -27,6 +32,7 @@ class Parser(argparse.ArgumentParser):
         """Raises Error."""
         self.argv = sys.argv[1:] if args is None else list(args)
         found, left = self.parse_known_args(self.guarded(self.argv), namespace)
+        check_outputs(vars(found))
         if left:
             self.error(left_over([w.removeprefix(GUARD) for w in left], self.argv, self.options, self.commands))
         return found
@@ -110,15 +116,29 @@ class Parser(argparse.ArgumentParser):
         return " ".join([max(action.option_strings, key=len), *names])
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """The type of a flag that takes a whole number of `least` or more."""
+def least(n: int) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number of n or more."""
     def read(text: str) -> int:
-        if (number := int(text)) < least:
+        if (number := int(text)) < n:
             raise ValueError
         return number
 
-    read.kind = f"a whole number, {least} or more"  # type: ignore[attr-defined]
+    read.kind = f"a whole number, {n} or more"  # type: ignore[attr-defined]
     return read
+
+
+def check_outputs(given: Mapping[str, Any]) -> None:
+    """Raise Error for an output that is also read, or written twice; several --save may share a file."""
+    def of(kind: type[str], value: Any) -> list[str]:
+        if isinstance(value, (list, tuple)):
+            return [path for one in value for path in of(kind, one)]
+        return of(kind, value.args) if isinstance(value, Spec) else [value] if isinstance(value, kind) else []
+
+    saved = of(Output, given.get("specs", []))
+    written = [path for name, value in given.items() if name != "specs" for path in of(Output, value)]
+    for path in [*written, *saved]:
+        check_target(path, inputs=of(Input, list(given.values())))
+    check_apart([*written, *{place(path): path for path in saved}.values()])
 
 
 def is_value(word: str) -> bool:

@@ -67,7 +67,8 @@ class Printer:
             self.line(f"Layer #{r.layer} {r.name}:" if r.layer is not None else f"{r.name}:")
             seen = [(p, best) for p, best in zip(r.positions.tolist(), r.value) if self.rows is None or p in self.rows]
             for position, best in seen:
-                self.line(f"{position}: " + "".join(f"{piece} {two_digits(score)}|" for piece, score in best))
+                shown = "".join(f"{piece} {two_digits(score)}|" for piece, score in best)
+                self.line(f"{position}: {shown or 'NaN: no tokens'}")
             rows = [{"position": p, "best": best} for p, best in seen]
             self.out["lens"].append({**about, "rows": rows})
         elif isinstance(r.action, tinymia.Log):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from tinymia import Model
-from tinymia_kernels import note
+from tinymia_files import note
 from tinymia_models import bundled, known_words
 
 from .mistakes import CURLY, redirected_to

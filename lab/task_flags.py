@@ -6,12 +6,12 @@ import argparse
 from dataclasses import replace
 
 from tinymia import Error, Model
-from tinymia_kernels import note
+from tinymia_files import dumps, note
 
+from .action_flags import Input
 from .in_context import make_prompt
-from .parser import whole
+from .parser import least
 from .prompt_notes import tell_unknown
-from .result import dumps
 from .streams import print_json
 from .task_files import TEMPLATES, Task, names, read_task, read_tasks
 from .terminal import table
@@ -19,16 +19,16 @@ from .terminal import table
 
 def task_flags(p: argparse.ArgumentParser, shots: int) -> None:
     """TASK ..., --list, --template, --separator, --shots, --score, --seed."""
-    p.add_argument("task", nargs="*", metavar="TASK", help="names of tasks, or JSON files")
+    p.add_argument("task", nargs="*", type=Input, metavar="TASK", help="names of tasks, or JSON files")
     p.add_argument("--list", action="store_true", help="the tasks that come with the lab, and no more")
     p.add_argument("--template", metavar="TEXT", help="a demonstration, with {x} and {y}; or the name of one: "
                    f"{', '.join(TEMPLATES)}; default: the task's")
     p.add_argument("--separator", metavar="TEXT", help="what stands between demonstrations; \\n is a line end")
-    p.add_argument("--shots", type=whole(1), metavar="N",
+    p.add_argument("--shots", type=least(1), metavar="N",
                    help=f"demonstrations ({shots}, unless the task says otherwise)")
     p.add_argument("--score", choices=("first", "whole"),
                    help="right by the answer's first token, or by all of them; default: the task's, or first")
-    p.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of what is drawn (0)")
+    p.add_argument("--seed", type=least(0), default=0, metavar="N", help="of what is drawn (0)")
 
 
 def tasks_of(args: argparse.Namespace) -> list[Task]:

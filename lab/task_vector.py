@@ -26,7 +26,7 @@ from .charts import BLUE, GREEN, GREY, Chart, draw_png
 from .heatmap import Heatmap
 from .in_context import commit, spread
 from .page import page, write_page
-from .parser import whole
+from .parser import least
 from .progress import keeping
 from .result import Result, about, resume
 from .task_files import Task, check_counts, read_tasks
@@ -87,7 +87,7 @@ def task_vector(
     settings = {"tasks": [t.name for t in read], "task": {t.name: t.settings(n) for t, n in zip(read, n_shots)},
                 "dummies": dummies, "n_dev": n_dev, "n_test": n_test, "conflict": conflict, "seed": seed, "k": k}
     note = about(model, "task-vector", settings, full=[t[0].full.ids for t in test], bare=[t[0].bare.ids for t in test])
-    found = resume(out, note, TaskVector) or _nothing(note, [t.name for t in read], model, dev, test)
+    found = resume(out, note, TaskVector, tasks) or _nothing(note, [t.name for t in read], model, dev, test)
     total = sum(map(len, dev)) + sum(map(len, test)) + sum(map(len, conflicts.values()))
     done = sum(np.isfinite(a[..., 0]).sum() for a in (found.dev_hits, found.test_hits, found.conflict_hits))
     with keeping(found, out, total, "task-vector", int(done)) as bar:
@@ -172,11 +172,11 @@ def command(argv: Sequence[str]) -> int:
     """`tinymia task-vector`."""
     p = parser("task-vector", "Task vectors: what examples leave behind, put into prompts without examples.", EPILOG)
     task_flags(p, 5)
-    p.add_argument("--dummies", type=whole(1), default=2, metavar="N", help="dummy queries a vector is the mean of (2)")
-    p.add_argument("--n-dev", type=whole(1), default=50, metavar="N", help="queries to choose the layer, at most (50)")
-    p.add_argument("--n-test", type=whole(1), default=50, metavar="N", help="queries to measure on, at most (50)")
+    p.add_argument("--dummies", type=least(1), default=2, metavar="N", help="dummy queries a vector is the mean of (2)")
+    p.add_argument("--n-dev", type=least(1), default=50, metavar="N", help="queries to choose the layer, at most (50)")
+    p.add_argument("--n-test", type=least(1), default=50, metavar="N", help="queries to measure on, at most (50)")
     p.add_argument("--conflict", action="store_true", help="put each task's vector into the other tasks' prompts")
-    p.add_argument("-k", type=whole(1), default=5, metavar="N", help="tokens of the lens (5)")
+    p.add_argument("-k", type=least(1), default=5, metavar="N", help="tokens of the lens (5)")
     args = p.parse_args(argv)
     if args.list:
         return list_tasks(args.json)

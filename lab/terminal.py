@@ -6,10 +6,13 @@ import os
 import shutil
 import sys
 import unicodedata
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from tinymia_files import printable
+from tinymia import Error, Note
+from tinymia_files import note, printable
 
 from .streams import is_terminal
 
@@ -20,6 +23,26 @@ def screen() -> tuple[int, bool]:
     """(columns, whether to colour) of stdout: colours on a terminal, unless NO_COLOR is set (no-color.org)."""
     colour = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return shutil.get_terminal_size((WIDE, 24)).columns, colour
+
+
+@contextmanager
+def notes() -> Iterator[None]:
+    """The engine's Notes become lines on stderr, `note: ...`, each once."""
+    said = set[str]()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(message: Any, category: Any, *where: Any, **more: Any) -> None:
+            line = str(Error(str(message), limit=1000))     # on one line, without what a terminal would obey
+            if not issubclass(category, Note):
+                show(message, category, *where, **more)
+            elif line not in said:
+                said.add(line)
+                note(f"note: {line}")
+
+        warnings.simplefilter("always", Note)
+        warnings.showwarning = tell
+        yield
 
 
 def visible(text: str) -> str:

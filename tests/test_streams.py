@@ -13,8 +13,7 @@ from conftest import shared
 from test_cli import environment
 
 import tinymia
-from tinymia_files import printable
-from tinymia_kernels import note
+from tinymia_files import note, printable
 from tinymia_lab.heatmap import Heatmap
 from tinymia_lab.page import write_page
 from tinymia_lab.progress import Progress
