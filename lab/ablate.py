@@ -30,18 +30,23 @@ from .arguments import chosen, emit, open_model, out_file, parser, prompt_flags,
 from .head_ablation import Layer, ablate_layer, head_outputs, measure, positions
 from .heatmap import Heatmap
 from .in_context import commit, spread
+from .parser import least
 from .progress import keeping
 from .prompt_sets import POOLS, cut_prompts, pooled, read_prompts
 from .result import Result, about, resume
-from .terminal import screen, table, visible
+from .terminal import screen, signed, table, visible
 
 MODES = ("zero", "mean", "resample")
 METRICS = ("logit-difference", "logit", "probability", "kl")    # in the order of measure()
 
 EPILOG = """\
   tinymia ablate -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --answer Tallinn --against Oslo -o heads.html
-  tinymia ablate -p "Egypt -> Cairo, Estonia ->" --mode mean --prompts prompts.txt --metric kl
+  tinymia ablate -p "Egypt -> Cairo, Estonia ->" --mode mean --prompts examples/prompts.txt --metric kl
   tinymia ablate -p "Egypt -> Cairo, Estonia ->" --mode resample --other "Egypt -> Coptic, Estonia ->" --at -1
+A file of prompts has one a line, such as the three of examples/prompts.txt:
+  Norway -> Oslo, Poland ->
+  Italy -> Rome, France ->
+  dog -> dogs, bird ->
 """
 
 
@@ -185,7 +190,7 @@ def heads_table(found: Ablation, metric: str, k: int) -> str:
     rows = [["head", *mark, "says"], ["none", "", *(f"{v:.4g}" for v in found.plain), ""]]
     for il, head in ranked(found, metric)[:k]:
         effect = found.effects[METRICS.index(metric), il, head]
-        rows.append([f"{il}.{head}", f"{effect:+.4f}", *(f"{v:.4g}" for v in found.values[:, il, head]),
+        rows.append([f"{il}.{head}", signed(effect), *(f"{v:.4g}" for v in found.values[:, il, head]),
                      visible(found.best_pieces[il][head])])
     return table(rows)
 
@@ -230,13 +235,16 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--heads", metavar="LIST", help="0,3-5 (default: all)")
     p.add_argument("--metric", choices=METRICS, default=METRICS[0], help="that the table and the picture go by "
                    f"(default {METRICS[0]})")
-    p.add_argument("-k", type=int, default=20, metavar="N", help="heads in the table (20)")
+    p.add_argument("-k", type=least(1), default=20, metavar="N", help="heads in the table (20)")
     args = p.parse_args(argv)
-    if args.k < 1:
-        raise Error(f"-k {args.k}: it must be 1 or more")
+    for mode, flag, given in (("mean", "--prompts FILE", args.prompts), ("resample", "--other TEXT", args.other)):
+        if (args.mode == mode) != (given is not None):
+            word = flag.split()[0]
+            raise Error(f"--mode {mode} needs {flag}" if given is None else f"{word} goes with --mode {mode}")
     prompts = None if args.prompts is None else read_prompts(args.prompts)
     model = open_model(args)
-    found = ablate(model, prompt_ids(args, model), args.answer, args.against, args.mode, prompts=prompts,
+    prompt = prompt_ids(args, model, [*(prompts or ()), args.other or ""])
+    found = ablate(model, prompt, args.answer, args.against, args.mode, prompts=prompts,
                    pool=args.pool, other=args.other, at=args.at, layers=args.layers, heads=args.heads,
                    out=out_file(args))
     picture = heatmap(found, args.metric)

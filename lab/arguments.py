@@ -16,40 +16,31 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 import tinymia
 from tinymia import Error, Model
 from tinymia_engine import indices
-from tinymia_files import check_apart, check_target, place, read_text
+from tinymia_files import check_target, note, read_text
 from tinymia_models import DEFAULT
 
-from .action_flags import Input, Output, Spec
+from .action_flags import Input, Output
 from .heatmap import Heatmap, draw_png
+from .mistakes import find_model
 from .page import page, write_page
+from .parser import Parser, least
+from .prompt_notes import tell_of_prompt, tell_unknown
 from .result import Result, dumps
+from .streams import print_json
 
 RESULTS, PICTURES = (".npz", ".json"), (".png", ".html")    # what -o takes
 Writer = Callable[[Path], None]
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours, and which lets no output be an input or another output."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
-        found, rest = super().parse_known_args(args, namespace)
-        check_outputs(vars(found))
-        return found, rest
-
-    def error(self, message: str) -> NoReturn:
-        raise Error(f"{message} ({self.prog} --help shows the flags)")
-
-
 def model_flags(g: argparse._ActionsContainer) -> None:
     """-m, -t, --numerics."""
     g.add_argument("-m", "--model", type=Input, metavar="FILE",
-                   help=f"GGUF file (default: {DEFAULT}, which is bundled)")
-    g.add_argument("-t", "--threads", type=int, metavar="N", help="default: the physical cores")
+                   help=f"GGUF file, or the name of a bundled model (default: {DEFAULT})")
+    g.add_argument("-t", "--threads", type=least(1), metavar="N", help="default: the physical cores")
     g.add_argument("--numerics", choices=("ggml", "f32"), default="ggml",
                    help="ggml: activations quantised as llama.cpp does (default); f32: float32 throughout")
 
@@ -77,20 +68,6 @@ def parser(command: str, description: str, epilog: str = "", pictures: Sequence[
     return p
 
 
-def check_outputs(given: Mapping[str, Any]) -> None:
-    """Raise Error for an output that is also read, or written twice; several --save may share a file."""
-    def of(kind: type[str], value: Any) -> list[str]:
-        if isinstance(value, (list, tuple)):
-            return [path for one in value for path in of(kind, one)]
-        return of(kind, value.args) if isinstance(value, Spec) else [value] if isinstance(value, kind) else []
-
-    saved = of(Output, given.get("specs", []))
-    written = [path for name, value in given.items() if name != "specs" for path in of(Output, value)]
-    for path in [*written, *saved]:
-        check_target(path, inputs=of(Input, list(given.values())))
-    check_apart([*written, *{place(path): path for path in saved}.values()])
-
-
 def check_file(flag: str, path: str, kinds: Sequence[str]) -> None:
     """Raise Error now for a file that could not be written after a long run."""
     if Path(path).suffix not in kinds:
@@ -109,16 +86,24 @@ def open_model(args: argparse.Namespace) -> Model:
     """The model of -m, after a look at where the results go."""
     for path in args.out:
         check_file("-o", path, args.kinds)
-    if args.model is None:
-        print(f"no -m: the bundled model {DEFAULT} runs", file=sys.stderr)
-    return tinymia.load(args.model, args.threads, args.numerics)
+    return load_model(args)
+
+
+def load_model(args: argparse.Namespace) -> Model:
+    """The model of -m; without it the bundled one, and a line that says so."""
+    path = find_model(args.model)
+    if path is None:
+        note(f"no -m: the bundled model {DEFAULT} runs")
+    return tinymia.load(path, args.threads, getattr(args, "numerics", "ggml"))
 
 
 def read_prompt(args: argparse.Namespace) -> str | None:
     """The text of -p or -f."""
     if args.file is None and args.prompt is not None and sys.getfilesystemencoding() != "utf-8":
-        return os.fsencode(args.prompt).decode("utf-8", "surrogateescape")  # a C locale without Python's UTF-8 mode
+        args.prompt = os.fsencode(args.prompt).decode("utf-8", "surrogateescape")  # a C locale
     if args.file is None:
+        if args.prompt is not None:
+            tell_of_prompt(args.prompt)
         return args.prompt
     if args.prompt is not None:
         raise Error("-p and -f: one prompt at a time")
@@ -126,11 +111,15 @@ def read_prompt(args: argparse.Namespace) -> str | None:
     return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
 
 
-def prompt_ids(args: argparse.Namespace, model: Model) -> str | list[int]:
-    """The prompt that must be there: its text, or ids where --no-bos or --no-special say how it is cut."""
+def prompt_ids(args: argparse.Namespace, model: Model, others: Sequence[str] = ()) -> str | list[int]:
+    """The prompt that must be there: its text, or ids where --no-bos or --no-special say how it is cut.
+
+    A note names the words of it, and of the other prompts of the command, that the bundled model does not know.
+    """
     prompt = read_prompt(args)
     if prompt is None:
         raise Error("no prompt: give one with -p or -f")
+    tell_unknown(model, [prompt, *others])
     if args.no_bos or args.no_special:
         return model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
     return prompt
@@ -168,5 +157,8 @@ def emit(args: argparse.Namespace, result: Result, text: str, picture: Heatmap |
     }
     for path in args.out:
         draw[Path(path).suffix](Path(path))
-    print(dumps(result.to_json()) if args.json else text)
+    if args.json:
+        print_json(dumps(result.to_json()))
+    else:
+        print(text)
     return 0

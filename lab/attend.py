@@ -25,6 +25,7 @@ from .attention_page import check_size, viewer
 from .draw import draw
 from .heatmap import Heatmap, draw_png
 from .page import page, write_page
+from .parser import least
 from .progress import keeping
 from .result import Result, about, describe, resume
 from .terminal import screen, table, visible
@@ -215,7 +216,7 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--layers", metavar="LIST", help="whose patterns are kept and drawn: 0,3-5 (default: all)")
     p.add_argument("--heads", metavar="LIST", help="of these layers: 0,3-5 (default: all)")
     p.add_argument("--scores", type=Output, metavar="FILE.png", help="draw the heads' scores, layer x head, there")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random tokens that repeat (default 0)")
+    p.add_argument("--seed", type=least(0), default=0, metavar="N", help="of the random tokens that repeat (default 0)")
     patch_flags(p.add_argument_group("patch"))
     change_flags(p.add_argument_group("change"))
     args = p.parse_args(argv)

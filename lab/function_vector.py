@@ -32,11 +32,12 @@ from .head_effects import Prompts, draw_prompts, head_effects, head_outputs, mea
 from .heatmap import Heatmap
 from .in_context import commit, spread
 from .page import page, write_page
+from .parser import least
 from .progress import keeping
 from .result import Result, about, resume
 from .task_files import Task, check_counts, read_tasks
 from .task_flags import list_tasks, task_flags, tasks_of, tell_answers
-from .terminal import screen, table
+from .terminal import screen, signed, table
 
 EPILOG = """\
 TASK is a name (--list) or a JSON file: [["France", "Paris"], ...] or {"template": "{x} -> {y}", "pairs": [...]}.
@@ -142,7 +143,7 @@ def tables(found: FunctionVector) -> list[str]:
     if known:
         parts.append(f"{', '.join(known)}: answered with shuffled examples as well as with right ones. The labels "
                      "alone tell the task,\nso that giving a head its mean cannot help, and its effect says little.")
-    heads = [[f"{il}.{head}", f"{found.effects[il, head]:+.4f}"] for il, head in found.heads]
+    heads = [[f"{il}.{head}", signed(found.effects[il, head])] for il, head in found.heads]
     return [*parts, "heads of the vector\n" + table([["head", "effect"], *heads])]
 
 
@@ -151,7 +152,7 @@ def heatmaps(found: FunctionVector) -> list[Heatmap]:
     layers = [str(il) for il in range(len(found.effects))]
     heads = Heatmap(found.effects, layers, [str(h) for h in range(found.effects.shape[1])],
                     "causal indirect effect of each head (probability of the answer)", "head", "layer",
-                    "change of probability", [[f"{v:+.3f}" for v in row] for row in found.effects], diverging=True,
+                    "change of probability", [[signed(v, 3) for v in row] for row in found.effects], diverging=True,
                     upward=True)
     return [heads, *(Heatmap(chart.values, found.tasks, layers, chart.title, "layer", "task", "accuracy",
                              limits=(0.0, 1.0)) for chart in charts(found))]
@@ -168,10 +169,10 @@ def command(argv: Sequence[str]) -> int:
     """`tinymia function-vector`."""
     p = parser("function-vector", "Function vectors: the heads that carry a task, and what they write.", EPILOG)
     task_flags(p, 10)
-    p.add_argument("--top", type=int, default=10, metavar="N", help="heads in the vector (10)")
-    p.add_argument("--n-mean", type=int, default=100, metavar="N", help="prompts for the mean head outputs (100)")
-    p.add_argument("--n-effect", type=int, default=25, metavar="N", help="shuffled prompts for the effects (25)")
-    p.add_argument("--n-test", type=int, default=50, metavar="N", help="test queries, at most (50)")
+    p.add_argument("--top", type=least(1), default=10, metavar="N", help="heads in the vector (10)")
+    p.add_argument("--n-mean", type=least(1), default=100, metavar="N", help="prompts for the mean head outputs (100)")
+    p.add_argument("--n-effect", type=least(1), default=25, metavar="N", help="shuffled prompts for the effects (25)")
+    p.add_argument("--n-test", type=least(1), default=50, metavar="N", help="test queries, at most (50)")
     args = p.parse_args(argv)
     if args.list:
         return list_tasks(args.json)

@@ -22,6 +22,7 @@ from .action_flags import change_flags, patch_flags, read_actions
 from .answers import log_softmax, token_of
 from .arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
 from .heatmap import Heatmap
+from .parser import least
 from .progress import keeping
 from .result import Result, about, describe, resume
 from .terminal import screen, table, visible
@@ -225,7 +226,7 @@ def command(argv: Sequence[str]) -> int:
     prompt_flags(p)
     p.add_argument("--tensor", action="append", metavar="NAME",
                    help="any of n_embd numbers a row (default l_out); more than once")
-    p.add_argument("-k", type=int, default=5, metavar="K", help="best tokens that are kept (default 5)")
+    p.add_argument("-k", type=least(1), default=5, metavar="K", help="best tokens that are kept (default 5)")
     p.add_argument("--score", choices=("raw", "logit", "prob"), default="logit",
                    help="raw: norm weight only, as the post; logit: the whole final norm (default); prob: its softmax")
     p.add_argument("--target", metavar="TEXT", help="an answer, or #id: its rank and probability everywhere")

@@ -12,9 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tinymia_files import note
 from tinymia_kernels import compiling
 
 from .result import Result
+from .streams import is_terminal
 
 EVERY = 30.0    # seconds between two savings of what is done
 
@@ -26,7 +28,7 @@ class Progress:
         """`done` of the `total` steps were made by an earlier run."""
         self.total, self.name, self.done, self.before = total, name, done, done
         self.begun = self.last = time.monotonic()
-        self.live = sys.stderr.isatty()
+        self.live = is_terminal(sys.stderr)
 
     def step(self, n: int = 1) -> None:
         """Say that n more steps are done."""
@@ -34,7 +36,7 @@ class Progress:
         now = time.monotonic()
         if self.live and (now - self.last >= 0.1 or self.done == self.total):
             self.last = now
-            print(f"\r{self.line(now - self.begun)}\x1b[K", end="", file=sys.stderr, flush=True)
+            note(f"\r{self.line(now - self.begun)}\x1b[K", end="")
 
     def line(self, seconds: float) -> str:
         """What the bar says after so many seconds."""
@@ -45,7 +47,7 @@ class Progress:
     def clear(self) -> None:
         """Take the bar away."""
         if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            note("\r\x1b[K", end="")
 
     def __enter__(self) -> Progress:
         return self
@@ -130,5 +132,5 @@ def keeping(result: Result, path: str | Path | None, total: int, name: str, done
             if path is None:
                 kept = "nothing is kept: with -o FILE.npz the same command would go on from there"
             bar.clear()
-            print(f"{name}: stopped at {bar.done} of {total}; {kept}", file=sys.stderr)
+            note(f"{name}: stopped at {bar.done} of {total}; {kept}")
             raise

@@ -26,6 +26,7 @@ from .charts import BLUE, GREEN, GREY, Chart, draw_png
 from .heatmap import Heatmap
 from .in_context import commit, spread
 from .page import page, write_page
+from .parser import least
 from .progress import keeping
 from .result import Result, about, resume
 from .task_files import Task, check_counts, read_tasks
@@ -171,11 +172,11 @@ def command(argv: Sequence[str]) -> int:
     """`tinymia task-vector`."""
     p = parser("task-vector", "Task vectors: what examples leave behind, put into prompts without examples.", EPILOG)
     task_flags(p, 5)
-    p.add_argument("--dummies", type=int, default=2, metavar="N", help="dummy queries a vector is the mean of (2)")
-    p.add_argument("--n-dev", type=int, default=50, metavar="N", help="queries to choose the layer, at most (50)")
-    p.add_argument("--n-test", type=int, default=50, metavar="N", help="queries to measure on, at most (50)")
+    p.add_argument("--dummies", type=least(1), default=2, metavar="N", help="dummy queries a vector is the mean of (2)")
+    p.add_argument("--n-dev", type=least(1), default=50, metavar="N", help="queries to choose the layer, at most (50)")
+    p.add_argument("--n-test", type=least(1), default=50, metavar="N", help="queries to measure on, at most (50)")
     p.add_argument("--conflict", action="store_true", help="put each task's vector into the other tasks' prompts")
-    p.add_argument("-k", type=int, default=5, metavar="N", help="tokens of the lens (5)")
+    p.add_argument("-k", type=least(1), default=5, metavar="N", help="tokens of the lens (5)")
     args = p.parse_args(argv)
     if args.list:
         return list_tasks(args.json)

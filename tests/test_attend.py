@@ -152,7 +152,7 @@ def test_command_prints_scores(capsys, found):
     out = capsys.readouterr().out
     best = np.unravel_index(found.previous.argmax(), found.previous.shape)
     line = next(line for line in out.splitlines() if line.startswith("to the token before"))
-    assert line.split()[4] == f"{best[0]}.{best[1]}" and out.count("layer 0") == 4
+    assert line.split()[4] == f"{best[0]}.{best[1]}" and out.count("layer \\ head 0") == 4
 
 
 def test_command_prints_one_heads_pattern(capsys):
