@@ -3,7 +3,7 @@
     matmul.py      products with weights as they lie in the file, and unpacking rows    } what Python calls:
     attention.py   scores, softmax, weighted sums, and all of it in one                 } arrays are checked, prepared
     ops.py         RMS norm, rotary positions, SiLU                                     } and handed to the threads
-    sampling.py    a token from logits
+    arithmetic.py  the functions of tinymia.py's arithmetic, by all of these
     format.py      the register of block formats
     formats/       one class per block format: where its bits lie, and the few functions that read them
     products/      the loops that formats are put into, by family: floats, blocks of 32, superblocks of 256;
@@ -15,6 +15,7 @@ Whoever wants to know how a product with Q4_K is computed reads formats/k_quants
 superblock_sums.py, and products/loops.py around them. `python -m tinymia_kernels Q4_K` prints the parts as a tree.
 """
 
+from .arithmetic import Arithmetic
 from .attention import attention, kq, kqv, soft_max, store_keys, store_values
 from .format import FORMATS, Format, register
 from .formats import expanded
@@ -22,12 +23,11 @@ from .machine.jit import announce_done, compiling
 from .machine.threads import Pool, physical_cores
 from .matmul import dequantize, get_rows, matmul, matmul_several
 from .ops import rms_norm, rope, rope_angles, silu
-from .sampling import Sampler, softmax
 
 EXPANDED = expanded.EXPANDED.format
 
 __all__ = [
-    "EXPANDED", "FORMATS", "Format", "Pool", "Sampler", "announce_done", "attention", "compiling", "dequantize",
+    "EXPANDED", "FORMATS", "Arithmetic", "Format", "Pool", "announce_done", "attention", "compiling", "dequantize",
     "get_rows", "kq", "kqv", "matmul", "matmul_several", "physical_cores", "register", "rms_norm", "rope",
-    "rope_angles", "silu", "soft_max", "softmax", "store_keys", "store_values",
+    "rope_angles", "silu", "soft_max", "store_keys", "store_values",
 ]  # fmt: skip

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from tinymia import Error, Model
+from tinymia_engine import best, indices, is_mask
 
 from .action_flags import integers
-from .answers import answer_token
+from .answers import token_of
 from .arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
 from .head_ablation import Layer, ablate_layer, head_outputs, measure, positions
 from .heatmap import Heatmap
@@ -93,7 +94,8 @@ def ablate(
     """
     c = model.config
     _check(mode, pool, prompts, other)
-    ids = model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+    ids = model.ids(prompt)
+    at = at if at is None or not is_mask(at) else indices(at, "position", len(ids)).tolist()
     rows = positions(at, len(ids), "the prompt")
     wanted, which = chosen(layers, c.n_layer, "layer"), chosen(heads, c.n_head, "head")
     given = cut_prompts(model, prompts, "mean's") if prompts is not None else []
@@ -103,9 +105,9 @@ def ablate(
     cache = model.cache()
     run = model.run(ids, keep=["inp_embd", "l_out"], logits="last", cache=cache)
     plain = run.logits[-1]
-    by_score = np.argsort(-plain, kind="stable")
-    token = int(by_score[0]) if answer is None else _token(model, answer, prompt)
-    rival = next(int(i) for i in by_score if i != token) if against is None else _token(model, against, prompt)
+    two = best(plain, 2)
+    token = int(two[0]) if answer is None else token_of(model, answer, prompt)
+    rival = next(int(i) for i in two if i != token) if against is None else token_of(model, against, prompt)
     if token == rival:
         raise Error(f"the answer and what it is against are the same token: {model.piece(token)!r}")
     settings = {"mode": mode, "answer": token, "against": rival, "pool": pool, "at": at, "layers": wanted,
@@ -147,13 +149,6 @@ def _check(mode: str, pool: str, prompts: Any, other: Any) -> None:
         raise Error("mode mean goes with a set of prompts to take the mean over, and no other mode does")
     if (mode == "resample") != (other is not None):
         raise Error("mode resample goes with another prompt to take the heads' outputs from, and no other mode does")
-
-
-def _token(model: Model, answer: str | int, prompt: str | Sequence[int]) -> int:
-    token = answer_token(model, answer, prompt) if isinstance(answer, str) else int(answer)
-    if not 0 <= token < model.config.n_vocab:
-        raise Error(f"answer #{token} is out of range: the model has {model.config.n_vocab} tokens")
-    return token
 
 
 def _nothing(note: dict[str, Any], model: Model, ids: list[int], answer: int, against: int, plain: Any) -> Ablation:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinymia import Cache, Context, Error, Model, Replace
+from tinymia_engine import indices
 
 from .answers import kl, logit_difference, probability
 from .branches import ROWS, Branches
@@ -56,7 +57,7 @@ def measure(row: np.ndarray, plain: np.ndarray, answer: int, against: int) -> li
 
 def positions(at: int | Sequence[int] | None, n_tok: int, whose: str) -> np.ndarray:
     """Positions from 0, each once, intp; negative ones count from the end. Raises Error."""
-    wanted = np.arange(n_tok) if at is None else np.atleast_1d(np.asarray(at, np.intp))
+    wanted = np.arange(n_tok) if at is None else indices(at, "position", n_tok)
     rows = np.where(wanted < 0, wanted + n_tok, wanted)
     for i, row in zip(wanted.tolist(), rows):
         if not 0 <= row < n_tok:

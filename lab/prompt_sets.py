@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,24 +10,16 @@ import numpy as np
 
 import tinymia
 from tinymia import Error, Model
+from tinymia_engine import given
+from tinymia_files import read_text
 
 POOLS = ("last", "mean")    # of a prompt's rows: the last token's, or the mean over tokens
 
 
-def read_text(path: str | Path, what: str) -> str:
-    """The text of a file; Error when `what` ("the prompt is") not valid UTF-8, or unreadable."""
-    try:
-        return Path(path).expanduser().read_text("utf-8")
-    except UnicodeDecodeError as e:
-        raise Error(f"{path}: {what} not valid UTF-8 at byte {e.start}") from e
-    except OSError as e:
-        raise Error(f"{path}: {e.strerror or e}") from e
-
-
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file, one a line; empty lines do not count. Raises Error."""
-    text = read_text(path, "the prompts are")
-    prompts = [line for line in text.split("\n") if line.strip()]   # Python's text mode has made all line ends \n
+    """The prompts of a file, one a line, whatever the line ends; empty lines do not count. Raises Error."""
+    lines = re.split("\r\n|\r|\n", read_text(path, "the prompts"))
+    prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise Error(f"{path}: no prompts: it takes one a line")
     return prompts
@@ -36,7 +29,7 @@ def cut_prompts(model: Model, prompts: Sequence[str | Sequence[int]], what: str)
     """Ids of each prompt. Raises Error, which names the set and the prompt, where one does not fit the context."""
     if isinstance(prompts, str) or not len(prompts):
         raise Error(f"the {what} prompts are a list of one or more")
-    cut = [model.tokenize(p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+    cut = [given.token_ids(model.tokenize(p) if isinstance(p, str) else p, model.config.n_vocab) for p in prompts]
     for i, ids in enumerate(cut):
         if not 0 < len(ids) <= model.config.n_ctx:
             raise Error(f"prompt {i + 1} of the {what} prompts has {len(ids)} tokens; it must have 1 to "

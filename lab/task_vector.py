@@ -86,7 +86,7 @@ def task_vector(
     settings = {"tasks": [t.name for t in read], "task": {t.name: t.settings(n) for t, n in zip(read, n_shots)},
                 "dummies": dummies, "n_dev": n_dev, "n_test": n_test, "conflict": conflict, "seed": seed, "k": k}
     note = about(model, "task-vector", settings, full=[t[0].full.ids for t in test], bare=[t[0].bare.ids for t in test])
-    found = resume(out, note, TaskVector) or _nothing(note, [t.name for t in read], model, dev, test)
+    found = resume(out, note, TaskVector, tasks) or _nothing(note, [t.name for t in read], model, dev, test)
     total = sum(map(len, dev)) + sum(map(len, test)) + sum(map(len, conflicts.values()))
     done = sum(np.isfinite(a[..., 0]).sum() for a in (found.dev_hits, found.test_hits, found.conflict_hits))
     with keeping(found, out, total, "task-vector", int(done)) as bar:

@@ -12,6 +12,7 @@ folder, never beside the sources. And a folder that cannot be written is said on
 import hashlib
 import os
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -25,19 +26,37 @@ PORTABLE = os.environ.get("TINYMIA_PORTABLE", "0") not in ("", "0")  # tests: no
 
 
 def cache_folder() -> Path:
-    """The folder of compiled kernels: `$NUMBA_CACHE_DIR/tinymia`, or `tinymia/kernels` in the user's cache folder."""
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    """The folder of compiled kernels: `$NUMBA_CACHE_DIR/tinymia`, or `tinymia/kernels` in the user's cache folder.
+
+    A user without a home folder (a container's unknown uid) gets one in the folder for temporary files.
+    """
+    chosen, home = os.environ.get("NUMBA_CACHE_DIR"), os.path.expanduser("~")
     if chosen:
-        return Path(chosen) / "tinymia"
-    if os.environ.get("XDG_CACHE_HOME"):
-        base = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
-        base = Path(os.environ["LOCALAPPDATA"])
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.path.expanduser("~")) / ".cache"
+        chosen = os.path.expanduser(chosen)
+        return Path(chosen) / "tinymia" if not chosen.startswith("~") else _temporary()
+    named = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "")
+    if os.path.isabs(named):  # the XDG specification: a relative path is to be ignored
+        return Path(named) / "tinymia" / "kernels"
+    if not os.path.isabs(home):
+        return _temporary()
+    base = Path(home) / "Library" / "Caches" if sys.platform == "darwin" else Path(home) / ".cache"
     return base / "tinymia" / "kernels"
+
+
+def _temporary() -> Path:
+    """This user's folder in the one for temporary files; a path that can never be, unless it is the user's alone.
+
+    What lies in it is run. Somebody else could have made a folder of that name.
+    """
+    folder = Path(tempfile.gettempdir()) / f"tinymia-{os.getuid() if hasattr(os, 'getuid') else ''}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = os.lstat(folder)
+        if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & 0o022):
+            raise PermissionError
+    except OSError:
+        return Path(os.devnull) / "no folder of this user's own"
+    return folder / "kernels"
 
 
 def source_stamp(folder: Path) -> str:
@@ -95,7 +114,13 @@ class _Cache(FunctionCache):
 
     def save_overload(self, sig, data):
         try:
-            super().save_overload(sig, data)
+            try:
+                super().save_overload(sig, data)
+            except OSError:
+                raise
+            except Exception:  # the index is damaged, cut by a full disk for one: a new one takes its place
+                self.flush()
+                super().save_overload(sig, data)
         except Exception as error:
             if not _Cache.said:
                 _Cache.said = True
@@ -147,8 +172,15 @@ def announce_done() -> None:
 
 
 def inline(function):
-    """A part of kernels, compiled into them."""
-    return numba.njit(nogil=True, error_model="numpy")(function)
+    """A part of kernels, compiled into them.
+
+    Also under NUMBA_DISABLE_JIT (debuggers, coverage): much of a kernel stands for instructions that Python has not.
+    """
+    disabled, config.DISABLE_JIT = config.DISABLE_JIT, 0
+    try:
+        return numba.njit(nogil=True, error_model="numpy")(function)
+    finally:
+        config.DISABLE_JIT = disabled
 
 
 def kernel(function):
