@@ -25,10 +25,10 @@ class Arithmetic:
     def __init__(self, threads: int | None, numerics: str):
         self.pool, self.numerics = Pool(threads), numerics
         self.threads = self.pool.n
-        self.alone: bool | None = None  # see attention.py
+        self.alone: bool | None = None  # a pass of one token is recognised by its one row
 
-    def of_several(self) -> "Arithmetic":
-        """The same arithmetic for rows of a pass of several tokens, also where a function is given a single one."""
+    def several(self) -> "Arithmetic":
+        """The same functions for a row that is one of several in its pass: ggml sums a token by itself otherwise."""
         other = copy.copy(self)
         other.alone = False
         return other
