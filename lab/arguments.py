@@ -38,12 +38,13 @@ class Parser(argparse.ArgumentParser):
         raise Error(f"{message} ({self.prog} --help shows the flags)")
 
 
-def model_flags(g: argparse._ActionsContainer) -> None:
-    """-m, -t, --numerics."""
+def model_flags(g: argparse._ActionsContainer, numerics: str = "ggml") -> None:
+    """-m, -t, --numerics and what holds without it."""
     g.add_argument("-m", "--model", metavar="FILE", help=f"GGUF file (default: {DEFAULT}, which is bundled)")
     g.add_argument("-t", "--threads", type=int, metavar="N", help="default: the physical cores")
-    g.add_argument("--numerics", choices=("ggml", "f32"), default="ggml",
-                   help="ggml: activations quantised as llama.cpp does (default); f32: float32 throughout")
+    g.add_argument("--numerics", choices=("ggml", "f32"), default=numerics,
+                   help="ggml: activations quantised as llama.cpp does; f32: float32 throughout; "
+                        f"default: {numerics}")
 
 
 def prompt_flags(g: argparse._ActionsContainer) -> None:
@@ -54,12 +55,18 @@ def prompt_flags(g: argparse._ActionsContainer) -> None:
     g.add_argument("--no-special", action="store_true", help="take <s> and the like in the prompt as plain text")
 
 
-def parser(command: str, description: str, epilog: str = "", pictures: Sequence[str] = PICTURES) -> Parser:
-    """The flags that every command of the lab has; `pictures` are the kinds that it draws."""
+def parser(
+    command: str, description: str, epilog: str = "", pictures: Sequence[str] = PICTURES, numerics: str = "f32"
+) -> Parser:
+    """The flags that every command of the lab has; `pictures` are the kinds that it draws.
+
+    The lab computes in float32 where nothing else is asked for: the rounding of ggml's numerics is as large as many
+    effects that are looked for.
+    """
     p = Parser(f"tinymia {command}", description=description, epilog=epilog, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.set_defaults(specs=[], kinds=(*RESULTS, *pictures))
-    model_flags(p)
+    model_flags(p, numerics)
     drawn = f"; {', '.join(pictures)} the picture" if pictures else ""
     p.add_argument("-o", "--out", action="append", default=[], metavar="FILE",
                    help=f".npz or .json keeps the result, and long work goes on from there{drawn}; more than once")

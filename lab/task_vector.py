@@ -3,7 +3,11 @@
 The vector theta_L of some demonstrations is l_out-L at the last token of a prompt that ends with a dummy query, or its
 mean over several. Put in place of l_out-L at the last token of a bare query, it makes the model do the task. Each query
 has demonstrations and dummies of its own, drawn from the other pairs; the layer is chosen on one half of the queries,
-and all accuracies are measured on the other.
+and all accuracies are measured on the other. With `add` one vector per task is added instead: theta minus the bare
+query's own row, averaged over the first half.
+
+Where the model's file adds no BOS, the word that a bare query asks about would stand at position 0 and be lost in the
+attention sink (sinks.py): then the token in front of every prompt that keeps words apart best is chosen by measurement.
 
 Source: Hendel, Geva, Globerson, In-Context Learning Creates Task Vectors (2023), arXiv 2310.15916.
 """
@@ -12,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -28,9 +32,20 @@ from .in_context import commit, spread
 from .page import page, write_page
 from .progress import keeping
 from .result import Result, about, resume
+from .sinks import front, tell_front
 from .task_files import Task, check_counts, read_tasks
 from .task_flags import list_tasks, task_flags, tasks_of, tell_answers
-from .task_trials import Trial, conflict_prompts, conflict_trial, dev_trial, draw, make_trial, measure_trial
+from .task_trials import (
+    Trial,
+    add_trial,
+    conflict_prompts,
+    conflict_trial,
+    dev_trial,
+    difference,
+    draw,
+    make_trial,
+    measure_trial,
+)
 from .terminal import screen, table, visible
 
 EPILOG = """\
@@ -38,6 +53,10 @@ TASK is a name (--list) or a JSON file: [["France", "Paris"], ...] or {"template
   tinymia task-vector copycat-capital copycat-language copycat-past --conflict -o capitals.png
   tinymia task-vector -m llama2.gguf country-capital antonyms en-fr --template hendel -o run.npz
 """
+NO_LAYER = """\
+on the development queries the vector gives no more right answers at any layer than the bare query alone.
+Where `regular` is low too, the model does not do the task with examples either. Otherwise the template may not suit the
+model (--template), or the query's word may be lost in the attention sink at position 0 (--bos)."""
 
 
 @dataclass
@@ -46,13 +65,18 @@ class TaskVector(Result):
 
     tasks: list[str]
     by_layer: np.ndarray        # float64 [n_task, n_layer]: accuracy with the vector on the development queries
-    layer: np.ndarray           # float64 [n_task]: the best of these, the lowest where several tie
+    baseline: np.ndarray        # float64 [n_task]: accuracy of the same queries without it
+    layer: np.ndarray           # float64 [n_task]: the best of by_layer, the lowest where several tie
     accuracy: np.ndarray        # float64 [n_task, 3]: baseline, vector at that layer, regular, on the test queries
+    probability: np.ndarray     # float64 [n_task, 3]: of the answer, mean over the test queries
+    rank: np.ndarray            # float64 [n_task, 3]: of the answer, from 1, median
     conflict: np.ndarray        # float64 [n_task, n_task, 4]: prompt of a task, vector of another; see `conflict_hits`
-    vectors: np.ndarray         # float64 [n_task, n_layer, n_embd]: mean theta of the development queries
+    vectors: np.ndarray         # float64 [n_task, n_layer, n_embd]: mean theta of the development queries;
+                                # with `add`, less the mean of their own rows
+    n_vectors: np.ndarray       # float64 [n_task]: queries in that mean so far
     lens: list[list[dict[str, Any]]]    # of each task: {"layer", "best": [[piece, probability], ...]}
-    dev_hits: np.ndarray        # float64 [n_task, n_dev, n_layer], 0 or 1
-    test_hits: np.ndarray       # float64 [n_task, n_test, 3]
+    dev_hits: np.ndarray        # float64 [n_task, n_dev, 1 + n_layer], 0 or 1: bare, then with the vector at each layer
+    tests: np.ndarray           # float64 [n_task, n_test, 3, 3]: right, probability, rank; as in `accuracy`
     conflict_hits: np.ndarray   # float64 [n_task, n_task, n_test, 4]: the prompt unchanged, share of answers of its
                                 # own task, of the other; with the other's vector, of its own task, of the other
 
@@ -60,18 +84,21 @@ class TaskVector(Result):
 def task_vector(
     model: Model, tasks: str | Path | Task | Sequence[str | Path | Task], *, shots: int | None = None, dummies: int = 2,
     n_dev: int = 50, n_test: int = 50, conflict: bool = False, template: str | None = None,
-    separator: str | None = None, score: str | None = None, seed: int = 0, k: int = 5,
-    executor: Executor | None = None, out: str | Path | None = None,
+    separator: str | None = None, score: str | None = None, prefix: str | None = None, bos: int | str | None = "auto",
+    add: bool = False, seed: int = 0, k: int = 5, executor: Executor | None = None,
+    out: str | Path | None = None,
 ) -> TaskVector:
     """Task vectors of tasks, by name, by file or as read: accuracies, vectors, what they say through the lens.
 
     shots: demonstrations, 5 unless the task says otherwise; dummies: dummy queries a vector; n_dev, n_test: queries, at
     most half of the pairs and the rest; conflict: put each task's vector into the other tasks' prompts; template,
-    separator, score: as in `read_task`; k: tokens of the lens. An executor's workers get a query at a time. `out`, a
-    .npz or .json file, keeps what is done of a stopped run, and the same call goes on from there. Raises Error.
+    separator, score, prefix: as in `read_task`; bos: as in `sinks.front`; add: add a difference of means instead of
+    putting theta in; k: tokens of the lens. An executor's workers get a query at a time. `out`, a .npz or .json file,
+    keeps what is done of a stopped run, and the same call goes on from there. Raises Error.
     """
     check_counts(seed, shots=shots, dummies=dummies, n_dev=n_dev, n_test=n_test, k=k)
-    read = read_tasks(tasks, template, separator, score)
+    first = front(model, bos)
+    read = [replace(task, front=first) for task in read_tasks(tasks, template, separator, score, prefix)]
     n_shots = [shots or task.shots or 5 for task in read]
     drawn = [draw(task, n, dummies, n_dev, n_test, seed) for task, n in zip(read, n_shots)]
     dev, test = ([[make_trial(model, task, d) for d in part[i]] for task, part in zip(read, drawn)] for i in (0, 1))
@@ -84,29 +111,42 @@ def task_vector(
             raise Error("a conflict test takes two tasks that give the same queries different answers: "
                         f"{', '.join(task.name for task in read)} have none")
     settings = {"tasks": [t.name for t in read], "task": {t.name: t.settings(n) for t, n in zip(read, n_shots)},
-                "dummies": dummies, "n_dev": n_dev, "n_test": n_test, "conflict": conflict, "seed": seed, "k": k}
+                "dummies": dummies, "n_dev": n_dev, "n_test": n_test, "conflict": conflict, "add": add, "seed": seed,
+                "k": k}
     note = about(model, "task-vector", settings, full=[t[0].full.ids for t in test], bare=[t[0].bare.ids for t in test])
     found = resume(out, note, TaskVector) or _nothing(note, [t.name for t in read], model, dev, test)
-    total = sum(map(len, dev)) + sum(map(len, test)) + sum(map(len, conflicts.values()))
-    done = sum(np.isfinite(a[..., 0]).sum() for a in (found.dev_hits, found.test_hits, found.conflict_hits))
+    total = sum(map(len, dev)) * (2 if add else 1) + sum(map(len, test)) + sum(map(len, conflicts.values()))
+    done = sum(np.isfinite(a[..., 0]).sum() for a in (found.dev_hits, found.tests[..., 0], found.conflict_hits))
+    done += found.n_vectors.sum() if add else 0
     with keeping(found, out, total, "task-vector", int(done)) as bar:
         for i in range(len(read)):
+            n = int(found.n_vectors[i])
+            for j, x in enumerate(spread(model, difference if add else dev_trial, dev[i][n:], executor), n):
+                all_hits, vectors, n_vectors = found.dev_hits.copy(), found.vectors.copy(), found.n_vectors.copy()
+                if not add:
+                    all_hits[i, j], x = x
+                vectors[i], n_vectors[i] = x if j == 0 else vectors[i] + (x - vectors[i]) / (j + 1), j + 1
+                commit(found, dev_hits=all_hits, vectors=vectors, n_vectors=n_vectors)
+                bar.step()
             n = int(np.isfinite(found.dev_hits[i, :, 0]).sum())
-            for j, (hits, theta) in enumerate(spread(model, dev_trial, dev[i][n:], executor), n):
-                all_hits, vectors = found.dev_hits.copy(), found.vectors.copy()
-                all_hits[i, j], vectors[i] = hits, theta if j == 0 else vectors[i] + (theta - vectors[i]) / (j + 1)
-                commit(found, dev_hits=all_hits, vectors=vectors)
+            items = [(trial, found.vectors[i]) for trial in dev[i][n:]]     # none is left where theta was put in
+            for j, hits in enumerate(spread(model, add_trial, items, executor), n):
+                found.dev_hits[i, j] = hits
                 bar.step()
-            found.by_layer[i] = found.dev_hits[i, : len(dev[i])].mean(0)
+            found.baseline[i], *found.by_layer[i] = found.dev_hits[i, : len(dev[i])].mean(0)
             found.layer[i] = best = int(found.by_layer[i].argmax())
-            n = int(np.isfinite(found.test_hits[i, :, 0]).sum())
-            for j, hits in enumerate(spread(model, measure_trial, [(t, best) for t in test[i][n:]], executor), n):
-                found.test_hits[i, j] = hits
+            added = found.vectors[i, best] if add else None
+            n = int(np.isfinite(found.tests[i, :, 0, 0]).sum())
+            for j, x in enumerate(spread(model, measure_trial, [(t, best, added) for t in test[i][n:]], executor), n):
+                found.tests[i, j] = x
                 bar.step()
-            found.accuracy[i] = found.test_hits[i, : len(test[i])].mean(0)
+            done_tests = found.tests[i, : len(test[i])]
+            found.accuracy[i], found.probability[i] = done_tests[:, 0].mean(0), done_tests[:, 1].mean(0)
+            found.rank[i] = np.median(done_tests[:, 2], axis=0)
         for (a, b), items in conflicts.items():
             n = int(np.isfinite(found.conflict_hits[a, b, :, 0]).sum())
-            layered = [(*item, int(found.layer[b])) for item in items[n:]]
+            best = int(found.layer[b])
+            layered = [(*item, best, found.vectors[b, best] if add else None) for item in items[n:]]
             for j, hits in enumerate(spread(model, conflict_trial, layered, executor), n):
                 found.conflict_hits[a, b, j] = hits
                 bar.step()
@@ -126,22 +166,36 @@ def _nothing(
 ) -> TaskVector:
     """A result with nothing done."""
     n, c, n_dev, n_test = len(tasks), model.config, max(map(len, dev)), max(map(len, test))
-    shapes = ((n, c.n_layer), (n,), (n, 3), (n, n, 4), (n, c.n_layer, c.n_embd)), (
-        (n, n_dev, c.n_layer), (n, n_test, 3), (n, n, n_test, 4))
+    shapes = ((n, c.n_layer), (n,), (n,), (n, 3), (n, 3), (n, 3), (n, n, 4), (n, c.n_layer, c.n_embd)), (
+        (n, n_dev, 1 + c.n_layer), (n, n_test, 3, 3), (n, n, n_test, 4))
     tables, hits = ([np.full(shape, np.nan) for shape in part] for part in shapes)
-    return TaskVector(note, tasks, *tables, [], *hits)
+    return TaskVector(note, tasks, *tables, np.zeros(n), [], *hits)
+
+
+def no_layer(found: TaskVector) -> list[int]:
+    """The tasks for which no layer does better than the bare query does without the vector, on development queries."""
+    return [i for i, (row, alone) in enumerate(zip(found.by_layer, found.baseline)) if not row.max() > alone]
 
 
 def tables(found: TaskVector) -> list[str]:
     """What was found, as text: accuracies, the lens, the conflict test."""
-    counts = [[int(np.isfinite(a[i, :, 0]).sum()) for a in (found.dev_hits, found.test_hits)]
+    counts = [[int(np.isfinite(a[i, :, 0]).sum()) for a in (found.dev_hits, found.tests[..., 0])]
               for i in range(len(found.tasks))]
-    parts = [table([["task", "dev", "test", "layer", "baseline", "vector", "regular"], *(
-        [name, *count, int(best), *(f"{a:.2f}" for a in row)]
-        for name, count, best, row in zip(found.tasks, counts, found.layer, found.accuracy))])]
-    parts.append("the mean vector through the lens\n" + table([
-        [name, f"l_out-{one['layer']}", " | ".join(f"{visible(piece)} {p:.2f}" for piece, p in one["best"])]
-        for name, lens in zip(found.tasks, found.lens) for one in lens]))
+    none, what = no_layer(found), ["baseline", "vector", "regular"]
+    rows = [[name, *count, "-" if i in none else int(found.layer[i]), *(f"{a:.2f}" for a in found.accuracy[i])]
+            for i, (name, count) in enumerate(zip(found.tasks, counts))]
+    if len(rows) > 1:
+        rows.append(["mean", "", "", "", *(f"{a:.2f}" for a in found.accuracy.mean(0))])
+    parts = [table([["task", "dev", "test", "layer", *what], *rows])]
+    if none:
+        parts.append(f"-: {', '.join(found.tasks[i] for i in none)}: {NO_LAYER}")
+    parts.append("probability of the answer (mean), and its rank (median)\n" + table([
+        ["task", *what, *what], *([name, *(f"{p:.3f}" for p in ps), *(f"{r:g}" for r in ranks)]
+                                  for name, ps, ranks in zip(found.tasks, found.probability, found.rank))]))
+    lens = [[name, f"l_out-{one['layer']}", " | ".join(f"{visible(piece)} {p:.2f}" for piece, p in one["best"])]
+            for i, (name, lens) in enumerate(zip(found.tasks, found.lens)) if i not in none for one in lens]
+    if lens:
+        parts.append("the mean vector through the lens\n" + table(lens))
     rows = [[found.tasks[a], found.tasks[b], int(np.isfinite(found.conflict_hits[a, b, :, 0]).sum()),
              *(f"{v:.2f}" for v in found.conflict[a, b])]
             for a, b in np.argwhere(np.isfinite(found.conflict[..., 0])).tolist()]
@@ -174,15 +228,20 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--dummies", type=int, default=2, metavar="N", help="dummy queries a vector is the mean of (2)")
     p.add_argument("--n-dev", type=int, default=50, metavar="N", help="queries to choose the layer, at most (50)")
     p.add_argument("--n-test", type=int, default=50, metavar="N", help="queries to measure on, at most (50)")
+    p.add_argument("--add", action="store_true",
+                   help="add one vector per task, the mean of theta minus that of the bare query, instead of putting "
+                        "theta in")
     p.add_argument("--conflict", action="store_true", help="put each task's vector into the other tasks' prompts")
     p.add_argument("-k", type=int, default=5, metavar="N", help="tokens of the lens (5)")
     args = p.parse_args(argv)
     if args.list:
         return list_tasks(args.json)
     tasks, model = tasks_of(args), open_model(args)
+    tell_front(model, args.bos)
     tell_answers(model, tasks)
     found = task_vector(model, tasks, shots=args.shots, dummies=args.dummies, n_dev=args.n_dev, n_test=args.n_test,
-                        conflict=args.conflict, seed=args.seed, k=args.k, out=out_file(args))
+                        conflict=args.conflict, bos=args.bos, add=args.add, seed=args.seed, k=args.k,
+                        out=out_file(args))
     drawn, title, (first, *rest) = charts(found), f"task vectors, {model.path.name} (Hendel et al. 2023)", tables(found)
     layers = accuracy_by_layer(found)
     sections = [*(chart.html() for chart in drawn), layers.html(), *(f"<pre>{escape(t)}</pre>" for t in (first, *rest))]
