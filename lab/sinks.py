@@ -101,8 +101,8 @@ def tell_front(model: Model, bos: str | None) -> None:
     shown = [f"{'nothing' if f.token is None else repr(model.tokenizer.pieces[f.token])} {f.likeness:.2f}"
              for f in measured(model)]
     name = f"{model.tokenizer.pieces[chosen[0]]!r} (#{chosen[0]})"
-    print(f"note: the model's file puts no BOS in front of a text. {name} stands in front of every prompt, because with "
-          f"it the first words of prompts are the least alike inside the model ({', '.join(shown)}; 1.00: all the "
+    print(f"note: the model's file puts no BOS in front of a text. {name} stands in front of every prompt: with it "
+          f"the first words of prompts are the least alike inside the model ({', '.join(shown)}; 1.00: all the "
           "same). --bos ID or --bos none decides otherwise", file=sys.stderr)
 
 

@@ -229,8 +229,7 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--n-dev", type=int, default=50, metavar="N", help="queries to choose the layer, at most (50)")
     p.add_argument("--n-test", type=int, default=50, metavar="N", help="queries to measure on, at most (50)")
     p.add_argument("--add", action="store_true",
-                   help="add one vector per task, the mean of theta minus that of the bare query, instead of putting "
-                        "theta in")
+                   help="add one vector per task, mean theta minus mean of bare queries, instead of putting theta in")
     p.add_argument("--conflict", action="store_true", help="put each task's vector into the other tasks' prompts")
     p.add_argument("-k", type=int, default=5, metavar="N", help="tokens of the lens (5)")
     args = p.parse_args(argv)
