@@ -955,12 +955,12 @@ class Model:
 
 
 def load(path: str | Path | None = None, threads: int | None = None, numerics: str = "ggml") -> Model:
-    """Map a GGUF file, by default the bundled one, and check it; threads: the physical cores. Raises GGUFError."""
-    if path is None:
-        from tinymia_models import DEFAULT, bundled
+    """Map a GGUF file, by its path or a name such as "smollm2" (tinymia_models.stores), by default the bundled one, and
+    check it; threads: the physical cores. Raises Error."""
+    from tinymia_models import DEFAULT
+    from tinymia_models.stores import find
 
-        path = bundled()[DEFAULT]
-    return Model(path, threads, numerics)
+    return Model(find(DEFAULT if path is None else path), threads, numerics)
 
 
 # ---------------------------------------------------------------------------------------- command line

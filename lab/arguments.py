@@ -40,7 +40,8 @@ class Parser(argparse.ArgumentParser):
 
 def model_flags(g: argparse._ActionsContainer, numerics: str = "ggml") -> None:
     """-m, -t, --numerics and what holds without it."""
-    g.add_argument("-m", "--model", metavar="FILE", help=f"GGUF file (default: {DEFAULT}, which is bundled)")
+    g.add_argument("-m", "--model", metavar="FILE", help=f"GGUF file, or a name: {DEFAULT} (bundled, the default), "
+                   "smollm2, ollama:NAME, lmstudio:NAME, hf:NAME (--list-models shows all)")
     g.add_argument("-t", "--threads", type=int, metavar="N", help="default: the physical cores")
     g.add_argument("--numerics", choices=("ggml", "f32"), default=numerics,
                    help="ggml: activations quantised as llama.cpp does; f32: float32 throughout; "

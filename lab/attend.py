@@ -26,6 +26,7 @@ from .heatmap import Heatmap, draw_png
 from .page import page, write_page
 from .progress import keeping
 from .result import Result, about, describe, resume
+from .sinks import tell_sink
 from .terminal import screen, table, visible
 
 RANDOM, COPIES = 25, 4      # tokens that repeat, and how often
@@ -214,7 +215,9 @@ def command(argv: Sequence[str]) -> int:
     if args.scores:
         check_file("--scores", args.scores, [".png"])
     model = open_model(args)
-    found = attend(model, prompt_ids(args, model), args.layers, args.heads, args.seed, read_actions(args, model),
+    prompt = prompt_ids(args, model)
+    tell_sink(model, prompt)
+    found = attend(model, prompt, args.layers, args.heads, args.seed, read_actions(args, model),
                    out_file(args))
     if args.scores:
         draw_png(args.scores, score_maps(found))

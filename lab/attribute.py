@@ -36,6 +36,7 @@ from .arguments import emit, open_model, out_file, parser, prompt_flags, prompt_
 from .heatmap import Heatmap, number
 from .progress import keeping
 from .result import Result, about, describe, resume
+from .sinks import tell_sink
 from .terminal import screen, table, visible
 
 TERMS = ("inp_embd", "kqv_merged", "ffn_out", "l_out", "result_norm")    # as actions left them
@@ -282,6 +283,8 @@ def command(argv: Sequence[str]) -> int:
     if args.top < 1:
         raise Error(f"--top {args.top}: it must be at least 1")
     model = open_model(args)
-    found = attribute(model, prompt_ids(args, model), args.answer, args.against, args.position, args.neurons,
+    prompt = prompt_ids(args, model)
+    tell_sink(model, prompt)
+    found = attribute(model, prompt, args.answer, args.against, args.position, args.neurons,
                       read_actions(args, model), out_file(args))
     return emit(args, found, text(found, args.top), pictures(found))

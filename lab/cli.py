@@ -21,8 +21,9 @@ import numpy as np
 
 import tinymia
 from tinymia import Error, Model, Record
-from tinymia_files import check_target, read_gguf
-from tinymia_models import DEFAULT, bundled
+from tinymia_files import check_target
+from tinymia_models import DEFAULT
+from tinymia_models.stores import listed
 
 from .action_flags import Act, change_flags, patch_flags, read_actions
 from .arguments import Parser, model_flags, prompt_flags, read_prompt
@@ -65,7 +66,9 @@ def parser() -> Parser:
     g = p.add_argument_group("model and prompt")
     model_flags(g)
     prompt_flags(g)
-    g.add_argument("--list-models", action="store_true", help="the bundled models: name, bytes, what it is, path")
+    g.add_argument("--list-models", action="store_true",
+                   help="every model that has a name here: bundled, of packages, of ollama, LM Studio and the Hugging "
+                        "Face cache; does tinymia run it, and where it is")
 
     g = p.add_argument_group("generation")
     g.add_argument("-n", "--n-predict", type=int, default=32, metavar="N", help="tokens at most (default 32)")
@@ -158,20 +161,11 @@ class Printer:
             self.patterns[r.layer] = r.value
 
 
-def list_models() -> list[dict[str, Any]]:
-    """The bundled models, described by the first sentence of their metadata."""
-    found = []
-    for name, path in bundled().items():
-        about = str(read_gguf(path)[0].get("general.description", ""))
-        found.append({"name": name, "bytes": path.stat().st_size, "about": about.split(". ")[0], "path": str(path)})
-    return found
-
-
 def run(args: argparse.Namespace) -> int:
     """What main does once the flags are read."""
     if args.list_models:
-        models = list_models()
-        print(json.dumps(models) if args.json else table([list(m.values()) for m in models]))
+        models = listed()
+        print(json.dumps(models) if args.json else table([list(models[0]), *(list(m.values()) for m in models)]))
         return 0
     if args.n_predict < 0:
         raise Error(f"-n {args.n_predict}: it must be 0 or more")

@@ -22,6 +22,7 @@ from .arguments import emit, open_model, out_file, parser, prompt_flags, prompt_
 from .heatmap import Heatmap
 from .progress import keeping
 from .result import Result, about, describe, resume
+from .sinks import tell_sink
 from .terminal import screen, table, visible
 
 ROWS = 32   # that go through the output matrix together: with 128 256 tokens their logits take 16 MB
@@ -231,6 +232,8 @@ def command(argv: Sequence[str]) -> int:
     change_flags(p.add_argument_group("change"))
     args = p.parse_args(argv)
     model = open_model(args)
-    found = lens(model, prompt_ids(args, model), args.tensor or "l_out", args.k, args.score, args.target,
+    prompt = prompt_ids(args, model)
+    tell_sink(model, prompt)
+    found = lens(model, prompt, args.tensor or "l_out", args.k, args.score, args.target,
                  read_actions(args, model), out_file(args))
     return emit(args, found, text(found, args.position, args.colour), pictures(found, args.colour))

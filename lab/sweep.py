@@ -28,6 +28,7 @@ from .in_context import spread
 from .patching import BY_HEAD, BY_POSITION, METRICS, Batch, Setting, batches, check_aligned, measure, run_batch, runs_of
 from .progress import keeping
 from .result import Result, about, resume
+from .sinks import tell_sink
 from .terminal import screen, table, visible
 
 EPILOG = """\
@@ -204,6 +205,7 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--layers", metavar="LIST", help="such as 0,3-5 (default: all)")
     args = p.parse_args(argv)
     model = open_model(args)
+    tell_sink(model, args.clean, args.corrupt)
     found = sweep(model, args.clean, args.corrupt, args.answer, args.against, tensor=args.tensor, metric=args.metric,
                   noising=args.noising, at=args.at, layers=args.layers, out=out_file(args))
     return emit(args, found, text(found), picture(found))
