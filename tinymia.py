@@ -775,6 +775,7 @@ class Model:
         self.config = Config(**read_hparams(meta, tensors, self.path))
         self.weights = Weights(tensors, self.config, self.path)
         self.tokenizer = read_tokenizer(meta, self.path)
+        self.template = meta.get("tokenizer.chat_template")
         self.pool = kernels.Pool(threads or kernels.physical_cores())
         self.table = name_table(self.config.n_layer)
         self.about = {k: getattr(self.config, k) for k in ("name", "n_embd", "n_layer", "n_head", "n_vocab")}
@@ -786,6 +787,16 @@ class Model:
     def tokenize(self, text: str, bos: bool | None = None, special: bool = True) -> list[int]:
         """Ids of a text. BOS comes first as the file, or `bos`, says; `special` recognises <s> and the like."""
         return self.tokenizer.encode(text, bos, special)
+
+    def chat(self, messages: str | Sequence[Mapping[str, str]], system: str | None = None) -> list[int]:
+        """Ids of a chat, ready for the assistant's answer, in the form that the template in the file gives it.
+
+        messages: what the user says, or [{"role": "user", "content": text}, {"role": "assistant", ...}, ...]; system: a
+        system message in front. Special tokens are only those of the template. Raises Error.
+        """
+        from tinymia_files.chat import format_chat
+
+        return format_chat(self.template, self.tokenizer, messages, system).ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of ids."""

@@ -26,6 +26,7 @@ from tinymia import Error, Model
 from .action_flags import integers
 from .answers import answer_token
 from .arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from .chat import in_chat
 from .head_ablation import Layer, ablate_layer, head_outputs, measure, positions
 from .heatmap import Heatmap
 from .in_context import commit, spread
@@ -226,7 +227,7 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--against", metavar="TEXT", help="of the logit difference (default: its best token but the answer)")
     p.add_argument("--mode", choices=MODES, default="zero",
                    help="what the head gives instead: zero (default), its mean over --prompts, or that on --other")
-    p.add_argument("--prompts", metavar="FILE", help="one prompt a line, for --mode mean")
+    p.add_argument("--prompts", metavar="FILE", help="for --mode mean: one prompt per line, or a JSON list (.json)")
     p.add_argument("--pool", choices=POOLS, default="mean",
                    help="the mean is that of all tokens of the prompts (mean, default), or of their last ones (last)")
     p.add_argument("--other", metavar="TEXT", help="another prompt, for --mode resample")
@@ -241,8 +242,10 @@ def command(argv: Sequence[str]) -> int:
         raise Error(f"-k {args.k}: it must be 1 or more")
     prompts = None if args.prompts is None else read_prompts(args.prompts)
     model = open_model(args)
+    prompts = None if prompts is None else [in_chat(args, model, text) for text in prompts]
+    other = None if args.other is None else in_chat(args, model, args.other)
     found = ablate(model, prompt_ids(args, model), args.answer, args.against, args.mode, prompts=prompts,
-                   pool=args.pool, other=args.other, at=args.at, layers=args.layers, heads=args.heads,
+                   pool=args.pool, other=other, at=args.at, layers=args.layers, heads=args.heads,
                    out=out_file(args))
     picture = heatmap(found, args.metric)
     text = f"{picture.unit}, the largest first\n{heads_table(found, args.metric, args.k)}"

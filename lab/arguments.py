@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from tinymia import Error, Model
 from tinymia_files import check_target
 from tinymia_models import DEFAULT
 
+from .chat import chat_flags, chat_of, check_chat
 from .heatmap import Heatmap, draw_png
 from .page import page, write_page
 from .prompt_sets import read_text
@@ -49,11 +51,14 @@ def model_flags(g: argparse._ActionsContainer, numerics: str = "ggml") -> None:
 
 
 def prompt_flags(g: argparse._ActionsContainer) -> None:
-    """-p, -f, --no-bos, --no-special."""
+    """-p, -e, -f, --keep-line-end, --no-bos, --no-special, --chat, --system."""
     g.add_argument("-p", "--prompt", metavar="TEXT")
+    g.add_argument("-e", "--escapes", action="store_true", help=r"in -p, \n is a line end, \t a tab, \\ a backslash")
     g.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file (its last line end is dropped)")
+    g.add_argument("--keep-line-end", action="store_true", help="with -f: keep the last line end")
     g.add_argument("--no-bos", action="store_true", help="no BOS token before the prompt")
     g.add_argument("--no-special", action="store_true", help="take <s> and the like in the prompt as plain text")
+    chat_flags(g)
 
 
 def parser(
@@ -101,11 +106,25 @@ def open_model(args: argparse.Namespace) -> Model:
 
 def read_prompt(args: argparse.Namespace) -> str | None:
     """The text of -p or -f."""
+    check_chat(args)
+    if args.escapes and args.prompt is None:
+        raise Error("-e goes with -p: a file has its line ends already")
+    if args.keep_line_end and args.file is None:
+        raise Error("--keep-line-end goes with -f")
     if args.file is None:
-        return args.prompt
+        return unescape(args.prompt) if args.escapes else args.prompt
     if args.prompt is not None:
         raise Error("-p and -f: one prompt at a time")
-    return read_text(args.file, "the prompt is").removesuffix("\n")
+    text = read_text(args.file, "the prompt is")
+    return text if args.keep_line_end else text.removesuffix("\n")
+
+
+def unescape(text: str) -> str:
+    r"""The text with \n as a line end, \t as a tab and \\ as a backslash. Raises Error for another escape."""
+    wrong = re.search(r"\\[^nt\\]|(?<!\\)(?:\\\\)*\\$", text)
+    if wrong:
+        raise Error(f"-e: {wrong[0]!r} is not an escape: there are \\n, \\t and \\\\")
+    return re.sub(r"\\(.)", lambda m: {"n": "\n", "t": "\t"}.get(m[1], m[1]), text)
 
 
 def prompt_ids(args: argparse.Namespace, model: Model) -> str | list[int]:
@@ -113,6 +132,8 @@ def prompt_ids(args: argparse.Namespace, model: Model) -> str | list[int]:
     prompt = read_prompt(args)
     if prompt is None:
         raise Error("no prompt: give one with -p or -f")
+    if args.chat:
+        return chat_of(args, model, prompt).ids
     if args.no_bos or args.no_special:
         return model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
     return prompt

@@ -27,6 +27,7 @@ from tinymia_models.stores import listed
 
 from .action_flags import Act, change_flags, patch_flags, read_actions
 from .arguments import Parser, model_flags, prompt_flags, read_prompt
+from .chat import chat_of
 from .progress import interruptible
 from .terminal import table
 
@@ -185,7 +186,11 @@ def run(args: argparse.Namespace) -> int:
         for key, value in vars(model.config).items():
             print(f"{key:10s}  {value:.6g}" if isinstance(value, float) else f"{key:10s}  {value}", file=sys.stderr)
         print(f"loaded in {time.perf_counter() - clock:.2f} s, {model.pool.n} threads", file=sys.stderr)
-    ids = None if prompt is None else model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
+    if prompt is not None and args.chat:
+        _, prompt, _ = chat = chat_of(args, model, prompt)
+        ids = chat.ids
+    else:
+        ids = None if prompt is None else model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
     printer = Printer(args, model)
     if args.print_cgraph:
         printer.out["cgraph"] = rows = cgraph(model, ids and len(ids))
@@ -231,9 +236,9 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
 
     with interruptible() as check_interrupt:
         gen = model.generate(
-            prompt, args.n_predict, actions, temp=args.temp, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-            repeat_penalty=args.repeat_penalty, seed=args.seed, stop=args.stop, bos=False if args.no_bos else None,
-            special=not args.no_special, on_text=show, on_record=printer.record,
+            ids if args.chat else prompt, args.n_predict, actions, temp=args.temp, top_k=args.top_k, top_p=args.top_p,
+            min_p=args.min_p, repeat_penalty=args.repeat_penalty, seed=args.seed, stop=args.stop,
+            bos=False if args.no_bos else None, special=not args.no_special, on_text=show, on_record=printer.record,
         )
     if not args.json:
         print('"' if begun else f'output: "{gen.text}"', flush=True)
@@ -243,6 +248,9 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
         draw(printer.patterns, args.draw, [model.piece(i) for i in ids], f"{model.path.name}: {prompt}")
     printer.out |= {"prompt": prompt, "output": gen.text, "stop": gen.stop_reason, "output_tokens": gen.tokens,
                     "tokens": [{"index": i, "id": token, "piece": piece} for i, token, piece in rows]}
+    if gen.stop_reason == "eos" and not gen.text and model.template and not args.chat:
+        print(f"note: the model ended the text at once, with {model.piece(gen.tokens[-1])}. It is trained for chats: "
+              "--chat puts the prompt into the form that it knows", file=sys.stderr)
     if gen.stop_reason == "context":
         print(f"the context is full: {model.config.n_ctx} tokens", file=sys.stderr)
     if gen.stop_reason == "interrupted":

@@ -1,7 +1,8 @@
-"""Sets of prompts: a file with one prompt a line, and the mean of what a model computes on them."""
+"""Sets of prompts: a file with one per line, or a JSON list, and the mean of what a model computes on them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 
 import tinymia
 from tinymia import Error, Model
+from tinymia_files import short
 
 POOLS = ("last", "mean")    # of a prompt's rows: the last token's, or the mean over tokens
 
@@ -24,11 +26,27 @@ def read_text(path: str | Path, what: str) -> str:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file, one a line; empty lines do not count. Raises Error."""
+    """The prompts of a file: one per line, where empty lines do not count, or, in a .json file, a list of texts, which
+    may hold line ends. Raises Error."""
     text = read_text(path, "the prompts are")
+    if Path(path).suffix == ".json":
+        return _read_json(path, text)
     prompts = [line for line in text.split("\n") if line.strip()]   # Python's text mode has made all line ends \n
     if not prompts:
-        raise Error(f"{path}: no prompts: it takes one a line")
+        raise Error(f"{path}: no prompts: it takes one per line, or a JSON list in a .json file")
+    return prompts
+
+
+def _read_json(path: str | Path, text: str) -> list[str]:
+    try:
+        prompts = json.loads(text)
+    except ValueError as e:
+        raise Error(f"{path}: the prompts are not JSON: {e}") from e
+    if not isinstance(prompts, list) or not prompts:
+        raise Error(f'{path}: the prompts must be a JSON list of texts, ["...", "..."]')
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt:
+            raise Error(f"{path}: prompt {i + 1} must be a text, not {short(prompt)}")
     return prompts
 
 

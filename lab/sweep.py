@@ -23,6 +23,7 @@ from tinymia import Error, Model
 
 from .answers import answer_token
 from .arguments import chosen, emit, open_model, out_file, parser
+from .chat import chat_flags, in_chat
 from .heatmap import Heatmap
 from .in_context import spread
 from .patching import BY_HEAD, BY_POSITION, METRICS, Batch, Setting, batches, check_aligned, measure, run_batch, runs_of
@@ -196,6 +197,7 @@ def command(argv: Sequence[str]) -> int:
     p = parser("sweep", "Activation patching: pieces of one run put into another, one at a time.", EPILOG)
     p.add_argument("--clean", required=True, metavar="TEXT", help="the prompt with the answer")
     p.add_argument("--corrupt", required=True, metavar="TEXT", help="as many tokens, another answer")
+    chat_flags(p)
     p.add_argument("--answer", metavar="TEXT", help="or #id; default: the clean run's best token")
     p.add_argument("--against", metavar="TEXT", help="or #id; default: the corrupt run's best token")
     p.add_argument("--tensor", choices=BY_POSITION + BY_HEAD, default="l_out")
@@ -205,7 +207,8 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--layers", metavar="LIST", help="such as 0,3-5 (default: all)")
     args = p.parse_args(argv)
     model = open_model(args)
-    tell_sink(model, args.clean, args.corrupt)
-    found = sweep(model, args.clean, args.corrupt, args.answer, args.against, tensor=args.tensor, metric=args.metric,
+    clean, corrupt = (in_chat(args, model, text) for text in (args.clean, args.corrupt))
+    tell_sink(model, clean, corrupt)
+    found = sweep(model, clean, corrupt, args.answer, args.against, tensor=args.tensor, metric=args.metric,
                   noising=args.noising, at=args.at, layers=args.layers, out=out_file(args))
     return emit(args, found, text(found), picture(found))

