@@ -23,11 +23,21 @@ import numpy as np
 
 from tinymia import Error, Model
 
+from .ablate_groups import group_command, group_flags, in_words
 from .action_flags import integers
-from .answers import answer_token
 from .arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
 from .chat import in_chat
-from .head_ablation import Layer, ablate_layer, head_outputs, measure, positions
+from .head_ablation import (
+    METRICS,
+    MODES,
+    Layer,
+    ablate_layer,
+    check_mode,
+    head_outputs,
+    measure,
+    positions,
+    token_of,
+)
 from .heatmap import Heatmap
 from .in_context import commit, spread
 from .progress import keeping
@@ -35,12 +45,10 @@ from .prompt_sets import POOLS, cut_prompts, pooled, read_prompts
 from .result import Result, about, resume
 from .terminal import screen, table, visible
 
-MODES = ("zero", "mean", "resample")
-METRICS = ("logit-difference", "logit", "probability", "kl")    # in the order of measure()
-
 EPILOG = """\
   tinymia ablate -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --answer Tallinn --against Oslo -o heads.html
   tinymia ablate -p "Egypt -> Cairo, Estonia ->" --mode mean --prompts prompts.txt --metric kl
+  tinymia ablate -p "Egypt -> Cairo, Estonia ->" --ffn --group 2.1,3.3 --group @-1:1
   tinymia ablate -p "Egypt -> Cairo, Estonia ->" --mode resample --other "Egypt -> Coptic, Estonia ->" --at -1
 """
 
@@ -93,7 +101,7 @@ def ablate(
     same call goes on from there. Raises Error.
     """
     c = model.config
-    _check(mode, pool, prompts, other)
+    check_mode(mode, pool, prompts, other)
     ids = model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
     rows = positions(at, len(ids), "the prompt")
     wanted, which = chosen(layers, c.n_layer, "layer"), chosen(heads, c.n_head, "head")
@@ -105,8 +113,8 @@ def ablate(
     run = model.run(ids, keep=["inp_embd", "l_out"], logits="last", cache=cache)
     plain = run.logits[-1]
     by_score = np.argsort(-plain, kind="stable")
-    token = int(by_score[0]) if answer is None else _token(model, answer, prompt)
-    rival = next(int(i) for i in by_score if i != token) if against is None else _token(model, against, prompt)
+    token = int(by_score[0]) if answer is None else token_of(model, answer, prompt)
+    rival = next(int(i) for i in by_score if i != token) if against is None else token_of(model, against, prompt)
     if token == rival:
         raise Error(f"the answer and what it is against are the same token: {model.piece(token)!r}")
     settings = {"mode": mode, "answer": token, "against": rival, "pool": pool, "at": at, "layers": wanted,
@@ -139,24 +147,6 @@ def ablate(
     return found
 
 
-def _check(mode: str, pool: str, prompts: Any, other: Any) -> None:
-    if mode not in MODES:
-        raise Error(f"ablation mode {mode!r}: it must be zero, mean or resample")
-    if pool not in POOLS:
-        raise Error(f"pool {pool!r}: it must be last or mean")
-    if (mode == "mean") != (prompts is not None):
-        raise Error("mode mean goes with a set of prompts to take the mean over, and no other mode does")
-    if (mode == "resample") != (other is not None):
-        raise Error("mode resample goes with another prompt to take the heads' outputs from, and no other mode does")
-
-
-def _token(model: Model, answer: str | int, prompt: str | Sequence[int]) -> int:
-    token = answer_token(model, answer, prompt) if isinstance(answer, str) else int(answer)
-    if not 0 <= token < model.config.n_vocab:
-        raise Error(f"answer #{token} is out of range: the model has {model.config.n_vocab} tokens")
-    return token
-
-
 def _nothing(note: dict[str, Any], model: Model, ids: list[int], answer: int, against: int, plain: Any) -> Ablation:
     """A result with nothing done."""
     c = model.config
@@ -169,13 +159,6 @@ def _nothing(note: dict[str, Any], model: Model, ids: list[int], answer: int, ag
 
 
 # ---------------------------------------------------------------------------------------- pictures
-
-
-def in_words(found: Ablation, metric: str) -> str:
-    """What a metric is, in words."""
-    answer, against = visible(found.answer_piece), visible(found.against_piece)
-    return {"logit-difference": f"logit of {answer} - logit of {against}", "logit": f"logit of {answer}",
-            "probability": f"probability of {answer}", "kl": "KL divergence from the run as it is (nats)"}[metric]
 
 
 def ranked(found: Ablation, metric: str) -> list[tuple[int, int]]:
@@ -234,6 +217,7 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--at", type=integers, metavar="POS", help="positions: 3 or 3,5 or -1 (default: all)")
     p.add_argument("--layers", metavar="LIST", help="0,3-5 (default: all)")
     p.add_argument("--heads", metavar="LIST", help="0,3-5 (default: all)")
+    group_flags(p)
     p.add_argument("--metric", choices=METRICS, default=METRICS[0], help="that the table and the picture go by "
                    f"(default {METRICS[0]})")
     p.add_argument("-k", type=int, default=20, metavar="N", help="heads in the table (20)")
@@ -244,6 +228,8 @@ def command(argv: Sequence[str]) -> int:
     model = open_model(args)
     prompts = None if prompts is None else [in_chat(args, model, text) for text in prompts]
     other = None if args.other is None else in_chat(args, model, args.other)
+    if args.ffn or args.group:
+        return group_command(args, model, prompt_ids(args, model), prompts, other)
     found = ablate(model, prompt_ids(args, model), args.answer, args.against, args.mode, prompts=prompts,
                    pool=args.pool, other=other, at=args.at, layers=args.layers, heads=args.heads,
                    out=out_file(args))

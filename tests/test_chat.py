@@ -133,8 +133,8 @@ def test_special_tokens_that_people_write_are_plain_text(tiny):
 
 def test_the_templates_own_system_message_is_found(tiny):
     smol = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ "
-            "'<|im_start|>system\nYou are a helpful AI assistant named SmolLM</s>\n' }}{% endif %}{{'<|im_start|>' + message['role'] "
-            "+ '\n' + "
+            "'<|im_start|>system\nYou are a helpful AI assistant named SmolLM</s>\n' }}{% endif %}"
+            "{{'<|im_start|>' + message['role'] + '\n' + "
             "message['content'] + '</s>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ "
             "'<|im_start|>assistant\n' "
             "}}{% endif %}")
