@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 from tinymia_kernels import Pool
-from tinymia_kernels.jit import kernel
+from tinymia_kernels.machine.jit import kernel
 
 LAYER = """
 import os, sys, time

@@ -111,7 +111,7 @@ def beside_transformer_lens(args: argparse.Namespace) -> None:
     from transformer_lens import patching
 
     model = tinymia.load(args.model, args.threads, "f32")
-    torch.set_num_threads(model.pool.n)
+    torch.set_num_threads(model.threads)
     torch.set_grad_enabled(False)
     theirs, n_cell = hooked(model), model.config.n_layer * args.tokens
     clean, corrupt = (torch.tensor([ids]) for ids in prompts(model, args.tokens, args.at))

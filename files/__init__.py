@@ -1,20 +1,51 @@
 """What lies on disk, read and written here alone; everything read is hostile until checked.
 
     gguf.py        the index of a GGUF file, and its tensors where they lie in the map; split.py models of several
-    hparams.py     the model's shape out of the metadata
+    hparams.py     the model's shape out of the metadata; unused.py what else a file may hold
     tokenizer.py   text to ids and back: spm.py by sentencepiece, bpe.py by tokenizers, vocab.py what both have
     tensors.py     saved activations: raw float32, .npy, .npz
+    disk.py        how a file is read, text and JSON of any kind; outputs.py how one is written
 """
 
-from .errors import Error, FileError, GGUFError, short
+from .disk import dumps, expand, plain, read_json, read_text, reading
+from .errors import ActionError, Error, FileError, GGUFError, Note, UnknownName, short
 from .gguf import Tensor, decode_now
 from .hparams import read_hparams
+from .outputs import check_apart, check_target, place, write_atomic
 from .split import read_gguf
-from .tensors import as_rows, check_target, read_tensor, write_atomic, write_tensors
+from .tensors import as_rows, read_npz, read_tensor, write_tensors
 from .tokenizer import Text, read_tokenizer
+from .unused import check_tensors
 from .vocab import Tokenizer
 
 __all__ = [
-    "Error", "FileError", "GGUFError", "Tensor", "Text", "Tokenizer", "as_rows", "check_target", "decode_now",
-    "read_gguf", "read_hparams", "read_tensor", "read_tokenizer", "short", "write_atomic", "write_tensors",
-]
+    "ActionError",
+    "Error",
+    "FileError",
+    "GGUFError",
+    "Note",
+    "Tensor",
+    "Text",
+    "Tokenizer",
+    "UnknownName",
+    "as_rows",
+    "check_apart",
+    "check_target",
+    "check_tensors",
+    "decode_now",
+    "dumps",
+    "expand",
+    "place",
+    "plain",
+    "read_gguf",
+    "read_hparams",
+    "read_json",
+    "read_npz",
+    "read_tensor",
+    "read_text",
+    "read_tokenizer",
+    "reading",
+    "short",
+    "write_atomic",
+    "write_tensors",
+]  # fmt: skip

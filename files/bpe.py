@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from .errors import Error, GGUFError, short
 from .vocab import BYTE, CONTROL, NORMAL, UNKNOWN, Tokenizer, byte, one_line
@@ -87,6 +87,8 @@ class BytePairs(Tokenizer):
     """Text to ids and back by the file's own tokens and merges. The library's object is made when a text first needs
     it: a run on ids does without."""
 
+    DEFAULTS: ClassVar = {"bos": 11, "eos": 11, "unknown": None}
+
     def __init__(self, meta: dict[str, Any], path: Path):
         name = meta.get("tokenizer.ggml.pre", "default")  # what llama.cpp takes for a file that names none
         if not isinstance(name, str) or name not in KNOWN:
@@ -126,7 +128,7 @@ class BytePairs(Tokenizer):
 
     def _bytes(self, i: int) -> bytes:
         """A token's bytes, those of a control token's name included."""
-        kind, piece = (self.types[i], self.pieces[i]) if i < len(self.pieces) else (CONTROL, f"<{i}>")
+        kind, piece = self.types[i], self.pieces[i]
         if kind == BYTE:
             return byte(piece)
         values = [alphabet()[1].get(c) for c in piece] if kind == NORMAL else []
@@ -136,7 +138,7 @@ class BytePairs(Tokenizer):
 
     def bytes(self, i: int) -> bytes:
         """What a token adds to a text: nothing for a control token."""
-        return b"" if i >= len(self.pieces) or self.types[i] in (CONTROL, UNKNOWN) else self._bytes(i)
+        return b"" if self.types[i] in (CONTROL, UNKNOWN) else self._bytes(i)
 
     def piece(self, i: int) -> str:
         """A token as people read it: bytes that are no whole character show as <0xE2>, line ends are escaped."""

@@ -1,6 +1,6 @@
 """Weights of types that have no kernel: gguf-py decodes them, once, to what kernels take.
 
-    IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S    UNROLLED, 8.6 bits a weight, which holds their numbers exactly
+    IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S    EXPANDED, 8.6 bits a weight, which holds their numbers exactly
     all others                                        F16, or F32 when one of the numbers is too large for F16
 
 Products with the others still see activations as ggml's CPU code quantises them for the type: Q8_K beside blocks of 256
@@ -17,7 +17,9 @@ import numpy as np
 
 import tinymia_kernels as kernels
 
-F32, F16, UNROLLED = kernels.FORMATS[0], kernels.FORMATS[1], kernels.UNROLLED
+from .types import BlockType, dequantize
+
+F32, F16, EXPANDED = kernels.FORMATS[0], kernels.FORMATS[1], kernels.EXPANDED
 SLICE = 1 << 20  # weights decoded at a time: gguf-py takes some tens of bytes for each while it works
 
 # A weight is d * unit * (2 s + 1) * a whole number. By type: the unit; where the bytes with the scales s lie, and s's
@@ -33,52 +35,39 @@ TABLES = {
 }
 
 
-def decodable(kind: int) -> kernels.Format | None:
-    """What a block of a ggml type is, without kernels, when gguf-py can decode the type."""
-    import gguf
-
-    try:
-        known = gguf.GGMLQuantizationType(kind)
-        block_size, type_size = gguf.GGML_QUANT_SIZES[known]
-        gguf.dequantize(np.zeros((1, type_size), np.uint8), known)
-    except (ValueError, KeyError, NotImplementedError):
-        return None
-    return kernels.Format(known.name, kind, block_size, type_size, "Q8_K" if block_size == 256 else "Q8_0")
+def stored(raw: np.ndarray, kind: BlockType, n_rows: int, n_in: int) -> tuple[kernels.Format, np.ndarray]:
+    """What kernels take of a weight: its format, and its bytes as they are or, without a kernel, decoded."""
+    fmt = kernels.FORMATS.get(kind.type)
+    return decode(raw, kind, n_rows, n_in) if fmt is None else (fmt, raw)
 
 
-def _target(fmt: kernels.Format) -> kernels.Format:
-    return UNROLLED if fmt.name in TABLES else F16
+def _target(fmt: BlockType) -> kernels.Format:
+    return EXPANDED if fmt.name in TABLES else F16
 
 
-def decode(raw: np.ndarray, fmt: kernels.Format, n_rows: int, n_in: int) -> tuple[kernels.Format, np.ndarray]:
+def decode(raw: np.ndarray, fmt: BlockType, n_rows: int, n_in: int) -> tuple[kernels.Format, np.ndarray]:
     """The rows in a format that has kernels: (format, bytes). The format keeps the name and number of the type."""
     to, rows, step = _target(fmt), raw.reshape(n_rows, -1), max(1, SLICE // n_in)
     out = np.empty((n_rows, to.row_bytes(n_in)), np.uint8)
     for i in range(0, n_rows, step):
         some = rows[i : i + step]
-        if to is UNROLLED:
-            out[i : i + step] = _unroll(some.reshape(-1, fmt.type_size), fmt).reshape(len(some), -1)
+        if to is EXPANDED:
+            out[i : i + step] = _expand(some.reshape(-1, fmt.type_size), fmt).reshape(len(some), -1)
             continue
-        numbers = _dequantise(some, fmt)
+        numbers = dequantize(some.reshape(-1), fmt, n_in)
         with np.errstate(over="ignore"):
             if to is F16 and (np.isinf(numbers.astype(np.float16)) & np.isfinite(numbers)).any():
                 to, out = F32, out.view(np.float16).astype(np.float32).view(np.uint8)
             out[i : i + step] = numbers.astype(np.float16 if to is F16 else np.float32).view(np.uint8)
     out.flags.writeable = False
-    if to is UNROLLED:
+    if to is EXPANDED:
         return replace(to, name=fmt.name, type=fmt.type), out.reshape(-1)
-    return replace(to, name=fmt.name, type=fmt.type, activation=fmt.activation), out.reshape(-1)
+    activation = "Q8_K" if fmt.block_size == 256 else "Q8_0"
+    return replace(to, name=fmt.name, type=fmt.type, activation=activation), out.reshape(-1)
 
 
-def _dequantise(blocks: np.ndarray, fmt: kernels.Format) -> np.ndarray:
-    import gguf
-
-    with np.errstate(all="ignore"):
-        return gguf.dequantize(blocks, gguf.GGMLQuantizationType(fmt.type))
-
-
-def _unroll(blocks: np.ndarray, fmt: kernels.Format) -> np.ndarray:
-    """Blocks [n, type_size] as UNROLLED [n, 276], by decoding them three times: the quotients are the factors."""
+def _expand(blocks: np.ndarray, fmt: BlockType) -> np.ndarray:
+    """Blocks [n, type_size] as EXPANDED [n, 276], by decoding them three times: the quotients are the factors."""
     unit, place, bits = TABLES[fmt.name]
     d_is_1 = blocks.copy()
     if fmt.name == "IQ1_M":  # d is in the upper four bits of the last four u16, in a sequence of its own
@@ -87,20 +76,20 @@ def _unroll(blocks: np.ndarray, fmt: kernels.Format) -> np.ndarray:
         d_is_1[:, :2] = 0x00, 0x3C
     scales_are_1 = d_is_1.copy()
     scales_are_1[:, place] &= ~np.array(bits, np.uint8)
-    whole, scaled, weights = (_dequantise(some, fmt) for some in (scales_are_1, d_is_1, blocks))
-    out = np.empty((len(blocks), UNROLLED.type_size), np.uint8)
+    whole, scaled, weights = (dequantize(some.reshape(-1), fmt, 256) for some in (scales_are_1, d_is_1, blocks))
+    out = np.empty((len(blocks), EXPANDED.type_size), np.uint8)
     out[:, :256] = whole / unit + 128
     out[:, 256:272] = scaled[:, ::16] / whole[:, ::16]
     out[:, 272:] = (weights[:, :1] / scaled[:, :1] * np.float32(unit)).view(np.uint8)
     return out
 
 
-def say_cost(path: Path, weights: list[tuple[kernels.Format, int]]) -> None:
+def say_cost(path: Path, weights: list[tuple[BlockType, int]]) -> None:
     """One line on stderr: what decoding these weights, of which format and number each is, costs in memory."""
     if not weights:
         return
     types = ", ".join(sorted({fmt.name for fmt, _ in weights}))
-    to = " and ".join(sorted({"bytes" if _target(fmt) is UNROLLED else "F16" for fmt, _ in weights}))
+    to = " and ".join(sorted({"bytes" if _target(fmt) is EXPANDED else "F16" for fmt, _ in weights}))
     size = sum(n * _target(fmt).type_size // _target(fmt).block_size for fmt, n in weights)
     print(f"tinymia: {path}: decoding {len(weights)} tensors of type {types} to {to}: {size / 1e6:.1f} MB of memory",
           file=sys.stderr, flush=True)

@@ -10,12 +10,26 @@ class Error(Exception):
         super().__init__(line if len(line) <= limit else line[: limit - 3] + "...")
 
 
+class Note(UserWarning):
+    """What a user should know and what is no error; given by `warnings.warn`, and printed by the command line."""
+
+
 class FileError(Error):
     """A file that cannot be read or written, or is not what it should be."""
 
 
 class GGUFError(FileError):
     """The model file is not what it should be."""
+
+
+class UnknownName(Error, KeyError):
+    """A name that matches no tensor; the message lists the closest ones."""
+
+    __str__ = Exception.__str__  # KeyError's would quote the message
+
+
+class ActionError(Error):
+    """An action that cannot be done: a source of another shape, a position out of range, one that never fired."""
 
 
 def short(value: object) -> str:

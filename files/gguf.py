@@ -5,22 +5,22 @@ gguf-py's reader takes seconds to open a large vocabulary; this one takes a tent
 
 from __future__ import annotations
 
+import copy
 import math
-import mmap
 import os
 import stat
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import tinymia_kernels as kernels
-
-from .decode import decodable, decode, say_cost
+from .disk import Mapped, expand
 from .errors import GGUFError
+from .types import TYPES, BlockType, decodable, dequantize
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -35,7 +35,7 @@ class Reader:
     Source: ggml/docs/gguf.md.
     """
 
-    def __init__(self, data: mmap.mmap, path: Path):
+    def __init__(self, data: Mapped, path: Path):
         self.data, self.path, self.pos, self.end = data, path, 0, len(data)
 
     def need(self, n: int, what: str) -> int:
@@ -90,13 +90,21 @@ class Tensor:
 
     name: str                   # as GGUF has it: blk.0.attn_q.weight
     shape: tuple[int, ...]      # NumPy's order: (n_out, n_in) for a matrix
-    format: kernels.Format      # how a row is stored
+    type: BlockType             # how a row is stored
     raw: np.ndarray             # uint8 [bytes], read-only, in the map
+    scale: np.float32 | None = None     # what the file wants all the numbers multiplied by, and products therefore
 
     @property
     def type_name(self) -> str:
         """ggml's name of the type, such as Q4_0."""
-        return self.format.name
+        return self.type.name
+
+    @cached_property
+    def stored(self) -> tuple[Any, np.ndarray]:
+        """What kernels take: (kernels.Format, uint8 bytes), in the map, or decoded where there is no kernel."""
+        from .decode import stored
+
+        return stored(self.raw, self.type, math.prod(self.shape[:-1]), self.shape[-1])
 
     @property
     def nbytes(self) -> int:
@@ -104,46 +112,43 @@ class Tensor:
         return self.raw.size
 
     def numpy(self) -> np.ndarray:
-        """Dequantised copy, float32 [shape]."""
-        n_rows = math.prod(self.shape[:-1])
-        return kernels.dequantize(self.raw, self.format, n_rows, self.shape[-1]).reshape(self.shape)
+        """Dequantised copy, float32 [shape], times the scale where there is one."""
+        x = dequantize(self.raw, self.type, self.shape[-1]).reshape(self.shape)
+        return x if self.scale is None else x * self.scale
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """Dequantised rows of a matrix, as numpy() has them: float32 [len(ids), n_in]."""
+        x = dequantize(self.raw.reshape(self.shape[0], -1)[ids].reshape(-1), self.type, self.shape[1])
+        return x if self.scale is None else x * self.scale
+
+    def but(self, **fields: Any) -> Tensor:
+        """The same weight with other fields."""
+        other = copy.copy(self)
+        vars(other).update(fields)
+        return other
 
     def __repr__(self) -> str:
         return f"Tensor({self.name!r}, {self.type_name}, {list(self.shape)})"
 
 
-class Decoded(Tensor):
-    """A weight of a type that has no kernel: in memory, as plain numbers, from when its numbers are first asked for."""
+class Tensors(dict[str, Tensor]):
+    """The tensors of a model by name, and the files that they lie in."""
 
-    def __init__(self, name: str, shape: tuple[int, ...], stored: kernels.Format, data: np.ndarray):
-        vars(self).update(name=name, shape=shape, stored=stored, data=data)
-
-    def __getattr__(self, key: str) -> Any:
-        """format and raw, as long as they are not there."""
-        if key not in ("format", "raw"):
-            raise AttributeError(key)
-        fmt, raw = decode(self.data, self.stored, math.prod(self.shape[:-1]), self.shape[-1])
-        vars(self).update(format=fmt, raw=raw)
-        return vars(self)[key]
-
-    @property
-    def type_name(self) -> str:
-        return self.stored.name
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.size
+    files: tuple[Mapped, ...] = ()
 
 
 def decode_now(path: Path, tensors: Iterable[Tensor]) -> None:
     """Decode those of the tensors that have no kernel, and say on stderr what they cost in memory."""
-    weights = {t.name: t for t in tensors if isinstance(t, Decoded)}
-    say_cost(path, [(t.stored, math.prod(t.shape)) for t in weights.values()])
+    weights = {t.name: t for t in tensors if t.type.type not in TYPES}
+    if weights:
+        from .decode import say_cost
+
+        say_cost(path, [(t.type, math.prod(t.shape)) for t in weights.values()])
     for tensor in weights.values():
-        _ = tensor.raw
+        _ = tensor.stored
 
 
-def read_part(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_part(path: Path) -> tuple[dict[str, Any], Tensors]:
     """Map one GGUF file and read its index: (metadata, tensors by name). split.py's read_gguf knows models of several.
 
     Versions 2 and 3, little-endian. Raises GGUFError for anything that does not add up: nothing in a file is trusted.
@@ -174,14 +179,15 @@ def read_part(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return meta, _place(table, r, start, alignment)
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map(path: Path) -> Mapped:
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as f:
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        with open(os.open(expand(path), flags), "rb") as f:
             if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
                 raise GGUFError(f"{path}: not a regular file; -m takes a .gguf file")
             if os.fstat(f.fileno()).st_size == 0:
                 raise GGUFError(f"{path}: the file is empty")
-            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            return Mapped.open(f, path)
     except OSError as e:
         raise GGUFError(f"{path}: {e.strerror or e}") from e
 
@@ -198,17 +204,18 @@ def _read_tensor_info(r: Reader, i: int) -> Info:
     return name, dims[::-1], r.scalar("I", name), r.scalar("Q", name)
 
 
-def _place(table: list[Info], r: Reader, start: int, alignment: int) -> dict[str, Tensor]:
+def _place(table: list[Info], r: Reader, start: int, alignment: int) -> Tensors:
     """Check where each tensor claims to lie, and view it there."""
-    tensors: dict[str, Tensor] = {}
+    tensors = Tensors()
+    tensors.files = (r.data,)
     data = np.frombuffer(r.data, np.uint8)
     last, taken = "the header", 0  # the tensor before, and where its bytes end
     for name, shape, kind, offset in sorted(table, key=lambda entry: entry[3]):
         if name in tensors:
             raise GGUFError(f"{r.path}: tensor {name} occurs twice")
-        fmt = kernels.FORMATS.get(kind) or decodable(kind)
+        fmt = TYPES.get(kind) or decodable(kind)
         if fmt is None:
-            known = ", ".join(f.name for f in kernels.FORMATS.values())
+            known = ", ".join(t.name for t in TYPES.values())
             what = f"tensor {name} has type {_type_name(kind)}; supported: {known}, and what gguf-py can decode"
             raise GGUFError(f"{r.path}: {what}")
         if min(shape) < 1 or math.prod(shape) > 8 * r.end:  # no format takes less than a bit a weight
@@ -216,7 +223,7 @@ def _place(table: list[Info], r: Reader, start: int, alignment: int) -> dict[str
         if shape[-1] % fmt.block_size:
             row = f"rows of {shape[-1]}, no multiple of {fmt.block_size} as {fmt.name} needs"
             raise GGUFError(f"{r.path}: tensor {name} has {row}")
-        size = math.prod(shape[:-1]) * fmt.row_bytes(shape[-1])
+        size = math.prod(shape) // fmt.block_size * fmt.type_size
         if offset % alignment:
             raise GGUFError(f"{r.path}: tensor {name} starts at {offset}, which is not aligned to {alignment}")
         if offset < taken:
@@ -224,7 +231,7 @@ def _place(table: list[Info], r: Reader, start: int, alignment: int) -> dict[str
         begin, end = start + offset, start + offset + size
         if end > r.end:
             raise GGUFError(f"{r.path}: tensor {name} ends at byte {end}, the file at {r.end}: is it truncated?")
-        tensors[name] = (Tensor if fmt.matmul else Decoded)(name, shape, fmt, data[begin:end])
+        tensors[name] = Tensor(name, shape, fmt, data[begin:end])
         last, taken = name, offset + size
     return tensors
 

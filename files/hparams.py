@@ -10,8 +10,16 @@ import numpy as np
 
 from .errors import GGUFError, short
 from .gguf import Tensor
+from .unused import note_keys
 
 ARCHITECTURES = ("llama",)
+LAYERS = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")  # may have one value per layer
+NONE = {  # keys that must be 0, and why
+    "expert_count": "mixtures of experts are not supported",
+    "expert_used_count": "mixtures of experts are not supported",
+    "expert_group_count": "mixtures of experts are not supported",
+    "nextn_predict_layers": "layers that predict further tokens are not supported",
+}
 
 
 def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
@@ -21,8 +29,12 @@ def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -
         value = meta.get(key, default)
         if value is None:
             raise GGUFError(f"{path}: metadata key {key} is missing")
-        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
-            value = value[0].item()  # one value a layer, all the same
+        if isinstance(value, np.ndarray) and key in by_layer:
+            if len(value) != n_layer:
+                raise GGUFError(f"{path}: {key} is an array of {len(value)} for {n_layer} layers: it needs one each")
+            if (value != value[0]).any():
+                raise GGUFError(f"{path}: {key} is {short(value.tolist())}; layers that differ are not supported")
+            value = value[0].item()
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or not least <= value < 2**31:
             raise GGUFError(f"{path}: {key} is {short(value)}; it must be {kind.__name__} of at least {least:g}")
         return kind(value)
@@ -31,8 +43,14 @@ def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -
     if not isinstance(arch, str) or arch not in ARCHITECTURES:
         found = "is missing" if arch is None else f"{short(arch)} is not supported"
         raise GGUFError(f"{path}: general.architecture {found}; supported: {', '.join(ARCHITECTURES)}")
-    if get(f"{arch}.expert_count", 0, 0):
-        raise GGUFError(f"{path}: {arch}.expert_count: mixtures of experts are not supported")
+    by_layer = [f"{arch}.{key}" for key in LAYERS]
+    n_layer = get(f"{arch}.block_count", None, 1)
+    for key, why in NONE.items():
+        if get(f"{arch}.{key}", 0, 0):
+            raise GGUFError(f"{path}: {arch}.{key} is {short(meta[f'{arch}.{key}'])}: {why}")
+    if meta.get(f"{arch}.attention.causal", True) is not True:
+        found = f"{arch}.attention.causal is {short(meta[f'{arch}.attention.causal'])}"
+        raise GGUFError(f"{path}: {found}: only causal attention is supported, where a token sees those before it")
     n_embd = get(f"{arch}.embedding_length", None, 1)
     n_head = get(f"{arch}.attention.head_count", None, 1)
     n_head_kv = get(f"{arch}.attention.head_count_kv", n_head, 1)
@@ -52,14 +70,14 @@ def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -
     if scaling == "yarn" and not (1e-3 <= factor <= 1e6 and rope_base > 1):
         wrong = f"rope scaling yarn with factor {factor:g} and base {rope_base:g}"
         raise GGUFError(f"{path}: {wrong}; the factor must be 0.001 to 1e6, the base above 1")
-    embd = tensors.get("token_embd.weight")
     if not tensors:
         raise GGUFError(f"{path}: the file holds no weights (a vocabulary only?)")
-    if embd is None or len(embd.shape) != 2:
-        raise GGUFError(f"{path}: tensor token_embd.weight [n_vocab, {n_embd}] is missing or no matrix")
-    n_layer = get(f"{arch}.block_count", None, 1)
+    tokens = meta.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise GGUFError(f"{path}: tokenizer.ggml.tokens is missing, empty or no array of texts")
     if n_layer > len(tensors):
         raise GGUFError(f"{path}: {arch}.block_count is {n_layer}, but the file has only {len(tensors)} tensors")
+    note_keys(meta, arch, path)
     return dict(
         name=str(meta.get("general.name", path.stem)),
         n_embd=n_embd,
@@ -69,7 +87,7 @@ def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -
         d_head=d_head,
         d_head_v=get(f"{arch}.attention.value_length", n_embd // n_head, 1),
         n_ff=get(f"{arch}.feed_forward_length", None, 1),
-        n_vocab=embd.shape[0],
+        n_vocab=len(tokens),
         n_ctx=n_ctx,
         n_rot=n_rot,
         eps=get(f"{arch}.attention.layer_norm_rms_epsilon", None, 0, float),

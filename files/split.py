@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import GGUFError, short
-from .gguf import Tensor, read_part
+from .gguf import Tensors, read_part
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_gguf(path: Path) -> tuple[dict[str, Any], Tensors]:
     """Map a model, with all its parts when it is split, and read its index: (metadata, tensors by name).
 
     Raises GGUFError for what is no GGUF file, and for parts that are missing or not of one model.
@@ -29,7 +29,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise GGUFError(f"{path}: the file is {found}")
     parts = [path.with_name(f"{path.name.removesuffix(suffix)}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
     read = [(meta, tensors) if i == no else _other(part, path, i, count, total) for i, part in enumerate(parts)]
-    whole: dict[str, Tensor] = {}
+    whole = Tensors()
+    whole.files = tuple(file for _, some in read for file in some.files)
     for part, (_, some) in zip(parts, read):
         twice = whole.keys() & some.keys()
         if twice:
@@ -59,7 +60,7 @@ def _numbers(meta: dict[str, Any], path: Path) -> tuple[int, int, int]:
     return no, count, number("split.tensors.count", 2**31)
 
 
-def _other(part: Path, named: Path, no: int, count: int, total: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _other(part: Path, named: Path, no: int, count: int, total: int) -> tuple[dict[str, Any], Tensors]:
     """Another part than the one that was named, which must be of the same model."""
     if not part.exists():
         raise GGUFError(f"{part}: part {no + 1} of {count} of the model is missing")

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
-
-from .errors import GGUFError, short
-from .vocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, Tokenizer, byte, one_line
+from .errors import Error, GGUFError, short
+from .vocab import BYTE, BYTES, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer, byte, one_line
 
 
 class SentencePiece(Tokenizer):
     """Text to ids and back, by the sentencepiece library on the file's own tokens, scores and types."""
 
+    DEFAULTS: ClassVar = {"bos": 1, "eos": 2, "unknown": 0}
+
     def __init__(self, meta: dict[str, Any], path: Path):
         super().__init__(meta, path, add_bos=True)
-        n = len(self.pieces)
-        self.scores = self._array(meta, "scores", np.ndarray, np.zeros(n, np.float32))
-        if len(self.scores) != n:
-            raise GGUFError(f"{path}: the vocabulary has {n} tokens and {len(self.scores)} scores")
-        unknown = self.unknown if self.unknown is not None else 0
-        self._sp = self._processor(unknown, self._flag(meta, "add_space_prefix", True))
+        self.scores = self._numbers(meta, "scores", 0.0, "scores")
+        self.space_prefix = self._flag(meta, "add_space_prefix", True)
 
-    def _processor(self, unknown: int, dummy_prefix: bool) -> Any:
-        """A sentencepiece ModelProto, written field by field (source: sentencepiece_model.proto), and loaded."""
-        from sentencepiece import SentencePieceProcessor
+    def _processor(self, space_prefix: bool) -> Any:
+        """A sentencepiece ModelProto, written field by field (source: sentencepiece_model.proto), and loaded.
+
+        As in llama.cpp, letters join to any piece of the file, whatever its type (special pieces that are meant as such
+        were cut out before), and a letter without a piece becomes bytes: by byte_fallback, where there is a piece for
+        each of the 256, otherwise below. The unknown piece, which sentencepiece needs, is one more than the file has.
+        """
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as e:
+            raise Error(f"{self.path}: its text needs the sentencepiece library: pip install sentencepiece") from e
 
         def varint(n: int) -> bytes:
             return bytes((n,)) if n < 128 else bytes((n & 127 | 128,)) + varint(n >> 7)
@@ -37,36 +42,64 @@ class SentencePiece(Tokenizer):
         def integer(tag: int, value: int) -> bytes:
             return varint(tag << 3) + varint(value)
 
-        kinds = [UNUSED if t == UNKNOWN else t if t in range(1, 7) else NORMAL for t in self.types]
-        kinds[unknown] = UNKNOWN  # sentencepiece wants exactly one
+        fallback, unknown = self.ids.keys() >= BYTES, len(self.pieces)
         parts = []
-        for i, (piece, score, kind) in enumerate(zip(self.pieces, self.scores.tolist(), kinds)):
-            if not piece or "\0" in piece or self.ids[piece] != i:  # sentencepiece refuses empty and double pieces
-                piece, kind = f"\ue000{i}", kind if i == unknown else UNUSED
+        for i, (piece, score) in enumerate(zip(self.pieces, self.scores)):
+            kind = BYTE if fallback and piece in BYTES else NORMAL
+            if "\0" in piece or self.ids[piece] != i:  # sentencepiece refuses double pieces
+                piece, kind = f"\ue000{i}", UNUSED
             body = message(1, piece.encode("utf-8", "replace")) + b"\x15" + struct.pack("<f", score) + integer(3, kind)
             parts.append(message(1, body))
-        trainer = integer(3, 2) + integer(35, BYTE in kinds) + integer(40, unknown)  # BPE, byte_fallback, unk_id
+        parts.append(message(1, message(1, b"\xee\x80\x80") + integer(3, UNKNOWN)))
+        trainer = integer(3, 2) + integer(35, fallback) + integer(40, unknown)  # BPE, byte_fallback, unk_id
         trainer += b"".join(integer(field, 2**31 - 1) for field in (41, 42, 43))  # no bos, eos, pad of its own
-        normalizer = message(1, b"identity") + integer(3, dummy_prefix) + integer(4, 0) + integer(5, 1)
+        normalizer = message(1, b"identity") + integer(3, space_prefix) + integer(4, 0) + integer(5, 1)
         try:
             return SentencePieceProcessor(model_proto=b"".join(parts) + message(2, trainer) + message(3, normalizer))
         except RuntimeError as e:
             raise GGUFError(f"{self.path}: sentencepiece refuses the vocabulary: {short(str(e))}") from e
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._sp.encode(text)
-        return ids
+        return self._cut(self._sp, text)
+
+    def _encode_following(self, text: str) -> list[int]:
+        return self._cut(self._sp_following, text)
+
+    def _cut(self, processor: Any, text: str) -> list[int]:
+        ids: list[int] = processor.encode(text)
+        if len(self.pieces) not in ids:
+            return ids
+        pieces = processor.encode(text, out_type=str)  # with the letters themselves where they are unknown
+        return [j for i, piece in zip(ids, pieces) for j in ([i] if i < len(self.pieces) else self._bytes_of(piece))]
+
+    def _bytes_of(self, text: str) -> list[int]:
+        """Ids of the bytes of letters that have no piece; the unknown token for a byte that has none either."""
+        ids = [self.ids.get(f"<0x{b:02X}>", self.unknown) for b in text.encode()]
+        if None in ids:
+            raise Error(f"{self.path}: the vocabulary has no token for {text!r}, nor for its bytes, nor an unknown one")
+        return [i for i in ids if i is not None]
+
+    @functools.cached_property
+    def _sp(self) -> Any:
+        """The library's object."""
+        return self._processor(self.space_prefix)
+
+    @functools.cached_property
+    def _sp_following(self) -> Any:
+        """The library's object that puts no blank first."""
+        return self._processor(False) if self.space_prefix else self._sp
 
     def _spelling(self, text: str) -> str:
         return text.replace(" ", "▁")
 
     def bytes(self, i: int) -> bytes:
-        """What a token adds to a text: nothing for a control token, one byte for a byte token."""
-        kind, piece = (self.types[i], self.pieces[i]) if i < len(self.pieces) else (UNUSED, "")
+        """What a token adds to a text, by its type: as llama_token_to_piece has it."""
+        kind, piece = self.types[i], self.pieces[i]
         if kind == BYTE:
             return byte(piece)
-        return b"" if kind == CONTROL else piece.replace("▁", " ").encode("utf-8", "replace")
+        piece = piece.replace("▁", " ") if kind == NORMAL else piece if kind == USER_DEFINED else ""
+        return piece.encode("utf-8", "replace")
 
     def piece(self, i: int) -> str:
         """A token as people read it: ▁ is a space, control and byte tokens show their names, line ends are escaped."""
-        return one_line((self.pieces[i] if i < len(self.pieces) else f"<{i}>").replace("▁", " "))
+        return one_line(self.pieces[i].replace("▁", " "))

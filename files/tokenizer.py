@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .bpe import BytePairs
-from .errors import Error, GGUFError, short
+from .errors import GGUFError, short
 from .spm import SentencePiece
 from .vocab import Tokenizer
 
@@ -28,8 +28,6 @@ class Text:
     """Joins tokens' bytes into text: whole characters only, and nothing that may yet become a stop text."""
 
     def __init__(self, stop: Sequence[str] = (), on_text: Callable[[str], None] | None = None):
-        if "" in stop:
-            raise Error("an empty stop text would end every text at once")
         self.stop, self.on_text = stop, on_text or (lambda text: None)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.text, self.shown = "", 0

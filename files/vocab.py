@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .errors import Error, GGUFError, short
+from .unused import warn
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 
@@ -17,6 +18,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token
 END = """</s> <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|>
     <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response>
     <｜end▁of▁sentence｜> [e~[""".split()
+MARKERS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")  # always recognised, and part of the text
+UNUSED_IDS = ("seperator", "padding", "mask")  # ids that this program has no use for (the first is ggml's spelling)
+BYTES = frozenset(f"<0x{b:02X}>" for b in range(256))
 INFILL = {  # role: (names of its id in the metadata, its texts)
     "pre": ("fim_pre prefix", "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|>"
                               " <|prefix|>"),
@@ -34,16 +38,20 @@ class Tokenizer:
     """Text to ids and back. Its kinds say how a text without special tokens is cut (`_encode`), what a token adds to a
     text (`bytes`), how people read it (`piece`) and how a piece is spelt in the file (`_spelling`)."""
 
+    DEFAULTS: ClassVar[dict[str, int | None]] = {}  # special ids of a file that names none: bos, eos, unknown
+    space_prefix = False  # whether a text gets a blank before its first word, which decode takes off again
+
     def __init__(self, meta: dict[str, Any], path: Path, add_bos: bool):
         """`add_bos` is what holds where the metadata do not say."""
         self.path = path
-        self.pieces: list[str] = self._array(meta, "tokens", list)
-        n = len(self.pieces)
-        self.types = self._array(meta, "token_type", np.ndarray, np.full(n, NORMAL)).tolist()
-        if not n or len(self.types) != n:
-            raise GGUFError(f"{path}: the vocabulary has {n} tokens and {len(self.types)} types")
+        self.pieces: list[str] = [p or f"[EMPTY_{i}]" for i, p in enumerate(self._array(meta, "tokens", list))]
+        self.types = self._numbers(meta, "token_type", NORMAL, "types")
+        if BYTE not in self.types:  # converters that lost the types leave the names, and nothing else is called so
+            self.types = [BYTE if p in BYTES else t for p, t in zip(self.pieces, self.types)]
         self.ids = {piece: i for i, piece in reversed(list(enumerate(self.pieces)))}
-        self.bos, self.eos, self.unknown = (self._id(meta, k) for k in ("bos", "eos", "unknown"))
+        self.bos, self.eos, self.unknown = (self._id(meta, k, self.DEFAULTS[k]) for k in ("bos", "eos", "unknown"))
+        for name in UNUSED_IDS:
+            self._id(meta, name, least=-1)
         self.end = self._ends(meta)  # generation stops at these
         self.add_bos = self._flag(meta, "add_bos_token", add_bos) and self.bos is not None
         self.add_eos = self._flag(meta, "add_eos_token", False) and self.eos is not None
@@ -57,18 +65,34 @@ class Tokenizer:
             raise GGUFError(f"{self.path}: tokenizer.ggml.{key} is {found}")
         return value
 
+    def _numbers(self, meta: dict[str, Any], key: str, default: float, what: str) -> list[Any]:
+        """One number for each token: the first ones, where the file has more."""
+        n = len(self.pieces)
+        numbers = self._array(meta, key, np.ndarray, np.full(n, default)).tolist()
+        if not n or len(numbers) < n:
+            raise GGUFError(f"{self.path}: the vocabulary has {n} tokens and {len(numbers)} {what}")
+        return numbers[:n]
+
     def _flag(self, meta: dict[str, Any], key: str, default: bool) -> bool:
         value = meta.get(f"tokenizer.ggml.{key}", default)
         if not isinstance(value, (bool, int)):
             raise GGUFError(f"{self.path}: tokenizer.ggml.{key} is {short(value)}; it must be true or false")
         return bool(value)
 
-    def _id(self, meta: dict[str, Any], name: str) -> int | None:
-        value, n = meta.get(f"tokenizer.ggml.{name}_token_id"), len(self.pieces)
-        if value is not None and not (type(value) is int and 0 <= value < n):
-            key = f"tokenizer.ggml.{name}_token_id"
-            raise GGUFError(f"{self.path}: {key} is {short(value)}; the vocabulary has {n} tokens")
-        return value
+    def _id(self, meta: dict[str, Any], name: str, default: int | None = None, least: int = 0) -> int | None:
+        """A special id; a note on stderr and the default for one that no token has, as llama.cpp does."""
+        key, n = f"tokenizer.ggml.{name}_token_id", len(self.pieces)
+        default = default if default is not None and default < n else None
+        value = meta.get(key, default)
+        if value is None:
+            return None
+        if type(value) is not int or value < least:
+            raise GGUFError(f"{self.path}: {key} is {short(value)}; it must be a token's number, 0 to {n - 1}")
+        if 0 <= value < n:
+            return value
+        instead = "no token" if default is None else f"token {default}"
+        warn(self.path, f"{key} is {value}, but the vocabulary has {n} tokens: {instead} takes its place")
+        return default
 
     def _ends(self, meta: dict[str, Any]) -> set[int]:
         """Ids that end a generation; marks what is known by its text as a control token, as llama.cpp does."""
@@ -82,24 +106,36 @@ class Tokenizer:
             end |= ids if role in ("pad", "rep", "sep") else set()
         for i in known:
             self.types[i] = CONTROL
-        end |= {i for key in ("eos", "eot", "eom") if (i := self._id(meta, key)) is not None}
+        for text in MARKERS:
+            if text in self.ids:
+                self.types[self.ids[text]] = USER_DEFINED
+        end |= {i for i in (self.eos, self._id(meta, "eot"), self._id(meta, "eom")) if i is not None}
         found = {self.pieces[i] for i in end}
         if {"<|end|>", "<|call|>", "<|return|>"} <= found or {"<|end|>", "<|calls|>", "<|flush|>"} <= found:
             end.discard(self.ids["<|end|>"])  # there it only ends a part of an answer
+            self.types[self.ids["<|end|>"]] = USER_DEFINED
+        if "<|tool_response>" in found and "</s>" in found:
+            end.discard(self.ids["</s>"])  # there it is a word like others
+            self.types[self.ids["</s>"]] = NORMAL
         return end
 
     def encode(
-        self, text: str, bos: bool | None = None, special: bool = True, plain: Sequence[tuple[int, int]] = ()
+        self, text: str, bos: bool | None = None, special: bool = True, follows: bool = False,
+        plain: Sequence[tuple[int, int]] = (),
     ) -> list[int]:
         """Ids of a text; special pieces written in it, such as <s>, become their own ids (without `special`, and where
-        they touch one of the character ranges `plain`: only those that the file calls user-defined)."""
+        they touch one of the character ranges `plain`: only those that the file calls user-defined). With `follows` it
+        goes on with another text: no blank is put first."""
+        if not isinstance(text, str):
+            raise Error(f"a text is a str, not {short(text)}")
         try:
             text.encode()
         except UnicodeEncodeError as e:
             raise Error(f"the text is not valid UTF-8 at character {e.start}") from e
         ids = [self.bos] if (self.add_bos if bos is None else bos) and self.bos is not None else []
-        for part in self._split(text, special, plain):
-            ids += [part] if isinstance(part, int) else self._encode(part) if part else []
+        for i, part in enumerate(self._split(text, special, plain)):
+            encode = self._encode_following if follows and i == 0 else self._encode
+            ids += [part] if isinstance(part, int) else encode(part) if part else []
         return [*ids, self.eos] if self.add_eos and self.eos is not None else ids
 
     def _split(self, text: str, special: bool, plain: Sequence[tuple[int, int]] = ()) -> list[str | int]:
@@ -128,22 +164,70 @@ class Tokenizer:
         return [part if isinstance(part, int) else part[1] for part in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(self.bytes(i) for i in ids).decode("utf-8", "replace")
+        """Text of ids; bytes that are no UTF-8 become U+FFFD. The blank that encode puts first is taken off."""
+        parts = [self.bytes(i) for i in ids]
+        first = 1 if len(ids) and ids[0] == self.bos else 0
+        if self.space_prefix and first < len(parts):
+            parts[first] = parts[first].removeprefix(b" ")
+        return b"".join(parts).decode("utf-8", "replace")
 
     def one(self, text: str) -> int:
         """Id of a single token: its piece (" reverse"), or #123."""
         if text.startswith("#") and text[1:].isdecimal() and int(text[1:]) < len(self.pieces):
             return int(text[1:])
         i: int | None = self.ids.get(self._spelling(text), self.ids.get(text))
-        if i is None:
-            ids = self.encode(text, bos=False)
-            pieces = "|".join(map(self.piece, ids))
-            raise Error(f"{text!r} is not one token but {len(ids)}: {pieces}; an id is written #123")
-        return i
+        if i is not None:
+            return i
+        other, how = (text[1:], "without") if text.startswith(" ") else (f" {text}", "with")
+        if self._spelling(other) in self.ids or other in self.ids:
+            raise Error(f"there is no token {text!r}; did you mean {other!r} ({how} a blank)? An id is written #123")
+        ids = self.encode(text, bos=False)
+        is_not = f"{text!r} is not one token but {len(ids)}" if len(ids) != 1 else f"there is no token {text!r}, only"
+        raise Error(f"{is_not}: {'|'.join(map(self.piece, ids))}; an id is written #123")
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text that `encode` cuts into these ids, where there is one, with BOS or without; else that of `decode`.
+
+        Special tokens inside it are written out, and the blank that a vocabulary puts before a text is not part of it.
+        """
+        ids, plain, written, first = list(ids), self.decode(ids), b"", True
+        bos = self.add_bos and ids[:1] == [self.bos]
+        for i in ids[bos : len(ids) - (self.add_eos and ids[-1:] == [self.eos])]:
+            if special := i < len(self.pieces) and self.types[i] in (UNKNOWN, CONTROL, USER_DEFINED):
+                written += self.pieces[i].encode("utf-8", "replace")
+            else:
+                written += self.bytes(i).removeprefix(b" " * (first and self.space_prefix))
+            first = special
+        try:
+            for text in (written.decode("utf-8", "replace"), plain.removeprefix(" "), plain):
+                if any(self.encode(text, bos, special) == ids for special in (True, False)):
+                    return text
+        except Error:  # without the library that cuts texts, ids can be run all the same
+            pass
+        return plain
+
+    def stops(self, stop: str | Sequence[str] | None) -> tuple[list[str], set[int]]:
+        """Stop texts, and the control tokens among them, which add no text that could be found. Raises Error."""
+        texts, ids = [stop] if isinstance(stop, str) else list(stop or ()), set[int]()
+        for text in texts:
+            if not isinstance(text, str):
+                raise Error(f"stop texts {short(stop)}: they must be a text, or a list of texts")
+            if not text:
+                raise Error("an empty stop text would end every text at once")
+            parts = [part for part in self._split(text, True) if part != ""]
+            silent = [part for part in parts if isinstance(part, int) and not self.bytes(part)]
+            if silent and len(parts) > 1:
+                raise Error(f"the stop text {text!r} has the control token {self.piece(silent[0])!r}, which ends a "
+                            "text by itself: give it as a stop text of its own")
+            ids.update(silent)
+        return texts, ids
 
     def _encode(self, text: str) -> list[int]:
         raise NotImplementedError
+
+    def _encode_following(self, text: str) -> list[int]:
+        """The same for a text that goes on with another."""
+        return self._encode(text)
 
     def _spelling(self, text: str) -> str:
         raise NotImplementedError

@@ -1,35 +1,33 @@
 """The arithmetic of tinymia: numba kernels on NumPy arrays and on GGUF block formats. Knows nothing of models.
 
-    matmul.py       products with weights as they lie in the file, unpacking rows
-    formats.py      the registry of block formats; one family each is described in
-                    floats.py, q8.py, q4_q5.py, k_quants.py, iq4.py, mxfp4.py, ternary.py, unrolled.py
-    products.py     the kernels of products, made for each format of
-        rows.py         two rows with four tokens, block_panels.py many tokens at once
-        superblocks.py  the same for formats of 256 weights, panels.py for many tokens at once
-        stacks.py       four rows with one token
-    unpack.py       float32 rows
-    activations.py  rounding and quantising activations before a product
-    attention.py    scores, softmax, weighted sums, and all of it in one; attention_rows.py holds its kernels
-    ops.py          RMS norm, rotary positions, SiLU
-    sampling.py     a token from logits
-    threads.py      the pool over which items are split
-    jit.py          compilation, its cache, its announcement
-    simd.py         LLVM vectors in numba, lanes.py functions on them, vectors.py the ones used here
-    cpu.py          what only some CPUs have, beside a portable form
+    matmul.py      products with weights as they lie in the file, and unpacking rows    } what Python calls:
+    attention.py   scores, softmax, weighted sums, and all of it in one                 } arrays are checked, prepared
+    ops.py         RMS norm, rotary positions, SiLU                                     } and handed to the threads
+    arithmetic.py  the functions of tinymia.py's arithmetic, by all of these
+    format.py      the register of block formats
+    formats/       one class per block format: where its bits lie, and the few functions that read them
+    products/      the loops that formats are put into, by family: floats, blocks of 32, superblocks of 256;
+                   all of a family's jobs together, and the activations beside them
+    attention_kernels.py  the compiled loops of attention
+    machine/       what knows of LLVM, the CPU, the cache of compiled code and threads
+
+Whoever wants to know how a product with Q4_K is computed reads formats/k_quants.py, products/superblocks.py and
+superblock_sums.py, and products/loops.py around them. `python -m tinymia_kernels Q4_K` prints the parts as a tree.
 """
 
-from . import floats, iq4, k_quants, mxfp4, q4_q5, q8, ternary  # noqa: F401  each registers its formats
+from .arithmetic import Arithmetic
 from .attention import attention, kq, kqv, soft_max, store_keys, store_values
-from .formats import FORMATS, Format
-from .jit import announce_done, compiling
-from .matmul import dequantize, get_rows, matmul
+from .format import FORMATS, Format, register
+from .formats import expanded
+from .machine.jit import announce_done, compiling
+from .machine.threads import Pool, physical_cores
+from .matmul import dequantize, get_rows, matmul, matmul_several
 from .ops import rms_norm, rope, rope_angles, silu
-from .sampling import Sampler, softmax
-from .threads import Pool, physical_cores
-from .unrolled import UNROLLED
+
+EXPANDED = expanded.EXPANDED.format
 
 __all__ = [
-    "FORMATS", "UNROLLED", "Format", "Pool", "Sampler", "announce_done", "attention", "compiling", "dequantize",
-    "get_rows", "kq", "kqv", "matmul", "physical_cores", "rms_norm", "rope", "rope_angles", "silu", "soft_max",
-    "softmax", "store_keys", "store_values",
+    "EXPANDED", "FORMATS", "Arithmetic", "Format", "Pool", "announce_done", "attention", "compiling", "dequantize",
+    "get_rows", "kq", "kqv", "matmul", "matmul_several", "physical_cores", "register", "rms_norm", "rope",
+    "rope_angles", "silu", "soft_max", "store_keys", "store_values",
 ]  # fmt: skip

@@ -9,8 +9,8 @@ bit for bit.
 
 import numpy as np
 
-from .attention_rows import KERNELS, soft_max_rows
-from .threads import Pool, run
+from .attention_kernels import KERNELS, soft_max_rows
+from .machine.threads import Pool, run
 
 
 def _like(name: str, x: np.ndarray, last: int | None = None) -> None:

@@ -1,16 +1,29 @@
-"""Matrix products with weights as they lie in the file, and unpacking rows of them."""
+"""Products with weights as they lie in the file, and unpacking rows of them: what Python calls.
+
+Shapes and lengths are checked here, once; kernels get addresses and check nothing. Activations are rounded or quantised
+as the format says, and the rows of the weights are split over threads.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 
-from . import block_panels, panels
+from .format import Format
+from .machine.threads import Job, Pool, run, run_several
+from .products.activations import (
+    new_records,
+    new_records_k,
+    quantise_q8,
+    quantise_q8_k,
+    round_to_bf16,
+    round_to_f16,
+    round_to_q8_0,
+    round_to_q8_k,
+)
+from .products.blocks_many import block_panel_bytes, fill_block_panels
+from .products.superblocks_many import fill_superblock_panels, superblock_panel_bytes
 
-from .activations import (  # isort: skip
-    new_records, new_records_k, quantise_q8, quantise_q8_k, round_to_bf16, round_to_f16, round_to_q8_0, round_to_q8_k,
-)  # fmt: skip
-from .formats import Format
-from .threads import Pool, run
-
-# How activations are rounded for weights that are plain numbers, and how many at a time.
+# How activations are rounded beside weights that are plain numbers, and how many at a time.
 ROUND = {
     "F16": (round_to_f16, 1), "BF16": (round_to_bf16, 1), "Q8_0": (round_to_q8_0, 32), "Q8_K": (round_to_q8_k, 256),
 }  # fmt: skip
@@ -29,10 +42,10 @@ def _weights(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int) -> tuple[np.n
     return raw, row_bytes
 
 
-def _prepare(x: np.ndarray, fmt: Format, many: bool, pool: Pool | None) -> tuple[np.ndarray, int, int]:
-    """The activations as fmt.activation says: records for blocks, panels of many, rounded float32 for float formats.
+def _prepare(x: np.ndarray, fmt: Format, in_panels: bool, pool: Pool | None) -> tuple[np.ndarray, int, int]:
+    """The activations as fmt.activation says: rounded float32 beside plain numbers, else records, or panels of records.
 
-    Also the bytes from one token to the next, and the length of a row as the kernel counts it.
+    Also the bytes per token, and the length of a row as the kernel counts it.
     """
     n_tok, n_in = x.shape
     if fmt.activation == "F32":
@@ -45,43 +58,34 @@ def _prepare(x: np.ndarray, fmt: Format, many: bool, pool: Pool | None) -> tuple
         run(pool, x.nbytes, kernel, x.size // group, x.reshape(-1), y.reshape(-1))
         return y, 4 * n_in, n_in
     if fmt.activation == "Q8_K":
-        y, stride = new_records_k(n_tok, n_in)
+        n, (y, stride) = n_in // 256, new_records_k(n_tok, n_in)
         run(pool, x.nbytes, quantise_q8_k, n_tok, x, y, fmt.bias)
-        return (_panels(panels, y, n_tok, n_in, 256, pool) if many else y), stride, n_in // 256
-    y, stride = new_records(n_tok, n_in)
-    run(pool, x.nbytes, quantise_q8, n_tok, x, y, fmt.bias, fmt.activation == "Q8_1")
-    return (_panels(block_panels, y, n_tok, n_in, 32, pool) if many else y), stride, n_in // 32
+        room, fill = superblock_panel_bytes, fill_superblock_panels
+    else:
+        n, (y, stride) = n_in // 32, new_records(n_tok, n_in)
+        run(pool, x.nbytes, quantise_q8, n_tok, x, y, fmt.bias, fmt.activation == "Q8_1")
+        room, fill = block_panel_bytes, fill_block_panels
+    if in_panels:
+        records, y = y, np.empty(room(n_tok, n_in), np.uint8)
+        run(pool, y.nbytes, fill, -(-n_tok // 16), records, n_tok, n, y)
+    return y, stride, n
 
 
-def _panels(module, records: np.ndarray, n_tok: int, n_in: int, block: int, pool: Pool | None) -> np.ndarray:
-    """The records of the tokens as panels.py or block_panels.py want them."""
-    y = np.empty(module.panel_bytes(n_tok, n_in), np.uint8)
-    run(pool, y.nbytes, module.make_panels, -(-n_tok // 16), records, n_tok, n_in // block, y)
-    return y
+Forms = dict[tuple[str, int, bool], tuple[np.ndarray, int, int]]  # what _prepare made of one x, by what it was for
 
 
-def matmul(
-    x: np.ndarray, raw: np.ndarray, fmt: Format, n_out: int, numerics: str = "ggml", pool: Pool | None = None,
-    forms: dict | None = None,
-) -> np.ndarray:  # fmt: skip
-    """out[t, i] = sum over j of x[t, j] * weight[i, j].
-
-    x: float32 [n_tok, n_in], contiguous. raw: uint8, the n_out rows of n_in weights as they lie in a file.
-    Returns float32 [n_tok, n_out]. numerics "ggml": activations are rounded or quantised as fmt.activation says, bytes
-    are multiplied as integers, sums are float32. "f32": float32 weights times float32 activations. Products of the same
-    x may share `forms`, an empty dict at first, in which x is kept as it was prepared.
-    ValueError when shapes, types or lengths do not fit.
-    Source: ggml-cpu.c, ggml_compute_forward_mul_mat and type_traits_cpu (vec_dot_type).
-    """
+def _product(
+    x: np.ndarray, raw: np.ndarray, fmt: Format, n_out: int, numerics: str, pool: Pool | None, forms: Forms
+) -> tuple[np.ndarray, Job]:
+    """Room for a product, and the job that fills it; ValueError as `matmul` says."""
     if x.dtype != np.float32 or x.ndim != 2 or not x.flags.c_contiguous:
         raise ValueError(f"activations are a contiguous float32 [n_tok, n_in] array, not {x.dtype} {x.shape}")
     n_tok, n_in = x.shape
     raw, row_bytes = _weights(raw, fmt, n_out, n_in)
     out = np.empty((n_tok, n_out), np.float32)
     if numerics == "ggml":
-        many = 0 < fmt.many <= n_tok and n_in % 16 == 0
-        kernel = fmt.matmul_many if many else fmt.matmul
-        forms, form = {} if forms is None else forms, (fmt.activation, fmt.bias, many)
+        many = 0 < fmt.many_from <= n_tok and n_in % 16 == 0
+        kernel, form = fmt.matmul_many if many else fmt.matmul, (fmt.activation, fmt.bias, many)
         if form not in forms:
             forms[form] = _prepare(x, fmt, many, pool)
         y, stride, n = forms[form]
@@ -89,8 +93,39 @@ def matmul(
         kernel, y, stride, n = fmt.matmul_f32, x, 4 * n_in, n_in
     else:
         raise ValueError(f"numerics is 'ggml' or 'f32', not {numerics!r}")
-    run(pool, raw.size * n_tok, kernel, n_out, y, stride, raw, row_bytes, n, out)
+    return out, Job(raw.size * n_tok, kernel, n_out, (y, stride, raw, row_bytes, n, out))
+
+
+def matmul(
+    x: np.ndarray, raw: np.ndarray, fmt: Format, n_out: int, numerics: str = "ggml", pool: Pool | None = None,
+    forms: Forms | None = None,
+) -> np.ndarray:  # fmt: skip
+    """out[t, i] = sum over j of x[t, j] * weight[i, j].
+
+    x: float32 [n_tok, n_in], contiguous. raw: uint8, the n_out rows of n_in weights as they lie in a file.
+    Returns float32 [n_tok, n_out]. numerics "ggml": activations are rounded or quantised as fmt.activation says, bytes
+    are multiplied as integers, sums are float32. "f32": float32 weights times float32 activations. Products of the same
+    x may share `forms`, an empty dict at first, in which x is kept as it was prepared; see also matmul_several.
+    ValueError when shapes, types or lengths do not fit.
+    Source: ggml-cpu.c, ggml_compute_forward_mul_mat and type_traits_cpu (vec_dot_type).
+    """
+    out, job = _product(x, raw, fmt, n_out, numerics, pool, {} if forms is None else forms)
+    run(pool, job.n_bytes, job.kernel, job.n_items, *job.args)
     return out
+
+
+def matmul_several(
+    x: np.ndarray, weights: Sequence[tuple[np.ndarray, Format, int]], numerics: str = "ggml", pool: Pool | None = None
+) -> list[np.ndarray]:
+    """Products of one x with several matrices, such as those of Q, K and V: the same bits as `matmul` one by one.
+
+    weights: (raw, fmt, n_out) per matrix, as `matmul` takes them; formats may differ. Returns a float32 [n_tok, n_out]
+    per matrix. x is rounded or quantised once per kind of activation; the threads get all the products at once.
+    """
+    forms: Forms = {}
+    made = [_product(x, raw, fmt, n_out, numerics, pool, forms) for raw, fmt, n_out in weights]
+    run_several(pool, [job for _, job in made])
+    return [out for out, _ in made]
 
 
 def get_rows(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int, ids) -> np.ndarray:

@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 
-from .jit import inline, kernel
-from .lanes import first, fma, total
-from .simd import address_of, store
-from .threads import Pool, run
-from .vectors import exp, f32x1, f64x1, f64x16, load_f32x1, load_f32x16, to_f64
+from .machine.jit import inline, kernel
+from .machine.lanes import first, fma, total
+from .machine.simd import address_of, store
+from .machine.threads import Pool, run
+from .machine.vectors import exp, f32x1, f64x1, f64x16, load_f32x1, load_f32x16, to_f64
 
 
 def _float32(name: str, x: np.ndarray, ndim: int) -> None:

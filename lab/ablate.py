@@ -22,22 +22,14 @@ from typing import Any
 import numpy as np
 
 from tinymia import Error, Model
+from tinymia_engine import best, indices, is_mask
 
 from .ablate_groups import group_command, group_flags, in_words
 from .action_flags import integers
+from .answers import token_of
 from .arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
 from .chat import in_chat
-from .head_ablation import (
-    METRICS,
-    MODES,
-    Layer,
-    ablate_layer,
-    check_mode,
-    head_outputs,
-    measure,
-    positions,
-    token_of,
-)
+from .head_ablation import METRICS, MODES, Layer, ablate_layer, check_mode, head_outputs, measure, positions
 from .heatmap import Heatmap
 from .in_context import commit, spread
 from .progress import keeping
@@ -102,7 +94,8 @@ def ablate(
     """
     c = model.config
     check_mode(mode, pool, prompts, other)
-    ids = model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+    ids = model.ids(prompt)
+    at = at if at is None or not is_mask(at) else indices(at, "position", len(ids)).tolist()
     rows = positions(at, len(ids), "the prompt")
     wanted, which = chosen(layers, c.n_layer, "layer"), chosen(heads, c.n_head, "head")
     given = cut_prompts(model, prompts, "mean's") if prompts is not None else []
@@ -112,9 +105,9 @@ def ablate(
     cache = model.cache()
     run = model.run(ids, keep=["inp_embd", "l_out"], logits="last", cache=cache)
     plain = run.logits[-1]
-    by_score = np.argsort(-plain, kind="stable")
-    token = int(by_score[0]) if answer is None else token_of(model, answer, prompt)
-    rival = next(int(i) for i in by_score if i != token) if against is None else token_of(model, against, prompt)
+    two = best(plain, 2)
+    token = int(two[0]) if answer is None else token_of(model, answer, prompt)
+    rival = next(int(i) for i in two if i != token) if against is None else token_of(model, against, prompt)
     if token == rival:
         raise Error(f"the answer and what it is against are the same token: {model.piece(token)!r}")
     settings = {"mode": mode, "answer": token, "against": rival, "pool": pool, "at": at, "layers": wanted,

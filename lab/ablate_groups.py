@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from tinymia import Error, Model
+from tinymia_engine import best, indices, is_mask
 
+from .answers import token_of
 from .arguments import chosen, emit, out_file
-from .head_ablation import METRICS, check_mode, measure, positions, token_of
+from .head_ablation import METRICS, check_mode, measure, positions
 from .heatmap import Heatmap
 from .in_context import spread
 from .knockout import Work, instead, read_group, run_group
@@ -59,13 +61,14 @@ def ablate_groups(
     if isinstance(groups, str) or not groups:
         raise Error("groups is a list of one or more, such as ['20.5,14.1', 'ffn-3', '23.4@-1:3']")
     check_mode(mode, pool, prompts, other)
-    ids = model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+    ids = model.ids(prompt)
+    at = at if at is None or not is_mask(at) else indices(at, "position", len(ids)).tolist()
     run = model.run(ids, logits="last")
     plain = run.logits[-1]
     rows = positions(at, len(ids), "the prompt").tolist()
     read = [read_group(model, group, len(ids)) for group in groups]
     put = instead(model, mode, prompts, pool, other, at, len(ids))
-    order = [int(i) for i in np.argsort(-plain, kind="stable")[:2]]
+    order = best(plain, 2).tolist()
     token = order[0] if answer is None else token_of(model, answer, prompt)
     rival = next(i for i in order if i != token) if against is None else token_of(model, against, prompt)
     if token == rival:

@@ -16,6 +16,18 @@ import tinymia
 from tinymia import Error, Model
 
 
+class Input(str):
+    """A file to be read, as typed."""
+
+
+class Output(str):
+    """A file to be written, as typed."""
+
+
+FILES = {"save": (Output, slice(1, 2)), "patch": (Input, slice(1, 2)), "patch_avg": (Input, slice(1, 3)),
+         "add": (Input, slice(1, 2))}   # which values of a flag are files
+
+
 @dataclass
 class Spec:
     """An action as typed; it becomes a tinymia.Action when the model is known."""
@@ -35,7 +47,11 @@ class Act(argparse.Action):
         lengths = {"patch": (2, 4), "add": (2, 3)}.get(self.dest)
         if lengths and len(values) not in lengths:
             parser.error(f"{option_string} takes {lengths[0]} or {lengths[1]} values, not {len(values)}")
-        namespace.specs.append(Spec(self.dest, values if isinstance(values, list) else [values]))
+        values = values if isinstance(values, list) else [values]
+        if self.dest in FILES:
+            kind, which = FILES[self.dest]
+            values[which] = map(kind, values[which])
+        namespace.specs.append(Spec(self.dest, values))
 
 
 class Qualify(argparse.Action):

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinymia import Error, Model
+from tinymia_engine import whole
 
 Row = npt.NDArray[np.float32]   # logits of one position, [n_vocab]
 
@@ -17,20 +18,38 @@ Row = npt.NDArray[np.float32]   # logits of one position, [n_vocab]
 def answer_token(model: Model, text: str, prompt: str | Sequence[int]) -> int:
     """Id of the first token of `text` as it would follow the prompt; #123 is an id.
 
-    Between the two stands a blank unless one of them has it: "Paris" after "France ->" is the token " Paris". When the
-    text has more tokens than one, a line on stderr says, once, which one is used. Raises Error for no text.
+    Between the two stands a blank unless one of them has it: "Paris" after "France ->" is the token " Paris". Where
+    that takes several tokens and the text as it stands takes one, such as ",", no blank is put. A line on stderr says
+    so, once, and which token is used of a text that has several. Raises Error for no text.
     """
-    if text.startswith("#"):
+    if text.startswith("#") and len(text) > 1:
         return model.tokenizer.one(text)
-    before = prompt if isinstance(prompt, str) else model.detokenize(prompt)
+    before = model.text(prompt)
     if not text.strip():
         raise Error(f"the answer {text!r} has no text")
-    if not (before[-1:].isspace() or text[0].isspace()):
-        text = f" {text}"
-    ids = _following(model, text, before)
+    ids, blank = _following(model, text, before), not (before[-1:].isspace() or text[0].isspace())
+    if blank:
+        spaced = _following(model, f" {text}", before)
+        if len(spaced) == 1 or len(ids) > 1:
+            text, ids = f" {text}", spaced
+        else:
+            _note(f"the answer {text!r} is taken without a blank before it, as {_told(model, ids[0])}")
     if len(ids) > 1:
-        _note(text, "|".join(map(model.piece, ids)), f"{model.piece(ids[0])!r} (#{ids[0]})")
+        pieces = "|".join(map(model.piece, ids))
+        _note(f"the answer {text!r} has several tokens, {pieces}; the first one is used: {_told(model, ids[0])}")
     return ids[0]
+
+
+def token_of(model: Model, given: str | int, prompt: str | Sequence[int], what: str = "token") -> int:
+    """The token that is meant by a text, as above, or by an id. Raises Error for one that the model does not have."""
+    token = answer_token(model, given, prompt) if isinstance(given, str) else whole(given, f"the {what}")
+    if not 0 <= token < model.config.n_vocab:
+        raise Error(f"{what} #{token} is out of range: the model has {model.config.n_vocab} tokens")
+    return token
+
+
+def _told(model: Model, token: int) -> str:
+    return f"{model.piece(token)!r} (#{token})"
 
 
 def _following(model: Model, text: str, before: str) -> list[int]:
@@ -52,8 +71,8 @@ def _ids(model: Model, text: str, bos: bool | None = None) -> list[int]:
 
 
 @lru_cache(maxsize=256)
-def _note(text: str, pieces: str, used: str) -> None:
-    print(f"note: the answer {text!r} has several tokens, {pieces}; the first one is used: {used}", file=sys.stderr)
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
 
 
 def logit_difference(row: Row, answer: int, against: int) -> float:

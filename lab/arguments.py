@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import tinymia
 from tinymia import Error, Model
-from tinymia_files import check_target
+from tinymia_engine import indices
+from tinymia_files import check_apart, check_target, place, read_text
 from tinymia_models import DEFAULT
 
+from .action_flags import Input, Output, Spec
 from .chat import chat_flags, chat_of, check_chat
 from .heatmap import Heatmap, draw_png
 from .page import page, write_page
-from .prompt_sets import read_text
 from .result import Result, dumps
 
 RESULTS, PICTURES = (".npz", ".json"), (".png", ".html")    # what -o takes
@@ -34,7 +36,12 @@ Writer = Callable[[Path], None]
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours."""
+    """argparse whose errors are ours, and which lets no output be an input or another output."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        found, rest = super().parse_known_args(args, namespace)
+        check_outputs(vars(found))
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         raise Error(f"{message} ({self.prog} --help shows the flags)")
@@ -42,8 +49,9 @@ class Parser(argparse.ArgumentParser):
 
 def model_flags(g: argparse._ActionsContainer, numerics: str = "ggml") -> None:
     """-m, -t, --numerics and what holds without it."""
-    g.add_argument("-m", "--model", metavar="FILE", help=f"GGUF file, or a name: {DEFAULT} (bundled, the default), "
-                   "smollm2, ollama:NAME, lmstudio:NAME, hf:NAME (--list-models shows all)")
+    g.add_argument("-m", "--model", type=Input, metavar="FILE",
+                   help=f"GGUF file, or a name: {DEFAULT} (bundled, the default), smollm2, ollama:NAME, lmstudio:NAME, "
+                        "hf:NAME (--list-models shows all)")
     g.add_argument("-t", "--threads", type=int, metavar="N", help="default: the physical cores")
     g.add_argument("--numerics", choices=("ggml", "f32"), default=numerics,
                    help="ggml: activations quantised as llama.cpp does; f32: float32 throughout; "
@@ -54,7 +62,8 @@ def prompt_flags(g: argparse._ActionsContainer) -> None:
     """-p, -e, -f, --keep-line-end, --no-bos, --no-special, --chat, --system."""
     g.add_argument("-p", "--prompt", metavar="TEXT")
     g.add_argument("-e", "--escapes", action="store_true", help=r"in -p, \n is a line end, \t a tab, \\ a backslash")
-    g.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file (its last line end is dropped)")
+    g.add_argument("-f", "--file", type=Input, metavar="FILE",
+                   help="read the prompt from a file (its last line end is dropped)")
     g.add_argument("--keep-line-end", action="store_true", help="with -f: keep the last line end")
     g.add_argument("--no-bos", action="store_true", help="no BOS token before the prompt")
     g.add_argument("--no-special", action="store_true", help="take <s> and the like in the prompt as plain text")
@@ -74,18 +83,32 @@ def parser(
     p.set_defaults(specs=[], kinds=(*RESULTS, *pictures))
     model_flags(p, numerics)
     drawn = f"; {', '.join(pictures)} the picture" if pictures else ""
-    p.add_argument("-o", "--out", action="append", default=[], metavar="FILE",
+    p.add_argument("-o", "--out", action="append", type=Output, default=[], metavar="FILE",
                    help=f".npz or .json keeps the result, and long work goes on from there{drawn}; more than once")
     p.add_argument("--json", action="store_true", help="the result as one JSON object")
     p.add_argument("--debug", action="store_true", help="a traceback with errors")
     return p
 
 
+def check_outputs(given: Mapping[str, Any]) -> None:
+    """Raise Error for an output that is also read, or written twice; several --save may share a file."""
+    def of(kind: type[str], value: Any) -> list[str]:
+        if isinstance(value, (list, tuple)):
+            return [path for one in value for path in of(kind, one)]
+        return of(kind, value.args) if isinstance(value, Spec) else [value] if isinstance(value, kind) else []
+
+    saved = of(Output, given.get("specs", []))
+    written = [path for name, value in given.items() if name != "specs" for path in of(Output, value)]
+    for path in [*written, *saved]:
+        check_target(path, inputs=of(Input, list(given.values())))
+    check_apart([*written, *{place(path): path for path in saved}.values()])
+
+
 def check_file(flag: str, path: str, kinds: Sequence[str]) -> None:
     """Raise Error now for a file that could not be written after a long run."""
     if Path(path).suffix not in kinds:
         raise Error(f"{flag} {path}: the kinds of file are {', '.join(kinds)}")
-    check_target(path, [])
+    check_target(path)
     if path.endswith(".png") and importlib.util.find_spec("matplotlib") is None:
         raise Error(f"{flag} {path}: drawing needs matplotlib: pip install 'tinymia[lab]'")
 
@@ -111,12 +134,17 @@ def read_prompt(args: argparse.Namespace) -> str | None:
         raise Error("-e goes with -p: a file has its line ends already")
     if args.keep_line_end and args.file is None:
         raise Error("--keep-line-end goes with -f")
+    prompt = args.prompt
+    if args.file is None and prompt is not None and sys.getfilesystemencoding() != "utf-8":
+        prompt = os.fsencode(prompt).decode("utf-8", "surrogateescape")     # a C locale without Python's UTF-8 mode
     if args.file is None:
-        return unescape(args.prompt) if args.escapes else args.prompt
+        return unescape(prompt) if args.escapes and prompt is not None else prompt
     if args.prompt is not None:
         raise Error("-p and -f: one prompt at a time")
-    text = read_text(args.file, "the prompt is")
-    return text if args.keep_line_end else text.removesuffix("\n")
+    text = read_text(args.file, "the prompt")
+    if args.keep_line_end:
+        return text
+    return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
 
 
 def unescape(text: str) -> str:
@@ -140,7 +168,7 @@ def prompt_ids(args: argparse.Namespace, model: Model) -> str | list[int]:
 
 
 def chosen(wanted: str | Sequence[int] | None, n: int, what: str) -> list[int]:
-    """Which of n layers or heads: numbers, or a text such as 0,3-5; all where None. Raises Error."""
+    """Which of n layers or heads: numbers, a mask, or a text such as 0,3-5; all where None. Raises Error."""
     if wanted is None:
         return list(range(n))
     if isinstance(wanted, str):
@@ -149,9 +177,7 @@ def chosen(wanted: str | Sequence[int] | None, n: int, what: str) -> list[int]:
         except ValueError:
             raise Error(f"{what}s {wanted!r}: write 0,3-5 for {what}s 0, 3, 4 and 5") from None
         wanted = [i for end in ends for i in range(end[0], end[-1] + 1)]
-    numbers = sorted({int(i) for i in wanted})
-    if not numbers:
-        raise Error(f"no {what} is chosen")
+    numbers = sorted(set(indices(wanted, what, n).tolist()))
     for i in numbers:
         if not 0 <= i < n:
             raise Error(f"{what} {i} is out of range: there are {n} {what}s, 0 to {n - 1}")

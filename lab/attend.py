@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 import tinymia
-from tinymia import Action, Context, Model
+from tinymia import Action, Context, Error, Model
 from tinymia_files.vocab import NORMAL
+from tinymia_kernels import best as best_of
 
-from .action_flags import change_flags, patch_flags, read_actions
+from .action_flags import Output, change_flags, patch_flags, read_actions
 from .arguments import check_file, chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
-from .attention_page import viewer
+from .attention_page import check_size, viewer
 from .draw import draw
 from .heatmap import Heatmap, draw_png
 from .page import page, write_page
@@ -99,17 +100,22 @@ def attend(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     seed: int = 0,
-    actions: Sequence[Action] = (),
+    actions: Action | Sequence[Action] = (),
     out: str | Path | None = None,
+    kept: str | None = "float32",
 ) -> Attention:
     """Attention patterns of some layers and heads, all where None, and the scores of every head.
 
     seed: of the random tokens; actions are done to the prompt's run, not to theirs. out: an .npz or .json file that a
-    stopped run is kept in and goes on from. Raises Error.
+    stopped run is kept in and goes on from. kept: the type of the patterns: "float32", "float16", half as large and
+    right to three digits, which pictures need, or None, for scores alone. Raises Error.
     """
     c = model.config
+    if kept not in ("float32", "float16", None) or (out is not None and kept != "float32"):
+        raise Error(f"kept {kept!r}: it must be float32 (and must where a result is kept), float16 or None")
     layers, heads = chosen(layers, c.n_layer, "layer"), chosen(heads, c.n_head, "head")
-    ids = model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+    ids = model.ids(prompt)
+    actions = tinymia.listed(actions)
     again = repeated_tokens(model, seed)
     settings = {"layers": layers, "heads": heads, "seed": seed, "actions": describe(actions)}
     info = about(model, "attend", settings, prompt=prompt, repeated=again)
@@ -117,15 +123,16 @@ def attend(
     def empty() -> np.ndarray:
         return np.full((c.n_layer, c.n_head), np.nan, np.float32)
 
-    patterns = np.full((len(layers), len(heads), len(ids), len(ids)), np.nan, np.float32)
-    found = resume(out, info, Attention) or Attention(
+    side = len(ids) if kept else 0
+    patterns = np.full((len(layers), len(heads), side, side), np.nan, kept or "float32")
+    found = resume(out, info, Attention, actions) or Attention(
         info, [model.piece(i) for i in ids], layers, heads, patterns, empty(), empty(), empty(), empty())
 
     def in_prompt(x: np.ndarray, ctx: Context) -> None:
         il = ctx.layer or 0
         found.previous[il], found.first[il] = previous_score(x), first_score(x)
         found.induction_here[il] = induction_score(x, ids)
-        if il in layers:
+        if il in layers and kept:
             found.patterns[layers.index(il)] = x[heads]
         bar.step()
 
@@ -133,7 +140,8 @@ def attend(
         found.induction[ctx.layer or 0] = induction_score(x, again)
         bar.step()
 
-    todo = [(prompt, [*actions, tinymia.Replace("kq_soft_max", in_prompt)], found.patterns),
+    known = found.patterns[..., 0, 0] if kept else np.full(1, np.nan)   # a pattern is there whole or not at all
+    todo = [(prompt, [*actions, tinymia.Replace("kq_soft_max", in_prompt)], known),
             (again, [tinymia.Replace("kq_soft_max", in_repeated)], found.induction)]
     todo = [part for part in todo if np.isnan(part[2]).any()]
     if todo:
@@ -163,7 +171,7 @@ def strongest(found: Attention, n: int = 5) -> str:
     lines: list[list[Any]] = []
     for name, what in SCORES.items():
         values: np.ndarray = getattr(found, name)
-        best = [np.unravel_index(i, values.shape) for i in np.argsort(-values, axis=None, kind="stable")[:n]]
+        best = [np.unravel_index(i, values.shape) for i in best_of(values.reshape(-1), n)]
         heads = [f"{layer}.{head} {values[layer, head]:.2f}" for layer, head in best]
         lines.append([what, *heads] if not np.isnan(values).any() else [what, "no token of the prompt has one"])
     return f"strongest heads, layer.head and mean weight\n{table(lines)}"
@@ -207,7 +215,7 @@ def command(argv: Sequence[str]) -> int:
     prompt_flags(p)
     p.add_argument("--layers", metavar="LIST", help="whose patterns are kept and drawn: 0,3-5 (default: all)")
     p.add_argument("--heads", metavar="LIST", help="of these layers: 0,3-5 (default: all)")
-    p.add_argument("--scores", metavar="FILE.png", help="draw the heads' scores, layer x head, there")
+    p.add_argument("--scores", type=Output, metavar="FILE.png", help="draw the heads' scores, layer x head, there")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random tokens that repeat (default 0)")
     patch_flags(p.add_argument_group("patch"))
     change_flags(p.add_argument_group("change"))
@@ -217,8 +225,12 @@ def command(argv: Sequence[str]) -> int:
     model = open_model(args)
     prompt = prompt_ids(args, model)
     tell_sink(model, prompt)
-    found = attend(model, prompt, args.layers, args.heads, args.seed, read_actions(args, model),
-                   out_file(args))
+    layers, heads = chosen(args.layers, model.config.n_layer, "layer"), chosen(args.heads, model.config.n_head, "head")
+    if any(path.endswith(".html") for path in args.out):
+        check_size(len(layers), len(heads), len(model.tokenize(prompt) if isinstance(prompt, str) else prompt))
+    kept = "float16" if args.out or len(layers) == len(heads) == 1 else None
+    kept = "float32" if args.json or out_file(args) else kept
+    found = attend(model, prompt, layers, heads, args.seed, read_actions(args, model), out_file(args), kept)
     if args.scores:
         draw_png(args.scores, score_maps(found))
     return emit(args, found, text(found),

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tinymia_files import Error
+
 from .colours import SEQUENTIAL
 from .terminal import visible
 
@@ -146,16 +148,35 @@ draw();
 """
 
 
+MOST = 24_000_000   # bytes of attention patterns in a page
+
+
+def check_size(n_layer: int, n_head: int, n_tok: int, most: int = MOST) -> None:
+    """Raise Error for patterns of so many layers and heads on so many tokens that no browser would show the page."""
+    size = n_layer * n_head * n_tok * (n_tok + 1) // 2
+    if size > most:
+        one = n_head * n_tok * (n_tok + 1) // 2
+        fewer = f"layers, {most // one} or so" if one <= most else "one layer and some heads, or a shorter prompt"
+        raise Error(f"the attention patterns of {n_layer} layers and {n_head} heads on {n_tok} tokens take "
+                    f"{size / 1e6:.0f} MB in a page, which holds {most / 1e6:.0f} MB: choose {fewer}")
+
+
 def pack(patterns: np.ndarray) -> tuple[bytes, bool]:
-    """(bytes, whether keys after the query are left out): float32 [..., n_tok, n_tok], row by row of each pattern."""
-    levels = np.rint(255 * np.sqrt(np.clip(patterns, 0, 1))).astype(np.uint8)
-    causal = not np.triu(levels, 1).any()
+    """(bytes, whether keys after the query are left out): [n_layer, n_head, n_tok, n_tok], row by row of each pattern.
+
+    A head at a time: what is made on the way takes more room than the patterns.
+    """
+    levels = np.empty(patterns.shape, np.uint8)
+    for at in np.ndindex(patterns.shape[:-2]):
+        levels[at] = np.rint(255 * np.sqrt(np.clip(patterns[at], 0, 1)))
+    causal = not any(np.triu(levels[at], 1).any() for at in np.ndindex(patterns.shape[:-2]))
     queries, keys = np.tril_indices(patterns.shape[-1])
     return (levels[..., queries, keys] if causal else levels).tobytes(), causal
 
 
 def viewer(found: Attention) -> str:
     """A fragment for a page of page.py, whose style and tips it uses; there may be several in a page."""
+    check_size(len(found.layers), len(found.heads), len(found.pieces))
     weights, causal = pack(found.patterns)
     kept = np.ix_(found.layers, found.heads)
     scores = {"previous token": found.previous, "first token": found.first, "induction": found.induction}

@@ -28,10 +28,11 @@ import numpy as np
 
 import tinymia
 from tinymia import Action, Context, Error, Model
+from tinymia_engine import whole
 from tinymia_files import Tensor
 
 from .action_flags import change_flags, patch_flags, read_actions
-from .answers import answer_token
+from .answers import token_of
 from .arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
 from .heatmap import Heatmap, number
 from .progress import keeping
@@ -89,7 +90,7 @@ def attribute(
     against: str | int | None = None,
     position: int = -1,
     neurons: int | None = None,
-    actions: Sequence[Action] = (),
+    actions: Action | Sequence[Action] = (),
     out: str | Path | None = None,
 ) -> Attribution:
     """Direct logit attribution at one position of a prompt.
@@ -98,10 +99,11 @@ def attribute(
     neuron. out: an .npz or .json file that a stopped run is kept in and goes on from. Raises Error.
     """
     c = model.config
-    ids = model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-    if not -len(ids) <= position < len(ids):
+    ids = model.ids(prompt)
+    actions = tinymia.listed(actions)
+    if not -len(ids) <= whole(position, "the position") < len(ids):
         raise Error(f"position {position} is out of range: the prompt has {len(ids)} tokens, 0 to {len(ids) - 1}")
-    if neurons is not None and not 0 <= neurons < c.n_layer:
+    if neurons is not None and not 0 <= whole(neurons, "the layer of neurons") < c.n_layer:
         raise Error(f"layer {neurons} is out of range: there are {c.n_layer} layers, 0 to {c.n_layer - 1}")
     position %= len(ids)
     last = position == len(ids) - 1
@@ -109,7 +111,7 @@ def attribute(
     settings = {"answer": wanted, "against": other, "position": position, "neurons": neurons,
                 "actions": describe(actions)}
     info = about(model, "attribute", settings, prompt=prompt)
-    found = resume(out, info, Attribution)
+    found = resume(out, info, Attribution, actions)
     if found is not None and not np.isnan(found.heads).any():
         return found
     with keeping(result := _empty(model, info, ids, position, neurons), out, c.n_layer + 1, "attribute") as bar:
@@ -134,10 +136,7 @@ def attribute(
 
 
 def _token(model: Model, answer: str | int | None, before: str | Sequence[int]) -> int | None:
-    token = answer_token(model, answer, before) if isinstance(answer, str) else answer
-    if token is not None and not 0 <= token < model.config.n_vocab:
-        raise Error(f"token #{token} is out of range: the model has {model.config.n_vocab} tokens")
-    return token
+    return None if answer is None else token_of(model, answer, before)
 
 
 def _empty(model: Model, info: dict[str, object], ids: list[int], position: int, neurons: int | None) -> Attribution:

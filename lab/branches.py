@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from tinymia import Cache, Error
-from tinymia_kernels import Pool, attention, kq, kqv, soft_max, store_keys, store_values
+from tinymia import Cache, Error, put
 
 ROWS = 512  # of a batch: more does not make a row cheaper
 
@@ -28,7 +28,8 @@ class Branches(Cache):
             raise Error(f"branches start at {list(starts)}: it must be at up to {base.n}, later ones first")
         if starts[0] >= end:
             raise Error(f"branches that start at {starts[0]} have no rows: they end before {end}")
-        self.base, self.of, self.n = base, base.of, 0
+        self.base, self.config, self.numerics, self.n = base, base.config, base.numerics, 0
+        self.k = self.v = [np.zeros(0)] * base.config.n_layer   # not used: `ops` looks into the base
         self.places = np.concatenate([np.arange(start, end) for start in starts])       # [n_tok]
         self.ends = np.cumsum([end - start for start in starts])                        # [n_branch]
         self.parts = [(slice(stop - (end - start), stop), start) for stop, start in zip(self.ends.tolist(), starts)]
@@ -45,34 +46,49 @@ class Branches(Cache):
         return self.places
 
     def last(self, x: np.ndarray) -> np.ndarray:
-        """Of each branch its last row: [n_branch, ...]."""
+        """The last row of each branch: [n_branch, ...]."""
         return x[self.ends - 1]
 
     def store(self, il: int, k: np.ndarray, v: np.ndarray) -> None:
-        self.rows = k, v
+        self.il, self.rows = il, (k, v)
 
-    def kq(self, il: int, q: np.ndarray) -> np.ndarray:
-        n_kv = int(self.places[-1]) + 1
-        return np.concatenate([kq(q[rows], k, n_kv) for rows, _, k, _ in self._each(il)], axis=1)
+    def ops(self, ops: Any) -> Any:
+        """The same arithmetic, with each branch's rows among its own keys and values."""
 
-    def soft_max(self, kq: np.ndarray, scale: np.float32) -> np.ndarray:
-        parts = [soft_max(np.ascontiguousarray(kq[:, rows]), scale, start) for rows, start in self.parts]
-        return np.concatenate(parts, axis=1)
+        def scores(q: np.ndarray, keys: np.ndarray, n_kv: int) -> np.ndarray:
+            return np.concatenate([ops.scores(q[rows], k, n_kv) for rows, k, _ in self._each()], axis=1)
 
-    def kqv(self, il: int, pattern: np.ndarray) -> np.ndarray:
-        return np.concatenate([kqv(np.ascontiguousarray(pattern[:, rows]), v) for rows, _, _, v in self._each(il)], 1)
+        def soft_max(kq: np.ndarray, scale: float, positions: np.ndarray) -> np.ndarray:
+            parts = [ops.soft_max(np.ascontiguousarray(kq[:, rows]), scale, positions[rows]) for rows, _ in self.parts]
+            return np.concatenate(parts, axis=1)
 
-    def attention(self, il: int, q: np.ndarray, scale: np.float32, pool: Pool) -> np.ndarray:
-        parts = [attention(q[rows], k, v, start, scale, pool) for rows, start, k, v in self._each(il)]
-        return np.concatenate(parts)
+        def mix(pattern: np.ndarray, values: np.ndarray) -> np.ndarray:
+            parts = [ops.mix(np.ascontiguousarray(pattern[:, rows]), v) for rows, _, v in self._each()]
+            return np.concatenate(parts, axis=1)
 
-    def _each(self, il: int) -> Iterator[tuple[slice, int, np.ndarray, np.ndarray]]:
-        """(rows, start, keys, values) of a branch after another, in the same two arrays.
+        def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, positions: np.ndarray) -> Any:
+            parts = [ops.attention(q[rows], k, v, scale, positions[rows]) for rows, k, v in self._each()]
+            return np.concatenate(parts)
+
+        return Wrapped(ops, scores=scores, soft_max=soft_max, mix=mix, attention=attention)
+
+    def _each(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """(rows, keys, values) of one branch after another, in the same two arrays.
 
         A branch overwrites nothing before its start, and the next one starts no later.
         """
-        k, v = self.base.k[il].copy(), self.base.v[il].copy()
+        k, v = self.base.k[self.il].copy(), self.base.v[self.il].copy()
         for rows, start in self.parts:
-            store_keys(k, self.rows[0][rows], start)
-            store_values(v, self.rows[1][rows], start)
-            yield rows, start, k, v
+            put(k, v, self.rows[0][rows], self.rows[1][rows], start)
+            yield rows, k, v
+
+
+class Wrapped:
+    """The attributes of an object, some of them replaced."""
+
+    def __init__(self, inner: Any, **replaced: Any):
+        self._inner = inner
+        vars(self).update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)

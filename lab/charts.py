@@ -123,8 +123,10 @@ def draw_png(path: str | Path, panels: Sequence[Chart | Heatmap], title: str) ->
         from matplotlib.figure import Figure
     except ImportError as e:
         raise Error(f"{path}: drawing needs matplotlib: pip install 'tinymia[lab]'") from e
+    from .draw import clean
+
     figure = Figure(figsize=(6.5 * len(panels), 4.2), dpi=120, layout="constrained")
     for ax, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
         panel.draw(ax) if isinstance(panel, Chart) else draw_heatmap(ax, panel)
-    figure.suptitle(title.replace("$", r"\$"), fontsize=10)
+    figure.suptitle(clean(title).replace("$", r"\$"), fontsize=10)
     write_atomic(path, lambda f: figure.savefig(f, format="png"))

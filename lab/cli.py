@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import sys
 import time
@@ -21,15 +20,15 @@ import numpy as np
 
 import tinymia
 from tinymia import Error, Model, Record
-from tinymia_files import check_target
+from tinymia_files import check_target, dumps
 from tinymia_models import DEFAULT
 from tinymia_models.stores import listed
 
-from .action_flags import Act, change_flags, patch_flags, read_actions
+from .action_flags import Act, Output, change_flags, patch_flags, read_actions
 from .arguments import Parser, model_flags, prompt_flags, read_prompt
 from .chat import chat_of
 from .progress import interruptible
-from .terminal import table
+from .terminal import notes, table
 
 EXAMPLES = """\
 the post's commands (https://grgv.xyz/blog; any Llama in GGUF will do for llama2.gguf):
@@ -88,7 +87,7 @@ def parser() -> Parser:
     g.add_argument("--lens-score", choices=("raw", "logit", "prob"),
                    help="raw: norm weight only, as the post (default); logit: the whole final norm; prob: its softmax")
     act("--log", nargs=1, metavar="NAME", help="shape, mean, rms, range and first values")
-    g.add_argument("-d", "--draw", metavar="FILE.png", help="attention patterns, a row of panels a layer")
+    g.add_argument("-d", "--draw", type=Output, metavar="FILE.png", help="attention patterns, a row of panels a layer")
     g.add_argument("--print-cgraph", action="store_true", help="every op in order: name, op, shape, inputs, weight")
     g.add_argument("--list-tensors", action="store_true", help="the weights: name, type, shape, bytes")
 
@@ -148,7 +147,8 @@ class Printer:
         if isinstance(r.action, tinymia.Lens):
             self.line(f"Layer #{r.layer} {r.name}:" if r.layer is not None else f"{r.name}:")
             for position, best in zip(r.positions.tolist(), r.value):
-                self.line(f"{position}: " + "".join(f"{piece} {score:.2g}|" for piece, score in best))
+                shown = "".join(f"{piece} {score:.2g}|" for piece, score in best)
+                self.line(f"{position}: {shown or 'NaN: no tokens'}")
             rows = [{"position": p, "best": best} for p, best in zip(r.positions.tolist(), r.value)]
             self.out["lens"].append({**about, "rows": rows})
         elif isinstance(r.action, tinymia.Log):
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     """What main does once the flags are read."""
     if args.list_models:
         models = listed()
-        print(json.dumps(models) if args.json else table([list(models[0]), *(list(m.values()) for m in models)]))
+        print(dumps(models) if args.json else table([list(models[0]), *(list(m.values()) for m in models)]))
         return 0
     if args.n_predict < 0:
         raise Error(f"-n {args.n_predict}: it must be 0 or more")
@@ -185,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
     if args.verbose:
         for key, value in vars(model.config).items():
             print(f"{key:10s}  {value:.6g}" if isinstance(value, float) else f"{key:10s}  {value}", file=sys.stderr)
-        print(f"loaded in {time.perf_counter() - clock:.2f} s, {model.pool.n} threads", file=sys.stderr)
+        print(f"loaded in {time.perf_counter() - clock:.2f} s, {model.threads} threads", file=sys.stderr)
     if prompt is not None and args.chat:
         _, prompt, _ = chat = chat_of(args, model, prompt)
         ids = chat.ids
@@ -210,7 +210,7 @@ def run(args: argparse.Namespace) -> int:
     elif not (args.print_cgraph or args.list_tensors):
         raise Error("no prompt: give one with -p or -f")
     if args.json:
-        print(json.dumps(printer.out, ensure_ascii=False))
+        print(dumps(printer.out))
     return 130 if printer.out.get("stop") == "interrupted" else 0
 
 
@@ -218,7 +218,7 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
     """Run the prompt with its actions, and print what comes of it."""
     actions = read_actions(args, model)
     if args.draw:
-        check_target(args.draw, [])
+        check_target(args.draw)
         actions.append(tinymia.Save("kq_soft_max"))
     rows = [[i, token, model.piece(token).replace(" ", "▁")] for i, token in enumerate(ids)]
     print(table([["index", "id", "piece"], *rows]), file=sys.stderr, flush=True)
@@ -262,6 +262,7 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
               f"generation: {len(gen.tokens)} tokens in {rest:.3f} s, {rates[1]:.1f} a second", file=sys.stderr)
 
 
+@notes()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 2 for an error, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)

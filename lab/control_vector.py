@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tinymia import Config, GGUFError
-from tinymia_files import read_gguf, short, write_atomic
+from tinymia_files import expand, read_gguf, reading, short, write_atomic
 
 from .result import dumps
 
@@ -34,7 +34,11 @@ def read_control_vector(path: str | Path, config: Config) -> dict[int, np.ndarra
 
     Where llama.cpp passes over a direction that the model has no layer for, this is an error.
     """
-    path = Path(path).expanduser()
+    with reading(path, "a control vector", GGUFError):
+        return _read(expand(path), config)
+
+
+def _read(path: Path, config: Config) -> dict[int, np.ndarray]:
     meta, tensors = read_gguf(path)
     kind = meta.get("general.architecture")
     if kind != ARCHITECTURE:

@@ -26,9 +26,10 @@ from tinymia import (
     Replace,
     Save,
     Scale,
+    listed,
     match,
-    read_source,
 )
+from tinymia_engine import indices, read_sources
 
 
 class Edits:
@@ -37,7 +38,7 @@ class Edits:
     def __init__(self, actions: Sequence[Action], model: Model, n_tok: int):
         self.model, self.n_tok = model, n_tok
         self.by_name: dict[str, list[Action]] = {}
-        for action in actions:
+        for action in listed(actions):
             if isinstance(action, (Lens, Log, Save)):
                 raise Error(f"verify keeps nothing but what it compares: {type(action).__name__} does not go with it")
             if action.when != "prompt":
@@ -64,20 +65,23 @@ class Edits:
         """x after one action: for each position of `at`, the new row, or the heads of it that are meant."""
         op = self.model.table[name][0]
         axis = op.dims.index("n_tok")
-        source = next((s for s in ("source", "vector", "direction") if getattr(action, s, None) is not None), None)
-        source = None if source is None else read_source(getattr(action, source), name, op, self.model)
+        given = next((s for s in ("source", "vector", "direction") if getattr(action, s, None) is not None), None)
+        sources = [None] if given is None else read_sources(getattr(action, given), name, op.dims, self.model, name)
         y = x.copy()
         old, new = np.moveaxis(x, axis, 0), np.moveaxis(y, axis, 0)
-        at = range(self.n_tok) if action.at is None else [int(p) for p in np.atleast_1d(action.at)]
+        at = range(self.n_tok) if action.at is None else indices(action.at, "position", self.n_tok).tolist()
+        c = self.model.config
+        n_head = c.n_head_kv if "n_head_kv" in op.dims else c.n_head
         for place, position in enumerate(at):
             position = position % self.n_tok
-            row = self.row(action, source, old, position, place)
+            rows = [self.row(action, source, old, position, place) for source in sources]
+            row = rows[0] if len(rows) == 1 else np.mean(rows, axis=0, dtype=np.float32)
             if action.heads is None:
                 new[position] = row
                 continue
             row = np.broadcast_to(np.asarray(row, np.float32), old[position].shape)
-            for h in np.atleast_1d(action.heads):
-                d = self.model.config.d_head_v
+            for h in indices(action.heads, "head", n_head):
+                d = c.d_head_v
                 part = slice(h * d, h * d + d) if op.base == "kqv_merged" else h
                 new[position][part] = row[part]
         return y
@@ -86,7 +90,7 @@ class Edits:
         """What stands at a position afterwards; `place` says which of the action's positions it is."""
         if isinstance(action, Patch):
             if action.src is not None:
-                return source[np.atleast_1d(action.src)[place]]
+                return source[indices(action.src, "row", len(source))[place]]
             return source[position if len(source) > 1 else 0]
         if isinstance(action, Ablate):
             if action.mode == "value":

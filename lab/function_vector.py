@@ -110,7 +110,7 @@ def function_vector(
                 "n_test": n_test, "seed": seed}
     shown = {name: [getattr(p, name)[0].ids for p in prompts] for name in ("mean", "shuffled")}
     note = about(model, "function-vector", settings, **shown, bare=[p.test[0][0].ids for p in prompts])
-    found = resume(out, note, FunctionVector) or _nothing(note, [t.name for t in read], model, prompts)
+    found = resume(out, note, FunctionVector, tasks) or _nothing(note, [t.name for t in read], model, prompts)
     counts = [found.n_means.astype(int), *(np.isfinite(a.reshape(*a.shape[:2], -1)[..., 0]).sum(1)
                                            for a in (found.prompt_effects, found.dev_hits, found.hits))]
     total = sum(len(part) for p in prompts for part in p)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinymia import Cache, Context, Error, Model, Replace
+from tinymia_engine import indices
 
-from .answers import answer_token, kl, logit_difference, probability
+from .answers import kl, logit_difference, probability
 from .branches import ROWS, Branches
 from .prompt_sets import POOLS, cut_prompts
 
@@ -59,7 +60,7 @@ def measure(row: np.ndarray, plain: np.ndarray, answer: int, against: int) -> li
 
 def positions(at: int | Sequence[int] | None, n_tok: int, whose: str) -> np.ndarray:
     """Positions from 0, each once, intp; negative ones count from the end. Raises Error."""
-    wanted = np.arange(n_tok) if at is None else np.atleast_1d(np.asarray(at, np.intp))
+    wanted = np.arange(n_tok) if at is None else indices(at, "position", n_tok)
     rows = np.where(wanted < 0, wanted + n_tok, wanted)
     for i, row in zip(wanted.tolist(), rows):
         if not 0 <= row < n_tok:
@@ -89,11 +90,3 @@ def check_mode(mode: str, pool: str, prompts: Any, other: Any) -> None:
         raise Error("mode mean goes with a set of prompts to take the mean over, and no other mode does")
     if (mode == "resample") != (other is not None):
         raise Error("mode resample goes with another prompt to take the heads' outputs from, and no other mode does")
-
-
-def token_of(model: Model, answer: str | int, prompt: str | Sequence[int]) -> int:
-    """The id of an answer that is a text, or an id. Raises Error."""
-    token = answer_token(model, answer, prompt) if isinstance(answer, str) else int(answer)
-    if not 0 <= token < model.config.n_vocab:
-        raise Error(f"answer #{token} is out of range: the model has {model.config.n_vocab} tokens")
-    return token

@@ -18,7 +18,7 @@ import numpy as np
 
 import tinymia
 from tinymia import Action, Cache, Error, Model, Run
-from tinymia_kernels import softmax
+from tinymia_engine import softmax
 
 from .branches import Branches
 from .task_files import Pair, Task
@@ -131,16 +131,20 @@ def variants(
     return model.run(tokens * n, actions=actions, cache=branches, start=begin).logits.reshape(n, len(tokens), -1)
 
 
-_shared: WeakValueDictionary[tuple[Path, int, str], Model] = WeakValueDictionary()  # models of this process's callers
+How = tuple[Path, int, str, tuple[str, ...]]    # file, threads, numerics, hashes of its parts
+_shared: WeakValueDictionary[How, Model] = WeakValueDictionary()  # models of this process's callers
 _opening = Lock()
 
 
 @lru_cache(maxsize=1)
-def _open(path: Path, threads: int, numerics: str) -> Model:
-    return tinymia.load(path, threads, numerics)
+def _open(path: Path, threads: int, numerics: str, hashes: tuple[str, ...]) -> Model:
+    model = tinymia.load(path, threads, numerics)
+    if tuple(file.sha256() for file in model.files) != hashes:
+        raise Error(f"{path}: another file lies there than the one that was loaded")
+    return model
 
 
-def _call(how: tuple[Path, int, str], fn: Callable[[Model, Item], Found], item: Item) -> Found:
+def _call(how: How, fn: Callable[[Model, Item], Found], item: Item) -> Found:
     with _opening:
         model = _shared.get(how) or _open(*how)
     return fn(model, item)
@@ -156,7 +160,7 @@ def spread(
     if executor is None:
         yield from (fn(model, item) for item in items)
         return
-    how = (model.path.resolve(), model.pool.n, model.numerics)
+    how = (model.path.resolve(), model.threads, model.numerics, tuple(file.sha256() for file in model.files))
     _shared[how] = model
     futures = [executor.submit(_call, how, fn, item) for item in items]
     try:

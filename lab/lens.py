@@ -14,10 +14,12 @@ import numpy as np
 
 import tinymia
 from tinymia import Action, Error, Model
-from tinymia_kernels import rms_norm, softmax
+from tinymia_engine import softmax
+from tinymia_kernels import best as best_of
+from tinymia_kernels import rms_norm
 
 from .action_flags import change_flags, patch_flags, read_actions
-from .answers import answer_token, log_softmax
+from .answers import log_softmax, token_of
 from .arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
 from .heatmap import Heatmap
 from .progress import keeping
@@ -25,6 +27,7 @@ from .result import Result, about, describe, resume
 from .sinks import tell_sink
 from .terminal import screen, table, visible
 
+NONE = -1   # stands for a token where a row is NaN
 ROWS = 32   # that go through the output matrix together: with 128 256 tokens their logits take 16 MB
 
 
@@ -34,7 +37,7 @@ class Lens(Result):
 
     names: list[str]                # exact names of the tensors, in the order of computation: [n_name]
     pieces: list[str]               # of the prompt's tokens, [n_tok]
-    best: np.ndarray                # int32 [n_name, n_tok, k], ids, the best first
+    best: np.ndarray                # int32 [n_name, n_tok, k], ids, the best first; -1 in a row of NaN, which has none
     best_pieces: list[list[list[str]]]
     scores: np.ndarray              # float32 [n_name, n_tok, k], raw, logit or prob
     probabilities: np.ndarray       # float32 [n_name, n_tok, k]
@@ -53,7 +56,7 @@ def lens(
     k: int = 5,
     score: str = "logit",
     target: str | int | None = None,
-    actions: Sequence[Action] = (),
+    actions: Action | Sequence[Action] = (),
     out: str | Path | None = None,
 ) -> Lens:
     """The logit lens on tensors of [n_tok, n_embd], all positions of a prompt.
@@ -68,13 +71,12 @@ def lens(
     for name in chosen:
         tinymia.Lens(name, k, score).bind(name, model.table[name][0], model)
     model.lens(np.ones(model.config.n_embd, np.float32), k, score)      # complains of k and score
-    ids = model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-    wanted = answer_token(model, target, prompt) if isinstance(target, str) else target
-    if wanted is not None and not 0 <= wanted < model.config.n_vocab:
-        raise Error(f"target #{wanted} is out of range: the model has {model.config.n_vocab} tokens")
+    ids = model.ids(prompt)
+    actions = tinymia.listed(actions)
+    wanted = None if target is None else token_of(model, target, prompt, "target")
     settings = {"names": patterns, "k": k, "score": score, "target": wanted, "actions": describe(actions)}
     info = about(model, "lens", settings, prompt=prompt)
-    result = resume(out, info, Lens) or _empty(model, info, chosen, ids, min(k, model.config.n_vocab), wanted)
+    result = resume(out, info, Lens, actions) or _empty(model, info, chosen, ids, min(k, model.config.n_vocab), wanted)
     todo = [i for i in range(len(chosen)) if np.isnan(result.entropy[i]).any()]
     if not todo:
         return result
@@ -110,8 +112,9 @@ def _fill(result: Lens, i: int, model: Model, x: np.ndarray, score: str) -> None
         prob = np.exp(log_prob)                                                         # [n_row, n_vocab]
         scores = logits                                                                 # [n_row, n_vocab]
         if score != "logit":
-            scores = softmax(logits) if score == "prob" else _output(model, np.ascontiguousarray(x[rows]))
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]                        # [n_row, k]
+            scores = softmax(logits) if score == "prob" else _output(model, np.ascontiguousarray(x[rows]), bias=False)
+        best = best_of(scores, k)                                                       # [n_row, k]
+        best[np.isnan(scores).any(1)] = NONE
         result.best[i, rows] = best
         result.scores[i, rows] = np.take_along_axis(scores, best, 1)
         result.probabilities[i, rows] = np.take_along_axis(prob, best, 1)
@@ -121,13 +124,15 @@ def _fill(result: Lens, i: int, model: Model, x: np.ndarray, score: str) -> None
             ahead = (scores > scores[:, t:t + 1]).sum(1) + (scores[:, :t] == scores[:, t:t + 1]).sum(1)
             result.target_rank[i, rows], result.target_score[i, rows] = ahead, scores[:, t]
             result.target_probability[i, rows] = prob[:, t]
-    result.best_pieces[i] = [[model.piece(int(token)) for token in row] for row in result.best[i]]
+    result.best_pieces[i] = [["" if token == NONE else model.piece(int(token)) for token in row]
+                             for row in result.best[i]]
     result.entropy[i] = entropy  # last: a row without NaN is done
 
 
-def _output(model: Model, x: np.ndarray) -> np.ndarray:
-    """Norm weight and output matrix: float32 [n_row, n_embd] -> [n_row, n_vocab]."""
-    return model.linear(x * model.weights.output_norm, model.weights.output)
+def _output(model: Model, x: np.ndarray, bias: bool = True) -> np.ndarray:
+    """Norm weight and output matrix: float32 [n_row, n_embd] -> [n_row, n_vocab]; raw scores are without the bias."""
+    weight = model.weights.output if bias else model.weights.output._replace(bias=None)
+    return model.linear(x * model.weights.output_norm, weight)
 
 
 # ---------------------------------------------------------------------------------------- pictures

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -265,7 +266,7 @@ def compute(
         callback = Callback(llama_cpp, model, len(ids), wanted, outcome, edit, put)
         mp = llama_cpp.llama_model_default_params()
         mp.n_gpu_layers, mp.use_extra_bufts = 0, repack
-        llama = llama_cpp.llama_model_load_from_file(str(model.path).encode(), mp)
+        llama = llama_cpp.llama_model_load_from_file(os.fsencode(model.path), mp)
         if not llama:
             raise Error(f"{model.path}: llama.cpp cannot load it: {why(log)}")
         context = None

@@ -102,14 +102,16 @@ class Keeping(Progress):
 
     def __init__(self, result: Result, path: str | Path | None, check: Callable[[], None], *how: Any):
         super().__init__(*how)
-        self.result, self.path, self.check, self.saved = result, path, check, self.begun
+        self.result, self.path, self.check, self.saved, self.every = result, path, check, self.begun, EVERY
 
     def step(self, n: int = 1) -> None:
         super().step(n)
         self.check()
-        if self.path is not None and time.monotonic() - self.saved >= EVERY:
+        if self.path is not None and time.monotonic() - self.saved >= self.every:
+            begun = time.monotonic()
             self.result.save(self.path)
             self.saved = time.monotonic()
+            self.every = max(EVERY, 10 * (self.saved - begun))  # a large result must not be saved most of the time
 
 
 @contextmanager

@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import tinymia
 from tinymia import Error, Model
-from tinymia_files import short
+from tinymia_engine import given
+from tinymia_files import read_json, read_text, short
 
 POOLS = ("last", "mean")    # of a prompt's rows: the last token's, or the mean over tokens
 
 
-def read_text(path: str | Path, what: str) -> str:
-    """The text of a file; Error when `what` ("the prompt is") not valid UTF-8, or unreadable."""
-    try:
-        return Path(path).expanduser().read_text("utf-8")
-    except UnicodeDecodeError as e:
-        raise Error(f"{path}: {what} not valid UTF-8 at byte {e.start}") from e
-    except OSError as e:
-        raise Error(f"{path}: {e.strerror or e}") from e
-
-
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file: one per line, where empty lines do not count, or, in a .json file, a list of texts, which
-    may hold line ends. Raises Error."""
-    text = read_text(path, "the prompts are")
+    """The prompts of a file: one per line, whatever the line ends, where empty lines do not count, or, in a .json file,
+    a list of texts, which may hold line ends. Raises Error."""
     if Path(path).suffix == ".json":
-        return _read_json(path, text)
-    prompts = [line for line in text.split("\n") if line.strip()]   # Python's text mode has made all line ends \n
+        return _listed(path, read_json(path, "a list of prompts"))
+    lines = re.split("\r\n|\r|\n", read_text(path, "the prompts"))
+    prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise Error(f"{path}: no prompts: it takes one per line, or a JSON list in a .json file")
     return prompts
 
 
-def _read_json(path: str | Path, text: str) -> list[str]:
-    try:
-        prompts = json.loads(text)
-    except ValueError as e:
-        raise Error(f"{path}: the prompts are not JSON: {e}") from e
+def _listed(path: str | Path, prompts: Any) -> list[str]:
     if not isinstance(prompts, list) or not prompts:
         raise Error(f'{path}: the prompts must be a JSON list of texts, ["...", "..."]')
     for i, prompt in enumerate(prompts):
@@ -54,7 +42,7 @@ def cut_prompts(model: Model, prompts: Sequence[str | Sequence[int]], what: str)
     """Ids of each prompt. Raises Error, which names the set and the prompt, where one does not fit the context."""
     if isinstance(prompts, str) or not len(prompts):
         raise Error(f"the {what} prompts are a list of one or more")
-    cut = [model.tokenize(p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+    cut = [given.token_ids(model.tokenize(p) if isinstance(p, str) else p, model.config.n_vocab) for p in prompts]
     for i, ids in enumerate(cut):
         if not 0 < len(ids) <= model.config.n_ctx:
             raise Error(f"prompt {i + 1} of the {what} prompts has {len(ids)} tokens; it must have 1 to "

@@ -5,7 +5,6 @@ They hold the tensors by our names, as --save writes them, so a row of llama.cpp
 
 from __future__ import annotations
 
-import json
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 from tinymia import Model
-from tinymia_files import FileError, short
+from tinymia_files import FileError, dumps, short
 from tinymia_files.tensors import read_tensors
 
 from .llama import Item, Outcome
@@ -45,7 +44,7 @@ class Recorder:
         """After the last tensor: what this is, so that nothing else is compared with it."""
         said = {**vars(outcome), "names": self.names, "weights": fingerprint(model), **how}
         about = {"model": model.about, "prompt": prompt, "tokens": list(ids), "llama.cpp": said}
-        self._write("about", np.array(json.dumps(about)))
+        self._write("about", np.array(dumps(about)))
         self.zip.close()
 
     def _write(self, name: str, array: np.ndarray) -> None:

@@ -9,23 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 import tinymia
 from tinymia import Action, Error, Model
-from tinymia_kernels import softmax
+from tinymia_engine import softmax, whole
+from tinymia_kernels import best as best_of
 
 from .action_flags import change_flags, patch_flags, read_actions
 from .arguments import chosen, emit, open_model, parser, prompt_flags, prompt_ids
 from .attend import Attention, attend
+from .attention_page import MOST, check_size
 from .attribute import Attribution, attribute, kinds, largest
 from .lens import Lens, details, lens
 from .page import write_page
 from .report_page import report_page
 from .result import Result, about, describe
 from .terminal import table, visible
-
-MOST = 24_000_000   # bytes of attention patterns in a page
 
 
 @dataclass
@@ -39,11 +37,6 @@ class Report(Result):
     attention: Attention            # with the interventions
     attributions: list[Attribution]
 
-    def to_json(self) -> dict[str, Any]:
-        parts = {"lenses": [part.to_json() for part in self.lenses], "attention": self.attention.to_json(),
-                 "attributions": [part.to_json() for part in self.attributions]}
-        return {"about": self.about, "pieces": self.pieces, "outputs": self.outputs, "comes": self.comes, **parts}
-
 
 def report(
     model: Model,
@@ -52,7 +45,7 @@ def report(
     against: str | int | None = None,
     n: int = 16,
     layers: str | Sequence[int] | None = None,
-    actions: Sequence[Action] = (),
+    actions: Action | Sequence[Action] = (),
 ) -> Report:
     """Lens, attention and attribution of a prompt, and how the model goes on.
 
@@ -60,16 +53,14 @@ def report(
     on with. layers: whose attention patterns are kept, all where None. Raises Error.
     """
     c = model.config
-    ids = model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+    ids = model.ids(prompt)
+    actions = tinymia.listed(actions)
     kept = chosen(layers, c.n_layer, "layer")
-    size = len(kept) * c.n_head * len(ids) * (len(ids) + 1) // 2
-    if n < 0:
+    if whole(n, "n") < 0:
         raise Error(f"{n} tokens to go on with: it must be 0 or more")
-    if size > MOST:
-        raise Error(f"the attention patterns of {len(kept)} layers on {len(ids)} tokens take {size / 1e6:.0f} MB: "
-                    f"choose layers, {max(1, len(kept) * MOST // size)} or so")
+    check_size(len(kept), c.n_head, len(ids), MOST)
     at_prompt = [action for action in actions if action.when != "decode"]
-    runs = [[], list(actions)] if actions else [[]]
+    runs = [[], actions] if actions else [[]]
     outputs, probabilities = [], []
     for steps in runs:
         gen = model.generate(prompt, n, [*steps, tinymia.Save("result_output")])
@@ -79,7 +70,7 @@ def report(
     prompt_runs = [at_prompt] * (len(runs) - 1)
     attributions = [first, *(attribute(model, prompt, first.answer, first.against, actions=a) for a in prompt_runs)]
     lenses = [lens(model, prompt, target=first.answer, actions=a) for a in [[], *prompt_runs]]
-    best = dict.fromkeys(int(i) for p in probabilities for i in np.argsort(-p, kind="stable")[:5])
+    best = dict.fromkeys(int(i) for p in probabilities for i in best_of(p, 5))
     best[first.answer] = None
     comes = [[model.piece(i), *(float(p[i]) for p in probabilities)] for i in best]
     settings = {"answer": first.answer, "against": first.against, "n": n, "layers": kept, "actions": describe(actions)}

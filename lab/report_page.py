@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from tinymia_files import dumps
 
 from . import attribute, lens
 from .attention_page import viewer
@@ -130,7 +131,7 @@ def bars(one: attribute.Attribution, most: float) -> str:
 
 
 def _repeat(found: Report) -> str:
-    told = escape(json.dumps(found.about, ensure_ascii=False, indent=1))
+    told = escape(dumps(found.about, 1))
     return f"<details><summary>model, settings, tokens, versions</summary><pre>{told}</pre></details>"
 
 

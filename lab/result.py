@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
-from glob import escape
 from pathlib import Path
-from re import sub
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numba
 import numpy as np
 
 import tinymia
 from tinymia import Error, Model
-from tinymia_files import check_target, short, write_atomic
+from tinymia_files import check_target, dumps, expand, plain, read_json, read_npz, reading, short, write_atomic
 
+__all__ = ["Result", "about", "describe", "dumps", "model_hash", "plain", "resume"]
 R = TypeVar("R", bound="Result")
 SAME = ("command", "settings", "model", "prompts")  # parts of `about` that two runs must share to be the same
 
@@ -39,16 +38,17 @@ class Result:
         """The fields that are arrays."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), np.ndarray)}
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it as JSON can hold it: arrays as nested lists, what is no number as null."""
-        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+    def to_json(self, arrays: bool = True) -> dict[str, Any]:
+        """All of it, or all but its arrays, as JSON can hold it: arrays as nested lists, what is not finite as null."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: plain(v) for name, v in values.items() if arrays or not isinstance(v, np.ndarray)}
 
     def save(self, path: str | Path) -> None:
         """Write it to a .npz or .json file, whole or not at all. Raises Error."""
-        check_target(path, [])
+        check_target(path)
         kind, suffix, arrays = type(self).__name__, Path(path).suffix, self.arrays()
         if suffix == ".npz":
-            rest = {"kind": kind, **{k: v for k, v in self.to_json().items() if k not in arrays}}
+            rest = {"kind": kind, **self.to_json(arrays=False)}
             write_atomic(path, lambda f: np.savez_compressed(f, result=np.array(dumps(rest)), **arrays))
         elif suffix == ".json":
             types = {name: str(array.dtype) for name, array in arrays.items()}
@@ -60,65 +60,55 @@ class Result:
     @classmethod
     def load(cls: type[R], path: str | Path) -> R:
         """The result in a file. Raises Error for a file that holds none, or one of another kind."""
-        path = Path(path).expanduser()
-        try:
-            found = _read_npz(path) if path.suffix == ".npz" else _read_json(path)
-            kind, names = found.pop("kind"), {f.name for f in fields(cls)}
-        except OSError as e:
-            raise Error(f"{path}: cannot be read: {e.strerror or e}") from e
-        except (ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as e:
-            raise Error(f"{path}: not a saved result: {short(str(e))}") from e
-        if kind != cls.__name__ or names != found.keys():
-            raise Error(f"{path}: holds a result of the kind {kind}, or of another version, not {cls.__name__}")
+        with reading(path, "a saved result"):
+            found = _read_npz(expand(path)) if Path(path).suffix == ".npz" else _read_json(path)
+            kind, hints = found.pop("kind"), get_type_hints(cls)
+            if kind != cls.__name__ or hints.keys() != found.keys():
+                raise Error(f"{path}: holds a result of the kind {short(kind)}, or of another version, not "
+                            f"{cls.__name__}")
+            wrong = next((name for name, hint in hints.items() if not _fits(found[name], hint)), None)
+            if wrong is not None:
+                raise ValueError(f"its {wrong} is no {getattr(hints[wrong], '__name__', hints[wrong])}")
         return cls(**found)
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as f:
-        arrays = {name: f[name] for name in f.files if name != "result"}
-        return json.loads(str(f["result"])) | arrays
+    arrays = read_npz(path)
+    return json.loads(str(arrays.pop("result"))) | arrays
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text("utf-8"))
+def _read_json(path: str | Path) -> dict[str, Any]:
+    found = read_json(path, "a saved result")
     for name, kind in found.pop("arrays").items():
         dtype = np.dtype(kind)
+        if dtype.kind not in "fiubU":
+            raise ValueError(f"an array of {dtype}")
         found[name] = np.array(found[name], np.float64 if dtype.kind == "f" else dtype).astype(dtype)  # null is NaN
     return found
 
 
-def plain(value: Any) -> Any:
-    """The same as JSON can hold it: arrays as lists, paths as text, what is no number as null."""
-    if isinstance(value, (np.ndarray, np.generic)):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type that a field has."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if hint is float:  # null is NaN
+        return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    return type(value) is (origin or hint)
 
 
-def dumps(value: Any) -> str:
-    """One line of JSON."""
-    return json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
+def model_hash(model: Model) -> str:
+    """SHA-256 in hexadecimal of the bytes that a model was loaded from; of a split one, that of its parts' hashes.
 
-
-@lru_cache(maxsize=8)
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def model_hash(path: str | Path) -> str:
-    """SHA-256 of a model's file in hexadecimal; of a split model, that of its parts' hashes in their order."""
-    path = Path(path)
-    parts = sorted(path.parent.glob(sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-?????-of-\1", escape(path.name))))
-    hashes = [_sha256(part, part.stat().st_size, part.stat().st_mtime_ns) for part in parts]
+    Raises Error when the file was written to since then.
+    """
+    hashes = [file.sha256() for file in model.files]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -132,7 +122,7 @@ def about(
     return {
         "command": command,
         "settings": plain(settings),
-        "model": {"name": model.config.name, "path": str(model.path), "sha256": model_hash(model.path),
+        "model": {"name": model.config.name, "path": str(model.path), "sha256": model_hash(model),
                   "numerics": model.numerics},
         "prompts": {name: _prompt(model, prompt) for name, prompt in prompts.items()},
         "versions": {"tinymia": tinymia.__version__, "python": platform.python_version(), "numpy": np.__version__,
@@ -143,9 +133,8 @@ def about(
 def _prompt(model: Model, prompt: Any) -> Any:
     if not isinstance(prompt, str) and any(not isinstance(i, (int, np.integer)) for i in prompt):
         return [_prompt(model, one) for one in prompt]
-    ids = model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-    text = prompt if isinstance(prompt, str) else model.detokenize(ids)
-    return {"text": text, "tokens": ids, "pieces": [model.piece(i) for i in ids]}
+    ids = model.ids(prompt)
+    return {"text": model.text(prompt), "tokens": ids, "pieces": [model.piece(i) for i in ids]}
 
 
 def describe(value: Any) -> Any:
@@ -163,12 +152,16 @@ def describe(value: Any) -> Any:
     return getattr(value, "__qualname__", repr(value)) if callable(value) else plain(value)
 
 
-def resume(path: str | Path | None, about: dict[str, Any], cls: type[R]) -> R | None:
+def resume(path: str | Path | None, about: dict[str, Any], cls: type[R], inputs: Any = ()) -> R | None:
     """What an earlier run, stopped or done, left in a file; None where there is no file.
 
-    Raises Error when the file holds another run, and says in what it differs. Versions and the model's path may.
+    inputs: what the run is given, such as actions; files among it are not to be written onto. Raises Error for these,
+    and when the file holds another run, and says in what it differs. Versions and the model's path may differ.
     """
-    if path is None or not Path(path).expanduser().exists():
+    if path is None:
+        return None
+    check_target(path, inputs=files_in(inputs))
+    if not os.path.exists(expand(path)):
         return None
     found = cls.load(path)
     old, new = ({k: v for part in SAME for k, v in _flat(one.get(part), part).items() if k != "model path"}
@@ -178,6 +171,17 @@ def resume(path: str | Path | None, about: dict[str, Any], cls: type[R]) -> R | 
             raise Error(f"{path}: holds another run: its {key} is {short(old.get(key))}, not {short(new.get(key))}; "
                         "remove the file, or name another")
     return found
+
+
+def files_in(value: Any) -> list[str | Path]:
+    """The files that a run reads: names among its arguments, and the sources of actions."""
+    if isinstance(value, (str, Path)):
+        return [value]
+    if isinstance(value, tinymia.Action):
+        return list(tinymia.files_read(value))
+    if isinstance(value, (list, tuple)):
+        return [file for one in value for file in files_in(one)]
+    return []
 
 
 def _flat(value: Any, name: str) -> dict[str, Any]:

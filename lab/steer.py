@@ -20,6 +20,7 @@ import numpy as np
 
 from tinymia import Add, Error, Generation, Model
 
+from .action_flags import Input
 from .arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
 from .chat import in_chat
 from .control_vector import read_control_vector, write_control_vector
@@ -93,7 +94,7 @@ def steer(
     settings = {"layers": wanted, "pool": pool, "coef": coefs, "when": when, "n": n, "vector": describe(given)}
     prompts = dict(zip(("positive", "negative"), sets)) | ({} if prompt is None else {"prompt": prompt})
     note = about(model, "steer", settings, **prompts)
-    found = resume(out, note, Steering) or Steering(
+    found = resume(out, note, Steering, [] if vector is None else [vector]) or Steering(
         note, wanted, np.full((c.n_layer, c.n_embd), np.nan, np.float32) if given is None else given,
         np.full((2, c.n_layer, c.n_embd), np.nan), np.zeros(2, np.int64), None, [], [],
     )
@@ -163,9 +164,10 @@ def read_vector(model: Model, vector: str | Path | np.ndarray) -> tuple[np.ndarr
             rows[il] = direction
     else:
         found, where = Steering.load(vector), str(vector)
-        rows, layers = found.vectors, found.layers
-        if rows.shape == (c.n_layer, c.n_embd) and not np.isnan(rows[layers]).any():
-            return rows, layers
+        rows, layers = found.vectors.astype(np.float32), found.layers
+        if rows.shape == (c.n_layer, c.n_embd) and all(0 <= il < c.n_layer for il in layers):
+            if not np.isnan(rows[layers]).any():
+                return rows, layers
     if rows.shape != (c.n_layer, c.n_embd):
         raise Error(f"{where} is {list(rows.shape)}; the model's layers are [{c.n_layer}, {c.n_embd}]")
     layers = np.flatnonzero(np.isfinite(rows).all(1)).tolist()
@@ -197,11 +199,12 @@ def command(argv: Sequence[str]) -> int:
                pictures=())
     p.set_defaults(kinds=(".npz", ".json", ".gguf"))
     prompt_flags(p)
-    p.add_argument("--positive", metavar="FILE",
+    p.add_argument("--positive", type=Input, metavar="FILE",
                    help="prompts that have what the vector stands for: one per line, or a JSON list (.json); with "
                         "--chat each is put into the chat format")
-    p.add_argument("--negative", metavar="FILE", help="prompts that do not")
-    p.add_argument("--vector", metavar="FILE", help="a control vector (.gguf) or a result (.npz, .json) instead")
+    p.add_argument("--negative", type=Input, metavar="FILE", help="prompts that do not")
+    p.add_argument("--vector", type=Input, metavar="FILE",
+                   help="a control vector (.gguf) or a result (.npz, .json) instead")
     p.add_argument("--pool", choices=POOLS, default="last",
                    help="a prompt's rows: its last token's (default), or the mean over its tokens")
     p.add_argument("--layers", metavar="LIST", help="0,3-5 (default: the middle one, or those of the file)")

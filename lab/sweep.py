@@ -21,7 +21,7 @@ import numpy as np
 
 from tinymia import Error, Model
 
-from .answers import answer_token
+from .answers import token_of
 from .arguments import chosen, emit, open_model, out_file, parser
 from .chat import chat_flags, in_chat
 from .heatmap import Heatmap
@@ -89,7 +89,7 @@ def sweep(
     if at == "last" and tensor in BY_POSITION:
         raise Error(f"at=last goes with {' and '.join(BY_HEAD)}: {tensor} is patched at each position by itself")
     c, names = model.config, {"clean": clean, "corrupt": corrupt}
-    ids = {name: tuple(model.tokenize(p) if isinstance(p, str) else map(int, p)) for name, p in names.items()}
+    ids = {name: tuple(model.ids(p)) for name, p in names.items()}
     check_aligned(model, ids["clean"], ids["corrupt"])
     wanted = chosen(layers, c.n_layer, "layer")
     setting = Setting(ids["clean"], ids["corrupt"], tensor, noising, at == "last", 0, 0)
@@ -102,7 +102,7 @@ def sweep(
         raise Error(f"the logit difference of {model.piece(token)!r} and {model.piece(other)!r} is the same in both "
                     "runs: name other tokens with answer and against, or another metric")
     settings = {"tensor": tensor, "noising": noising, "at": at, "layers": wanted, "answer": token, "against": other}
-    note = about(model, "sweep", settings, clean=ids["clean"], corrupt=ids["corrupt"])
+    note = about(model, "sweep", settings, clean=clean, corrupt=corrupt)
     found = resume(out, note, Sweep) or _nothing(model, note, setting, wanted, ends)
     found.metric = metric
     work: list[Batch] = []
@@ -125,10 +125,7 @@ def _token(model: Model, given: str | int | None, prompt: str | Sequence[int], r
     """The id that is meant, the best token of a row of logits where none is given. Raises Error."""
     if given is None:
         return int(row.argmax())
-    token = answer_token(model, given, prompt) if isinstance(given, str) else given
-    if not 0 <= token < model.config.n_vocab:
-        raise Error(f"token #{token} is out of range: the model has {model.config.n_vocab} tokens")
-    return token
+    return token_of(model, given, prompt)
 
 
 def _nothing(model: Model, note: dict[str, Any], setting: Setting, layers: list[int], ends: np.ndarray) -> Sweep:

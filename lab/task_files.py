@@ -17,7 +17,7 @@ Files in tasks/ go by their names; copycat-capital and the like are the tasks co
 from __future__ import annotations
 
 import difflib
-import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tinymia_files import Error, FileError, short
+from tinymia_files import Error, FileError, expand, read_json, short
 
 HERE = Path(__file__).with_name("tasks")
 COPYCAT = "copycat-"
@@ -108,7 +108,7 @@ def read_task(
     elif str(task) in names():
         found = _copycat(str(task)) if str(task).startswith(COPYCAT) else _read(HERE / f"{task}.json")
     else:
-        found = _read(Path(task).expanduser())
+        found = _read(expand(task))
     chosen = found.template
     if template is not None:
         chosen = TEMPLATES.get(template) or Template.parse(template, chosen.separator)
@@ -142,15 +142,14 @@ def check_counts(seed: int, **counts: int | None) -> None:
 
 def _read(path: Path) -> Task:
     try:
-        data = json.loads(path.read_text("utf-8"))
+        os.stat(path)
     except FileNotFoundError as e:
         close = difflib.get_close_matches(str(path), names(), 3, 0.5)
         closest = f"; closest: {', '.join(close)}" if close else ""
         raise FileError(f"no task is called {str(path)!r}, and no file{closest} (--list shows all)") from e
-    except OSError as e:
-        raise FileError(f"{path}: {e.strerror or e}") from e
-    except ValueError as e:  # of JSON, of UTF-8
-        raise FileError(f"{path}: no task file: {e}") from e
+    except OSError:  # the reader tells
+        pass
+    data = read_json(path, "a task file")
     said = data if isinstance(data, dict) else {"pairs": data}
     kinds = {"pairs": list, "template": str, "separator": str, "about": str, "shots": int, "score": str,
              "prefix": str}
@@ -185,7 +184,7 @@ def _pairs(rows: list[Any], path: Path) -> tuple[Pair, ...]:
 
 @cache
 def _facts() -> dict[str, Any]:
-    from tinymia_models.train_copycat import Facts
+    from tinymia_models.facts import Facts
 
     return Facts.read().tasks
 

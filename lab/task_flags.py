@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 
 from tinymia import Error, Model
+from tinymia_files import dumps
 
+from .action_flags import Input
 from .in_context import make_prompt
 from .task_files import TEMPLATES, Task, names, read_task, read_tasks
 from .terminal import table
@@ -16,7 +17,7 @@ from .terminal import table
 
 def task_flags(p: argparse.ArgumentParser, shots: int) -> None:
     """TASK ..., --list, --template, --separator, --shots, --score, --seed."""
-    p.add_argument("task", nargs="*", metavar="TASK", help="names of tasks, or JSON files")
+    p.add_argument("task", nargs="*", type=Input, metavar="TASK", help="names of tasks, or JSON files")
     p.add_argument("--list", action="store_true", help="the tasks that come with the lab, and no more")
     p.add_argument("--template", metavar="TEXT", help="a demonstration, with {x} and {y}; or the name of one: "
                    f"{', '.join(TEMPLATES)}; default: the task's")
@@ -44,7 +45,7 @@ def list_tasks(as_json: bool) -> int:
     """Print what comes with the lab; the exit status."""
     rows = [(task.name, len(task.pairs), str(task.template), task.about) for task in map(read_task, names())]
     if as_json:
-        print(json.dumps([dict(zip(("name", "pairs", "template", "about"), row)) for row in rows], ensure_ascii=False))
+        print(dumps([dict(zip(("name", "pairs", "template", "about"), row)) for row in rows]))
     else:
         print(table([["task", "pairs", "template", "what"], *rows]))
     return 0

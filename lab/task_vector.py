@@ -116,7 +116,7 @@ def task_vector(
                 "dummies": dummies, "n_dev": n_dev, "n_test": n_test, "conflict": conflict, "vector": vector,
                 "seed": seed, "k": k}
     note = about(model, "task-vector", settings, full=[t[0].full.ids for t in test], bare=[t[0].bare.ids for t in test])
-    found = resume(out, note, TaskVector) or _nothing(note, [t.name for t in read], model, dev, test)
+    found = resume(out, note, TaskVector, tasks) or _nothing(note, [t.name for t in read], model, dev, test)
     n_dev_passes = 1 if vector == "own" else 2
     total = sum(map(len, dev)) * n_dev_passes + sum(map(len, test)) + sum(map(len, conflicts.values()))
     done = sum(np.isfinite(a[..., 0]).sum() for a in (found.dev_hits, found.tests[..., 0], found.conflict_hits))

@@ -6,8 +6,12 @@ import os
 import shutil
 import sys
 import unicodedata
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from tinymia import Error, Note
 
 WIDE = 120  # columns where there is no terminal to ask
 
@@ -16,6 +20,26 @@ def screen() -> tuple[int, bool]:
     """(columns, whether to colour) of stdout: colours on a terminal, unless NO_COLOR is set (no-color.org)."""
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return shutil.get_terminal_size((WIDE, 24)).columns, colour
+
+
+@contextmanager
+def notes() -> Iterator[None]:
+    """The engine's Notes become lines on stderr, `note: ...`, each once."""
+    said = set[str]()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(message: Any, category: Any, *where: Any, **more: Any) -> None:
+            line = str(Error(str(message), limit=1000))     # on one line, without what a terminal would obey
+            if not issubclass(category, Note):
+                show(message, category, *where, **more)
+            elif line not in said:
+                said.add(line)
+                print(f"note: {line}", file=sys.stderr)
+
+        warnings.simplefilter("always", Note)
+        warnings.showwarning = tell
+        yield
 
 
 def visible(text: str) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 import tinymia
-from tinymia import Action, Context, Error, Model
-from tinymia_kernels import softmax
+from tinymia import Action, Context, Error, Lens, Log, Model, Save
+from tinymia_engine import best, softmax, whole
 
 from .action_flags import change_flags, patch_flags, read_actions
 from .arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
@@ -36,7 +36,7 @@ class Trace(Result):
     position: int                   # whose values are shown
     layers: list[int]
     n_layer: int                    # that the model has
-    ops: list[dict[str, Any]]       # in the order of computation; see `told`
+    ops: list[dict[str, Any]]       # in the order of computation; see `told`, `trace` and, for "changed", `change`
     best: list[list[Any]]           # [piece, probability] of what comes next, the likeliest first
 
 
@@ -45,40 +45,59 @@ def trace(
     prompt: str | Sequence[int],
     layers: str | Sequence[int] | None = (0,),
     position: int = -1,
-    actions: Sequence[Action] = (),
+    actions: Action | Sequence[Action] = (),
     out: str | Path | None = None,
 ) -> Trace:
     """Every op of some layers, all where None, and of what comes before and after them, with its values at a position.
 
+    An op that actions change has its values as they left them, and in "changed" what they were as computed.
     out: an .npz or .json file that the result is kept in. Raises Error.
     """
     layers = chosen(layers, model.config.n_layer, "layer")
-    ids = model.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-    if not -len(ids) <= position < len(ids):
+    ids, actions = model.ids(prompt), tinymia.listed(actions)
+    if not -len(ids) <= whole(position, "the position") < len(ids):
         raise Error(f"position {position} is out of range: the prompt has {len(ids)} tokens, 0 to {len(ids) - 1}")
     position %= len(ids)
     info = about(model, "trace", {"layers": layers, "position": position, "actions": describe(actions)}, prompt=prompt)
-    found = resume(out, info, Trace)
+    found = resume(out, info, Trace, actions)
     if found is not None:
         return found
     graph = {op["name"]: op for op in cgraph(model, len(ids))}
     found = Trace(info, [model.piece(i) for i in ids], position, layers, model.config.n_layer, [], [])
     names = [name for name, (_, il) in model.table.items() if il is None or il in layers]
 
+    by = {name: [repr(a) for a in actions if a.when != "decode" and not isinstance(a, (Lens, Log, Save))
+                 and name in tinymia.match(a.name, model.table)] for name in names}
+    computed: dict[str, np.ndarray] = {}
+
+    def before(x: np.ndarray, ctx: Context) -> None:
+        computed[ctx.name] = x
+
     def take(x: np.ndarray, ctx: Context) -> None:
         row = ctx.rows(x)[position]
         found.ops.append(told(model, ctx.op, ctx.layer, graph) | {
             "head": 0 if row.ndim > 1 else None,    # whose values come first
             "size": row.size, "first": row.reshape(-1)[:FIRST].tolist(),
-            "norm": float(np.linalg.norm(row.astype(np.float64)))})
+            "norm": float(np.linalg.norm(row.astype(np.float64))),
+            "changed": change(by[ctx.name], ctx.rows(computed.pop(ctx.name)), ctx.rows(x), position)
+            if by[ctx.name] else None})
         bar.step()
         check_interrupt()
 
     with interruptible() as check_interrupt, Progress(len(names), "trace") as bar:
-        run = model.run(prompt, actions=[*actions, *(tinymia.Replace(name, take) for name in names)])
+        first = [tinymia.Replace(name, before) for name in names if by[name]]
+        run = model.run(prompt, actions=[*first, *actions, *(tinymia.Replace(name, take) for name in names)])
     prob = softmax(run.logits[position:position + 1])[0]                                # [n_vocab]
-    found.best = [[model.piece(int(i)), float(prob[i])] for i in np.argsort(-prob, kind="stable")[:5]]
+    found.best = [[model.piece(int(i)), float(prob[i])] for i in best(prob, 5)]
     return found
+
+
+def change(by: list[str], old: np.ndarray, new: np.ndarray, position: int) -> dict[str, Any]:
+    """What the actions `by` made of a tensor, token axis first: which rows differ, and the row as it was computed."""
+    differs = (old != new) & ~(np.isnan(old) & np.isnan(new))
+    row = old[position]
+    return {"by": by, "rows": np.flatnonzero(differs.reshape(len(old), -1).any(1)).tolist(),
+            "first": row.reshape(-1)[:FIRST].tolist(), "norm": float(np.linalg.norm(row.astype(np.float64)))}
 
 
 # ---------------------------------------------------------------------------------------- the text
@@ -96,12 +115,40 @@ def op_text(op: dict[str, Any], position: int, colour: bool = False) -> str:
     if op["weight"]:
         sources.append(f"{op['weight']['name']} {op['weight']['type']} {shape_text(op['weight']['shape'])}")
     sources += [op["bias"]] if op["bias"] else []
-    values = " ".join(f"{v:.4g}" for v in op["first"]) + " ..." * (op["size"] > len(op["first"]))
+    more = " ..." * (op["size"] > len(op["first"]))
+    values = " ".join(f"{v:.4g}" for v in op["first"]) + more
     row, norm = (f"row {position}", "norm") if op["head"] is None else (
         f"row {position}, head {op['head']}", "norm of all heads")
     return "\n".join([f"{name}  {shape_text(op['shape'])}  {op['op']}", *_lines(op["formula"]),
-                      *_wrapped("from ", sources), *_lines(f"{row}: {values}   {norm} {op['norm']:.4g}"),
+                      *_wrapped("from ", sources), *_changed(op, position, row, norm, more),
+                      *_lines(f"{row}: {values}   {norm} {op['norm']:.4g}"),
                       *_lines(op["sentence"])])
+
+
+def _changed(op: dict[str, Any], position: int, row: str, norm: str, more: str) -> list[str]:
+    """The lines that say that actions changed an op, and what its row was as computed; none where none did."""
+    if not (how := op["changed"]):
+        return []
+    rows, by = how["rows"], ", then ".join(how["by"])
+    if not rows:
+        return _lines(f"changed by {by}: every value is as it was computed")
+    places = "every row" if len(rows) == dict(op["shape"])["n_tok"] else f"row{'s' * (len(rows) > 1)} {_runs(rows)}"
+    if position not in rows:
+        return _lines(f"changed by {by} at {places}; row {position} is as it was computed")
+    values = " ".join(f"{v:.4g}" for v in how["first"]) + more
+    return [*_lines(f"changed by {by} at {places}"),
+            *_lines(f"as computed, {row}: {values}   {norm} {how['norm']:.4g}"), *_lines("as changed:")]
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """0-3, 5."""
+    parts: list[list[int]] = []
+    for i in numbers:
+        if parts and i == parts[-1][-1] + 1:
+            parts[-1][1:] = [i]
+        else:
+            parts.append([i])
+    return ", ".join("-".join(map(str, part)) for part in parts)
 
 
 def _lines(words: str) -> list[str]:

@@ -19,14 +19,14 @@ from tinymia import Action, Error, Model
 from tinymia_files import check_target, short, write_atomic
 from tinymia_models import DEFAULT
 
-from .action_flags import change_flags, patch_flags, read_actions
+from .action_flags import Input, Output, change_flags, patch_flags, read_actions
 from .arguments import Parser, read_prompt
 from .compare import Compared, Feed, Others, Progress, compare, divergence
 from .edits import Edits
 from .llama import FLASH, FUSED, Item, Outcome, compute
 from .recording import Recorder, check_recorded, read_recording
 from .reference import Reference
-from .result import dumps
+from .result import dumps, files_in
 from .terminal import table
 
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -89,8 +89,10 @@ def verify(
         raise Error("a recording is either made (record) or compared with (against)")
     if record is not None and Path(record).suffix != ".npz":
         raise Error(f"{record}: recordings are .npz files")
+    if record is not None:
+        check_target(record, inputs=files_in(list(actions)))
     text = prompt if isinstance(prompt, str) else None
-    ids = model.tokenize(prompt) if text is not None else [int(i) for i in prompt]
+    ids, actions = model.ids(prompt), tinymia.listed(actions)
     if not 0 < len(ids) + n_predict <= model.config.n_ctx:
         raise Error(f"{len(ids)} tokens and {n_predict} more: the context has room for {model.config.n_ctx}")
     how = {"flash": flash, "repack": repack, "actions": [repr(action) for action in actions]}
@@ -117,7 +119,7 @@ def verify(
             return compare(model, ids, others, watched, shown, actions, inject, on_pair, progress), given[1]
         feed = Feed(lambda put: compute(
             model, ids, text, set(watched) | edits.by_name.keys(), edits, put,
-            threads=model.pool.n, flash=flash, repack=repack, n=n_predict))
+            threads=model.threads, flash=flash, repack=repack, n=n_predict))
         try:
             found = compare(model, ids, Others(iter(feed), model), watched, shown, actions, inject, on_pair, progress)
             outcome = feed.finish()
@@ -131,7 +133,6 @@ def verify(
     if record is None:
         found, outcome = run(None)
     else:
-        check_target(record, [])
         done: list[tuple[Compared, Outcome]] = []
         write_atomic(record, lambda f: done.append(run(Recorder(f))))
         found, outcome = done[0]
@@ -196,14 +197,14 @@ def verify_self(
     reference's inputs, and its error is its own.
     """
     tolerance = 1e-6 if tolerance is None else tolerance
-    path, threads = (model.path, model.pool.n) if isinstance(model, Model) else (model, threads)
+    path, threads = (model.path, model.threads) if isinstance(model, Model) else (model, threads)
     patterns = [only] if isinstance(only, str) else list(only)
     out: dict[str, Any] = {
         "tinymia": tinymia.__version__, "model": str(path), "tolerance": tolerance, "inject": inject}
     rows: dict[str, dict[str, Any]] = {}
     for numerics in ("f32", "ggml"):
         engine = tinymia.load(path, threads, numerics)
-        ids = engine.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        ids = engine.ids(prompt)
         shown = {name for pattern in patterns for name in tinymia.match(pattern, engine.table)}
         names = [n for n in engine.table if inject or n in shown or n == "result_output"]
         names = [n for n in names if n in shown or engine.table[n][0].base not in FLASH]
@@ -243,9 +244,11 @@ def parser() -> Parser:
              "2 for an error. docs/verify.md explains the numbers.")
     p = Parser("tinymia verify", description=about, allow_abbrev=False)
     p.set_defaults(specs=[], no_bos=False)
-    p.add_argument("-m", "--model", metavar="FILE", help=f"GGUF file (default: {DEFAULT}, which is bundled)")
+    p.add_argument("-m", "--model", type=Input, metavar="FILE",
+                   help=f"GGUF file (default: {DEFAULT}, which is bundled)")
     p.add_argument("-p", "--prompt", metavar="TEXT")
-    p.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file (its last line end is dropped)")
+    p.add_argument("-f", "--file", type=Input, metavar="FILE",
+                   help="read the prompt from a file (its last line end is dropped)")
     p.add_argument("-t", "--threads", type=int, metavar="N", help="of both; default: the physical cores")
     p.add_argument("--tolerance", type=float, metavar="NMSE",
                    help="default: 1e-6 for float weights, 1e-4 for quantised; with --inject 1e-10 and 1e-6; more with "
@@ -257,8 +260,9 @@ def parser() -> Parser:
     p.add_argument("--repack", action="store_true", help="llama.cpp with weights laid out anew, as it runs by default")
     p.add_argument("-n", "--n-predict", type=int, default=0, metavar="N",
                    help="go on greedily by N tokens, and compare")
-    p.add_argument("--record", metavar="FILE.npz", help="write llama.cpp's tensors there as well")
-    p.add_argument("--against", metavar="FILE.npz", help="compare with a recording; llama.cpp is not needed")
+    p.add_argument("--record", type=Output, metavar="FILE.npz", help="write llama.cpp's tensors there as well")
+    p.add_argument("--against", metavar="FILE.npz",  # never beside --record
+                   help="compare with a recording; llama.cpp is not needed")
     p.add_argument("--self", action="store_true", help="compare both numerics with float64, without llama.cpp")
     p.add_argument("--json", action="store_true", help="one JSON object")
     p.add_argument("--debug", action="store_true", help="a traceback with errors")

@@ -1,4 +1,4 @@
-"""GGUF files that travel with tinymia, and README.md: where larger ones come from."""
+"""The bundled model copycat; facts.py: what it was taught; README.md: its card, and where larger models come from."""
 
 from pathlib import Path
 
@@ -6,5 +6,5 @@ DEFAULT = "copycat"
 
 
 def bundled() -> dict[str, Path]:
-    """The bundled models by name; the first is what runs when none is asked for."""
+    """Return the bundled models' files by name; the first is the one that runs when none is asked for."""
     return {name: Path(__file__).with_name(f"{name}.gguf") for name in (DEFAULT,)}

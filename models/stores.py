@@ -15,7 +15,6 @@ downloaded.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import sys
@@ -24,7 +23,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinymia_files import Error, read_gguf, short
+from tinymia_files import Error, expand, read_gguf, read_json, short
 from tinymia_files.hparams import read_hparams
 
 from . import bundled
@@ -47,7 +46,7 @@ def find(model: str | Path) -> Path:
 
     Raises Error for a store or a name in it that is not there, and for a package that is not installed.
     """
-    path = Path(model).expanduser()
+    path = expand(model)
     if isinstance(model, Path) or path.is_file():
         return path
     if model in bundled():
@@ -99,9 +98,11 @@ def ollama() -> Iterator[Found]:
 def _blob(root: Path, manifest: Path) -> tuple[Path | None, str]:
     """The file that a manifest calls the model, or what is wrong."""
     try:
-        layers = json.loads(manifest.read_text("utf-8"))["layers"]
+        layers = read_json(manifest, "a manifest of ollama")["layers"]
         digests = [layer["digest"] for layer in layers if layer["mediaType"] == OLLAMA_MODEL]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except Error as e:
+        return None, f"its manifest cannot be read: {e}"
+    except (KeyError, TypeError, AttributeError) as e:
         return None, f"its manifest {manifest} cannot be read: {short(str(e))}"
     if not digests or not re.fullmatch(r"sha256[:-][0-9a-f]{64}", str(digests[0])):
         return None, f"its manifest {manifest} names no model file"

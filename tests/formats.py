@@ -5,11 +5,13 @@ import numpy as np
 
 MANY = 8  # tokens, from which on superblocks are summed otherwise
 
-# Where a block's F16 factors lie, of the formats that gguf-py cannot quantise to.
-FACTORS = {
-    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
-    "IQ1_S": (0,), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,),
-}  # fmt: skip
+# Where a block's F16 factors lie, of the formats that are decoded when they are loaded; the others say it themselves.
+DECODED_HALVES = dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,))
+
+
+def halves(fmt):
+    """The bytes of a block at which its F16 factors begin."""
+    return DECODED_HALVES.get(fmt.name, ()) if fmt.made_of is None else fmt.made_of.HALVES
 
 
 def lengths(fmt):
@@ -20,7 +22,7 @@ def lengths(fmt):
 def random_bytes(fmt, rng, n_out, n_in):
     """Rows of random blocks [n_out, bytes] whose factors are moderate numbers."""
     raw = rng.integers(0, 256, (n_out, n_in // fmt.block_size, fmt.type_size), dtype=np.uint8)
-    for at in FACTORS.get(fmt.name, ()):
+    for at in halves(fmt):
         numbers = 0.02 * rng.standard_normal(raw.shape[:2])
         raw[..., at : at + 2] = numbers.astype(np.float16).view(np.uint8).reshape(*raw.shape[:2], 2)
     if fmt.name == "IQ1_M":  # the upper four bits of its F16 factor: no more than 0.02
@@ -36,10 +38,11 @@ def random_weights(fmt, rng, n_out, n_in):
         raw = weights.view(np.uint8)
     elif fmt.name == "F16":
         raw = weights.astype(np.float16).view(np.uint8)
-    elif fmt.name in FACTORS or fmt.name == "IQ1_M":
-        raw = random_bytes(fmt, rng, n_out, n_in)
     else:
-        raw = gguf.quantize(weights, kind)
+        try:
+            raw = gguf.quantize(weights, kind)
+        except NotImplementedError:
+            raw = random_bytes(fmt, rng, n_out, n_in)
     raw = raw.reshape(n_out, -1)
     typed = raw.view({"F32": np.float32, "F16": np.float16}.get(fmt.name, np.uint8))
     return raw.reshape(-1), gguf.dequantize(typed, kind).reshape(n_out, n_in).astype(np.float64)

@@ -549,3 +549,175 @@ def test_pickles_are_not_loaded(model, tmp_path):
     for name in ("x.npy", "x.npz"):
         with pytest.raises(tinymia.Error):
             do(model, Patch("l_out-0", tmp_path / name, src=0, at=0))
+
+
+# ------------------------------------------------------------------------------------------------ what is asked for
+
+
+def mask(n, *places):
+    return [i in places for i in range(n)]
+
+
+@pytest.mark.parametrize("at,rows", [(mask(9, 0), [0]), (np.array(mask(9, 8, 2)), [2, 8]), (range(2, 4), [2, 3]),
+                                     ((np.int64(5), -1), [5, 8]), (np.int8(3), [3]), (mask(9, *range(9)), range(9))],
+                         ids=str)
+def test_a_mask_of_positions_chooses_where_it_is_true(model, clean, at, rows):
+    assert differs_only_at(do(model, Scale("l_out-0", 2.0, at=at))["l_out-0"], clean["l_out-0"], rows)
+
+
+def test_a_mask_of_heads_chooses_where_it_is_true(model, clean):
+    for heads in (mask(4, 2), np.array(mask(4, 2)), [2], 2):
+        run = do(model, Ablate("kqv-1", heads=heads))
+        assert [i for i in range(4) if not run["kqv-1"][i].any()] == [2]
+    run = do(model, Ablate("Kcur-1", heads=mask(2, 1)))         # there are as many as the tensor has, not as queries
+    assert not run["Kcur-1"][:, 1].any() and np.array_equal(run["Kcur-1"][:, 0], clean["Kcur-1"][:, 0])
+
+
+def test_a_mask_of_source_rows_and_of_targets(model, clean, other):
+    run = do(model, Patch("l_out-0", other, src=mask(9, 1, 7), at=mask(9, 2, 8)))
+    assert differs_only_at(run["l_out-0"], clean["l_out-0"], [2, 8])
+    np.testing.assert_array_equal(run["l_out-0"][[2, 8]], other["l_out-0"][[1, 7]])
+
+
+@pytest.mark.parametrize("given", [mask(3, 0), mask(9), True, np.True_, 1.5, 1.0, [1.0], np.array([2.0]), float("nan"),
+                                   "1", ["1"], [[1]], np.array([[1]]), [], np.array([], np.intp), {1}, [True, 1],
+                                   [None], (i for i in [1]), 10**30], ids=str)
+def test_what_is_no_place_is_refused_before_the_run(model, given):
+    seen = []
+    look = Replace("inp_embd", lambda x, ctx: seen.append(1))
+    for where in ({"at": given}, {"heads": given}):
+        with pytest.raises(tinymia.Error, match="kqv-1: ") as e:
+            do(model, look, Scale("kqv-1", 2.0, **where))
+        assert "\n" not in str(e.value)
+    with pytest.raises(tinymia.Error, match="l_out-0"):
+        do(model, look, Patch("l_out-0", np.zeros((9, 64)), src=given, at=0))
+    assert len(seen) <= 1                      # a mask of positions is held against the prompt when its tensor comes
+
+
+def test_a_mask_is_of_the_prompts_tokens(model):
+    """While decoding it chooses none of the new tokens, and for decoding alone it says so."""
+    rows = []
+    look = Replace("l_out-0", lambda x, ctx: rows.append([bool(r.any()) for r in x]), when="all")
+    model.generate(IDS, n=3, actions=[Ablate("l_out-0", at=mask(9, 2), when="all"), look])
+    assert rows == [[i != 2 for i in range(9)], [True], [True]]
+    with pytest.raises(tinymia.Error, match="mask"):
+        model.generate(IDS, n=3, actions=Ablate("l_out-0", at=mask(9, 2), when="decode"))
+
+
+@pytest.mark.parametrize("when", ["decode", "all"])
+def test_a_mean_over_one_row_would_change_nothing_and_is_refused(model, when):
+    with pytest.raises(tinymia.Error, match="one row"):
+        model.generate(IDS, n=3, actions=[Ablate("l_out-0", mode="mean", when=when)])
+    with pytest.raises(tinymia.Error, match="one row"):
+        model.run(IDS[:1], actions=[Ablate("l_out-0", mode="mean")])
+    with pytest.raises(tinymia.Error, match="one row"):         # one row of these is computed
+        model.run(IDS, actions=[Ablate("result_norm", mode="mean")], logits="last")
+
+
+def test_a_value_goes_with_mode_value(model):
+    for how in ({"mode": "zero", "value": 3.0}, {"mode": "mean", "value": 0.0}, {"mode": "value"}):
+        with pytest.raises(tinymia.Error, match="value goes with mode value"):
+            do(model, Ablate("l_out-0", **how))
+
+
+def test_positions_that_never_come_are_told_of(model):
+    with pytest.warns(tinymia.Note, match=r"\[99\] never came: the last one was 10"):
+        model.generate(IDS, n=3, actions=[Scale("l_out-0", 1.5, at=[9, 99], when="decode")])
+    with pytest.warns(tinymia.Note, match=r"\[-20\]"):
+        model.generate(IDS, n=3, actions=[Scale("l_out-0", 1.5, at=[-20, -1], when="all")])
+
+
+def test_one_action_needs_no_list(model, clean):
+    action = Scale("l_out-0", 2.0)
+    np.testing.assert_array_equal(model.run(IDS, keep="l_out-0", actions=action)["l_out-0"], 2 * clean["l_out-0"])
+    assert model.generate(IDS, n=4, actions=action).tokens == model.generate(IDS, n=4, actions=[action]).tokens
+    assert model.run(IDS, keep="l_out-0", actions=(a for a in [action])).names == ["l_out-0"]
+    for bad in ("l_out", ["l_out"], 3, None):
+        with pytest.raises(tinymia.Error, match="not an action"):
+            model.run(IDS, actions=bad)
+
+
+# ------------------------------------------------------------------------------------------------ several sources
+
+
+def test_rows_are_chosen_before_the_mean_is_taken(model, tmp_path):
+    """The post's --patch-avg: the last rows of two prompts, however long each is."""
+    runs = [model.run(prompt(n), keep="l_out-0", actions=Save("l_out-0", tmp_path / f"{n}.npz")) for n in (4, 7, 9)]
+    want = np.mean([run["l_out-0"][-1] for run in runs], axis=0)
+    files = tuple(tmp_path / f"{n}.npz" for n in (4, 7, 9))
+    for sources in (tuple(runs), files, (runs[0], files[1], runs[2]["l_out-0"])):
+        got = do(model, Patch("l_out-0", sources, src=-1, at=-1))["l_out-0"]
+        np.testing.assert_allclose(got[8], want, rtol=1e-6)
+    got = do(model, Patch("l_out-0", tuple(runs), src=[-1, 1], at=[3, 4]))["l_out-0"]
+    np.testing.assert_allclose(got[[3, 4]], np.mean([r["l_out-0"][[-1, 1]] for r in runs], axis=0), rtol=1e-6)
+    got = do(model, Patch("l_out-0", tuple(runs), at=[1, 3]))["l_out-0"]        # the same positions of each
+    np.testing.assert_allclose(got[[1, 3]], np.mean([r["l_out-0"][[1, 3]] for r in runs], axis=0), rtol=1e-6)
+    with pytest.raises(tinymia.Error, match="4 rows, 0 to 3"):
+        do(model, Patch("l_out-0", tuple(runs), src=5, at=-1))
+    for action in (Patch("l_out-0", tuple(runs)), Ablate("l_out-0", mode="resample", source=tuple(runs))):
+        with pytest.raises(tinymia.Error, match="no mean"):
+            do(model, action)
+
+
+def test_one_row_and_many_rows_have_a_mean(model, other):
+    row = np.ones((1, 64), np.float32)
+    got = do(model, Patch("l_out-0", (row, other), at=[2, 5]))["l_out-0"]
+    np.testing.assert_allclose(got[[2, 5]], (row + other["l_out-0"][[2, 5]]) / 2, rtol=1e-6)
+
+
+def test_every_action_takes_several_sources(model, clean):
+    a, b = (model.run(prompt(n), keep="l_out-0") for n in (4, 7))
+    x = clean["l_out-0"]
+    got = do(model, Add("l_out-0", (a, b), 2.0, row=-1))["l_out-0"]
+    np.testing.assert_allclose(got, x + a["l_out-0"][-1] + b["l_out-0"][-1], rtol=1e-4, atol=1e-5)
+    d = [np.eye(64, dtype=np.float32)[i] for i in (3, 4)]
+    got = do(model, ProjectOut("l_out-0", (d[0], d[1])))["l_out-0"]
+    np.testing.assert_allclose(got @ (d[0] + d[1]), 0, atol=1e-5)
+    two = [model.run(prompt(9, seed=s), keep="kqv-1") for s in (5, 6)]
+    got = do(model, Ablate("kqv-1", mode="resample", source=tuple(two)))["kqv-1"]
+    np.testing.assert_allclose(got, (two[0]["kqv-1"] + two[1]["kqv-1"]) / 2, rtol=1e-5, atol=1e-6)
+    for source in ((), ["a", "b"], object(), {1}):
+        with pytest.raises(tinymia.Error):
+            do(model, Patch("l_out-0", source, src=0, at=0))
+
+
+def test_a_file_of_another_tensor_is_told_of(model, clean, tmp_path):
+    model.run(IDS, actions=[Save("l_out-0", tmp_path / "x.npz"), Save("ffn_up-0", tmp_path / "u.npy")])
+    for action in (Patch("l_out-1", tmp_path / "x.npz", src=-1, at=-1), Add("l_out-1", tmp_path / "x.npz", row=-1)):
+        with pytest.warns(tinymia.Note, match=r"x\.npz holds l_out-0; its rows go to l_out-1"):
+            do(model, action)
+    with pytest.raises(tinymia.Error, match=r"u\.npy holds ffn_up-0, 96 wide; l_out-0 is 64 wide"):
+        do(model, Patch("l_out-0", tmp_path / "u.npy", src=-1, at=-1))
+    (tmp_path / "junk").write_bytes(b"abcdefgh")
+    with pytest.raises(tinymia.Error, match="junk: 2 numbers are not rows of 64"):
+        do(model, Patch("l_out-0", tmp_path / "junk", src=-1, at=-1))
+
+
+# ------------------------------------------------------------------------------------------------ what is printed
+
+
+def test_a_layer_out_of_range_is_told_what_there_is(model):
+    for name in ("l_out-14", "kqv_merged_cont-2", "norm-7"):
+        with pytest.raises(tinymia.UnknownName, match="this model has layers 0 to 1"):
+            model.run(IDS, keep=name)
+
+
+def test_a_run_is_read_by_name(model):
+    run = model.run(IDS, keep=["l_out-1", "kqv_merged-0"])
+    assert list(run) == run.names and "l_out-1" in run and "l_out-0" not in run
+    np.testing.assert_array_equal(run["kqv_merged_cont-0"], run["kqv_merged-0"])
+    for name, words in (("lout-1", "closest: l_out-1"), ("l_out-9", "layers 0 to 1"), ("l_out", "2 tensors"),
+                        ("l_out-0", r"ask with keep=\['l_out-0'\]; kept: kqv_merged-0, l_out-1"), (3, "by its name")):
+        with pytest.raises(tinymia.UnknownName, match=words):
+            run[name]
+
+
+def test_what_prints_itself_says_what_it_is(model, tmp_path):
+    run = model.run("the quick brown fox", keep="l_out")
+    assert repr(run).startswith("Run('the quick brown fox', ") and "l_out-0" in repr(run)
+    assert "row -1 of Run('the quick" in repr(Patch("l_out-0", run, src=-1, at=-1)) and len(repr(run)) < 90
+    assert "x.npz" in repr(Patch("l_out-0", tmp_path / "x.npz", 2, at=3))
+    assert "[9, 64]" in repr(Add("a", np.zeros((9, 64))))
+    assert repr(Scale("l_out-0", 2.0, at=[3])) == "Scale('l_out-0', factor=2.0, at=[3])"
+    assert repr(Replace("a", logits_of)) == "Replace('a', fn=logits_of)"
+    assert "tiny: 2 layers of 4 heads, 64 wide, 384 tokens, F32" in repr(model)

@@ -11,7 +11,7 @@ import pytest
 from formats import random_weights
 
 import tinymia_kernels as tk
-from tinymia_kernels import cpu
+from tinymia_kernels.machine import cpu
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = "+sse3,+ssse3,+sse4.1,+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt,+lzcnt"
@@ -41,10 +41,10 @@ import numba
 from numba import types
 platform.machine = lambda: "aarch64"
 import tinymia_kernels as tk
-from tinymia_kernels import simd
+from tinymia_kernels.machine import atomics
 @numba.njit
 def wait():
-    simd.pause()
+    atomics.pause()
 wait.compile(())
 print("yield" in wait.inspect_asm(()).split() or "hint" in wait.inspect_asm(()).split())
 u8, weights = types.Array(types.uint8, 1, "C"), types.Array(types.uint8, 1, "C", readonly=True)

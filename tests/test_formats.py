@@ -7,15 +7,16 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from formats import FACTORS, MANY, as_activation, quantise_k, random_bytes, random_weights
+from formats import MANY, as_activation, halves, quantise_k, random_bytes, random_weights
 from test_kernels import run_python
 
 import tinymia_kernels as tk
-from tinymia_files import decode, decode_now, read_gguf
-from tinymia_kernels import activations, cpu, panels
+from tinymia_files import decode, decode_now, read_gguf, types
+from tinymia_kernels.machine import cpu
+from tinymia_kernels.products import activations, superblocks_many
 
 SUPERBLOCKS = [fmt for fmt in tk.FORMATS.values() if fmt.activation == "Q8_K"]
-DECODED = [decode.decodable(gguf.GGMLQuantizationType[name]) for name in (*decode.TABLES, "NVFP4")]
+DECODED = [types.decodable(gguf.GGMLQuantizationType[name]) for name in (*decode.TABLES, "NVFP4")]
 names = {"ids": lambda fmt: fmt.name}
 
 
@@ -78,8 +79,8 @@ def test_panels_hold_the_records_with_a_token_in_each_lane(rng):
     x = rng.standard_normal((19, 512)).astype(np.float32)
     y = quantise_here(x)
     q, b, _, d, _ = records_of(y, 19, 2)
-    room = np.full(panels.panel_bytes(19, 512), 7, np.uint8)
-    panels.make_panels(y, 19, 2, room, 0, 2)
+    room = np.full(superblocks_many.superblock_panel_bytes(19, 512), 7, np.uint8)
+    superblocks_many.fill_superblock_panels(y, 19, 2, room, 0, 2)
     start = -room.ctypes.data % 64
     blocks = room[start : start + 2 * 2 * 4672].reshape(2, 2, 4672)  # panel, superblock, byte
     for t in range(32):
@@ -100,7 +101,7 @@ def test_panels_hold_the_records_with_a_token_in_each_lane(rng):
 def test_a_superblock_of_the_largest_numbers_does_not_overflow(fmt, rng):
     for fill in (0x00, 0x7F, 0x80, 0xFF):
         raw = np.full(3 * fmt.type_size, fill, np.uint8)
-        for at in {"TQ1_0": (52,), "TQ2_0": (64,), **FACTORS}[fmt.name]:
+        for at in halves(fmt):
             for block in range(3):
                 raw[block * fmt.type_size + at :][:2] = 0x00, 0x3C
         weights = gguf.dequantize(raw, gguf.GGMLQuantizationType(fmt.type)).reshape(1, 768).astype(np.float64)
@@ -141,7 +142,7 @@ def test_decoded_weights_equal_gguf(fmt, rng, monkeypatch):
         assert np.array_equal(got, want.astype(np.float16))
     x = rng.standard_normal((MANY + 1, n_in)).astype(np.float32)
     for n_tok in (2, MANY + 1):
-        y = as_activation(x[:n_tok], fmt.activation) if fmt.activation == "Q8_K" else as_activation(x[:n_tok], "Q8_0")
+        y = as_activation(x[:n_tok], "Q8_K" if fmt.block_size == 256 else "Q8_0")
         for numerics, seen in (("ggml", y), ("f32", x[:n_tok].astype(np.float64))):
             product = tk.matmul(x[:n_tok], decoded, kept, n_rows, numerics)
             scale = np.linalg.norm(x, axis=1).max() * np.linalg.norm(got, axis=1).max()
@@ -177,16 +178,16 @@ def test_a_file_with_a_decoded_type(rng, tmp_path, capsys):
     assert capsys.readouterr().err == ""  # nobody needs it yet
     decode_now(path, [tensor])
     assert capsys.readouterr().err == f"tinymia: {path}: decoding 1 tensors of type IQ2_XS to bytes: 0.0 MB of memory\n"
-    assert "raw" in vars(tensor) and "raw" not in vars(tensors["b"])
+    assert "stored" in vars(tensor) and "stored" not in vars(tensors["b"])
     tensor = tensors["b"]
-    assert (tensor.type_name, tensor.shape) == ("IQ2_XS", (3, 512)) and "raw" not in vars(tensor)
+    assert (tensor.type_name, tensor.shape) == ("IQ2_XS", (3, 512)) and "stored" not in vars(tensor)
     assert np.array_equal(tensor.numpy(), gguf.dequantize(raw, gguf.GGMLQuantizationType(fmt.type)))
-    assert tensor.raw is tensor.raw and tensor.format.name == tensor.type_name == "IQ2_XS"
+    assert tensor.stored is tensor.stored and tensor.stored[0].name == tensor.type_name == "IQ2_XS"
 
 
 def test_types_that_nobody_decodes():
     for kind in (4, 15, 24, 26, 36, 999):  # removed, Q8_K, I8, I32, removed, unknown
-        assert decode.decodable(kind) is None
+        assert types.decodable(kind) is None
 
 
 def test_the_cost_of_decoding_is_one_line(capsys):
@@ -242,7 +243,7 @@ def test_dot_products_equal_ggml_bit_for_bit(fmt, rng):
             row = np.ascontiguousarray(raw.reshape(n_out, -1)[i])
             dot(n_in, ctypes.byref(one), ctypes.c_size_t(0), at(row), ctypes.c_size_t(0), at(y), ctypes.c_size_t(0), 1)
             want[t, i] = one.value
-    if fmt.matmul is None:
+    if fmt.decoded:
         fmt, raw = decode.decode(raw, fmt, n_out, n_in)
     assert np.array_equal(tk.matmul(x, raw, fmt, n_out), want)
 

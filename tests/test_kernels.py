@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -14,9 +15,10 @@ import pytest
 from formats import MANY, as_activation, lengths, quantise, random_weights, to_bf16, to_f16
 
 import tinymia_kernels as tk
-from tinymia_kernels import activations, cpu, jit, simd, vectors
-from tinymia_kernels.formats import register
-from tinymia_kernels.jit import kernel
+from tinymia_kernels.machine import cpu, jit, simd, vectors
+from tinymia_kernels.machine.jit import kernel
+from tinymia_kernels.machine.threads import Job
+from tinymia_kernels.products import activations
 
 FORMATS = list(tk.FORMATS.values())
 BLOCKS = [fmt for fmt in FORMATS if fmt.block_size > 1]
@@ -75,7 +77,7 @@ def test_these_formats_have_kernels():
 
 def test_a_type_is_registered_once():
     with pytest.raises(ValueError, match="ggml type 2 other is already registered as 2 Q4_0"):
-        register(tk.Format("other", 2, 32, 18, "Q8_0"))
+        tk.register(tk.Format(name="other", type=2, block_size=32, type_size=18, activation="Q8_0"))
 
 
 @each_block
@@ -198,11 +200,42 @@ def test_threads_do_not_change_a_bit(fmt, rng):
 @by_name
 def test_weights_may_be_read_only_and_lie_anywhere(fmt, rng):
     n_in = lengths(fmt)[-1]
-    raw, _ = random_weights(fmt, rng, 3, n_in)
+    raw = random_weights(fmt, rng, 3, n_in)[0].copy()
     x = rng.standard_normal((2, n_in)).astype(np.float32)
     room = np.frombuffer(b"?" + raw.tobytes(), np.uint8)
     assert np.array_equal(tk.matmul(x, raw, fmt, 3), tk.matmul(x, room[1:], fmt, 3))
-    assert raw.flags.writeable or raw.base is not None  # the caller's array is left as it was
+    assert raw.flags.writeable  # the caller's array is left as it was
+
+
+SEVERAL = [("Q4_K", "Q4_K", "Q6_K"), ("Q4_0", "Q4_0"), ("Q8_0", "Q4_1", "F16", "F32", "Q4_0")]
+
+
+@pytest.mark.parametrize("numerics", ["ggml", "f32"])
+@pytest.mark.parametrize("names", SEVERAL, ids=" ".join)
+def test_several_products_of_one_x_equal_one_after_another(names, numerics, rng):
+    """Whatever formats are mixed, for few tokens and for many, with threads and without."""
+    n_in, sizes, matrices = 512, (300, 100, 101, 1, 2), []
+    for fmt, n_out in zip((fmt for name in names for fmt in FORMATS if fmt.name == name), sizes):
+        matrices.append((random_weights(fmt, rng, n_out, n_in)[0], fmt, n_out))
+    for n_tok in (1, 3, 33):
+        x = rng.standard_normal((n_tok, n_in)).astype(np.float32)
+        want = [tk.matmul(x, raw, fmt, n_out, numerics) for raw, fmt, n_out in matrices]
+        for pool in (None, tk.Pool(3)):
+            got = tk.matmul_several(x, matrices, numerics, pool)
+            assert len(got) == len(names) and all(np.array_equal(a, b) for a, b in zip(got, want))
+    assert tk.matmul_several(x, [], numerics) == []
+
+
+def test_several_products_of_one_x_quantise_it_once(rng, monkeypatch):
+    module = sys.modules["tinymia_kernels.matmul"]  # the package has the function under this name
+    prepared, prepare = [], module._prepare
+    monkeypatch.setattr(module, "_prepare", lambda *args: prepared.append(1) or prepare(*args))
+    fmt, x = tk.FORMATS[12], rng.standard_normal((2, 256)).astype(np.float32)
+    raw = random_weights(fmt, rng, 5, 256)[0]
+    tk.matmul_several(x, [(raw, fmt, 5)] * 3)
+    assert len(prepared) == 1
+    with pytest.raises(ValueError, match="Q4_K weights of 6 rows of 256: 864 bytes, not 720"):
+        tk.matmul_several(x, [(raw, fmt, 5), (raw, fmt, 6)])
 
 
 def test_matmul_refuses_what_does_not_fit(rng):
@@ -429,6 +462,15 @@ def test_chunks_cover_the_items_once():
             assert np.count_nonzero(chunks) == min(12, n_items)  # four for each thread
 
 
+def test_chunks_of_several_jobs_cover_their_items_once():
+    pool = tk.Pool(3)
+    for sizes in ((1, 1), (1000, 10), (5, 0, 2000, 30), (7,), (100,) * 8, (3,) * 9, ()):
+        for _ in range(20):
+            visits = [np.zeros(n, np.int64) for n in sizes]
+            pool.run_several([Job(1000 * n, count_visits, n, (v, v.copy())) for n, v in zip(sizes, visits)])
+            assert all((v == 1).all() for v in visits)
+
+
 def test_unequal_chunks_and_sleeping_threads():
     want = np.zeros(200)
     fill_slowly(want, 0, 200)
@@ -455,6 +497,9 @@ def test_errors_of_a_chunk_reach_the_caller():
     for _ in range(3):
         with pytest.raises(OverflowError, match="in the last chunk"):
             pool.run(fail_late, 200, 200)
+        with pytest.raises(OverflowError, match="in the last chunk"):
+            pool.run_several([Job(10**6, count_visits, 9, (np.zeros(9, np.int64), np.zeros(9, np.int64))),
+                              Job(10**6, fail_late, 200, (200,))])
     visits = np.zeros(200, np.int64)
     pool.run(count_visits, 200, visits, visits.copy())
     assert (visits == 1).all()
@@ -481,6 +526,9 @@ def test_threads_may_share_a_pool(rng):
         for _ in range(20):
             if not np.array_equal(tk.matmul(x, raw, tk.FORMATS[2], 512, pool=pool), want):
                 wrong.append(1)
+            several = tk.matmul_several(x, [(raw, tk.FORMATS[2], 512)] * 2, pool=pool)
+            if not all(np.array_equal(y, want) for y in several):
+                wrong.append(2)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -544,6 +592,20 @@ def test_kernels_are_compiled_once_and_kept(compiled):
     assert lines[1].startswith("tinymia: compiled 2 kernels in ") and len(lines) == 2
     second, said = run_python(PRODUCT, folder)
     assert said == "" and second == first
+
+
+def test_a_change_in_any_file_of_the_package_makes_kernels_stale(tmp_path):
+    (tmp_path / "machine").mkdir()
+    (tmp_path / "matmul.py").write_text("a = 1")
+    (tmp_path / "machine" / "cpu.py").write_text("b = 1")
+    stamps = [jit.source_stamp(tmp_path)]
+    (tmp_path / "machine" / "cpu.py").write_text("b = 2")
+    stamps.append(jit.source_stamp(tmp_path))
+    (tmp_path / "machine" / "cpu.py").rename(tmp_path / "cpu.py")
+    stamps.append(jit.source_stamp(tmp_path))
+    (tmp_path / "note.txt").write_text("no source")
+    assert len(set(stamps)) == 3 and jit.source_stamp(tmp_path) == stamps[2]
+    assert jit.STAMP == jit.source_stamp(Path(tk.__file__).resolve().parent)
 
 
 def test_a_damaged_cache_is_compiled_again(tmp_path):

@@ -7,12 +7,27 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from test_split import cut
 
 import tinymia
+from tinymia_lab import (
+    ablate,
+    attend,
+    attribute,
+    function_vector,
+    head_ablation,
+    lens,
+    report,
+    steer,
+    sweep,
+    task_vector,
+    trace,
+)
 from tinymia_lab.answers import answer_token, kl, logit_difference, probability, rank
 from tinymia_lab.arguments import check_file, chosen, emit, out_file, parser
 from tinymia_lab.colours import ink, rgb
@@ -65,13 +80,11 @@ def test_about_repeats_the_run(found, copycat):
     assert [p["tokens"] for p in two] == [[1, 1023, 262], [1, 1023]]
 
 
-def test_hash_of_a_split_model_knows_every_part(tmp_path):
-    for i, text in enumerate((b"one", b"two"), 1):
-        (tmp_path / f"m-0000{i}-of-00002.gguf").write_bytes(text)
-    first, second = (model_hash(tmp_path / f"m-0000{i}-of-00002.gguf") for i in (1, 2))
-    assert first == second
-    (tmp_path / "m-00002-of-00002.gguf").write_bytes(b"three")
-    assert model_hash(tmp_path / "m-00001-of-00002.gguf") != first
+def test_hash_of_a_split_model_knows_every_part(tiny, tmp_path):
+    parts = cut(tiny(), tmp_path, [range(10), range(10, 21)])
+    first, second = (model_hash(tinymia.load(part, threads=1)) for part in parts)
+    hashes = [hashlib.sha256(part.read_bytes()).hexdigest() for part in parts]
+    assert first == second == hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def test_json_has_null_for_what_is_no_number(found):
@@ -334,6 +347,23 @@ def test_answer_on_other_vocabularies(stories):
         model.tokenize(prompt + " time")[len(model.tokenize(prompt))])
 
 
+def test_an_answer_that_is_one_token_only_without_a_blank_is_taken_so(copycat, capsys):
+    comma = copycat.tokenizer.one(",")
+    for prompt in ("Egypt -> Cairo", copycat.tokenize("Egypt -> Cairo")):
+        assert answer_token(copycat, ",", prompt) == comma
+    assert f"without a blank before it, as ',' (#{comma})" in capsys.readouterr().err
+    found = lens.lens(copycat, "Egypt -> Cairo", "l_out-5", target=",")
+    assert found.target_piece == "," and found.target_probability[0, -1] > 0.9
+
+
+@pytest.mark.parametrize("text,words", [("reverse", r"did you mean ' reverse' \(with a blank\)"),
+                                        (" ,", r"did you mean ',' \(without a blank\)"),
+                                        ("qqq", "not one token but 3")])
+def test_a_token_that_is_not_there_names_the_one_with_or_without_a_blank(copycat, text, words):
+    with pytest.raises(tinymia.Error, match=words):
+        copycat.tokenizer.one(text)
+
+
 def test_metrics():
     row, other = np.array([1.0, 3.0, 2.0, 3.0], np.float32), np.array([0.0, 1.0, 0.0, 0.0], np.float32)
     p, q = (np.exp(x) / np.exp(x).sum() for x in (row.astype(float), other.astype(float)))
@@ -363,6 +393,142 @@ def test_layers_and_heads_by_number():
                         ([-1], "head -1 is out of range"), ([], "no head"), ("3-1", "no head")):
         with pytest.raises(tinymia.Error, match=words):
             chosen(text, 5, "head")
+
+
+def test_layers_and_heads_by_a_mask():
+    assert chosen([True, False, True], 3, "layer") == chosen(np.array([2, 0]), 3, "layer") == [0, 2]
+    for given in ([True, False], [False] * 3, [1.0], 1.5, [[0]], [True, 1], ["0"], np.nan):
+        with pytest.raises(tinymia.Error):
+            chosen(given, 3, "layer")
+
+
+@pytest.mark.parametrize("bad", [1.5, True, [1.0], np.float64(1), np.array([0.5])], ids=str)
+@pytest.mark.parametrize("function,name", [
+    (lens.lens, "target"), (lens.lens, "k"), (trace.trace, "layers"), (trace.trace, "position"),
+    (attend.attend, "layers"), (attend.attend, "heads"), (attribute.attribute, "position"),
+    (attribute.attribute, "neurons"), (attribute.attribute, "answer"), (ablate.ablate, "at"), (ablate.ablate, "heads"),
+    (ablate.ablate, "answer"), (ablate.ablate, "against"), (report.report, "n"), (report.report, "layers"),
+], ids=lambda x: getattr(x, "__name__", x))
+def test_places_and_tokens_are_whole_numbers_in_every_command(copycat, function, name, bad):
+    with pytest.raises(tinymia.Error) as e:
+        function(copycat, "France ->", **{name: bad})
+    assert "\n" not in str(e.value)
+
+
+def test_places_of_two_prompts_are_whole_numbers(copycat):
+    for how in ({"layers": 1.5}, {"layers": [True, False]}, {"answer": 1.5}, {"against": True}):
+        with pytest.raises(tinymia.Error):
+            sweep.sweep(copycat, "France ->", "Norway ->", **how)
+    for at in (1.0, [True], [[0]]):
+        with pytest.raises(tinymia.Error):
+            head_ablation.positions(at, 3, "the prompt")
+    for ids in ([1, 2.0], [[1, 5]], [True]):
+        with pytest.raises(tinymia.Error):
+            steer.steer(copycat, positive=[ids], negative=["France ->"])
+
+
+def test_a_mask_says_where_heads_are_ablated(copycat):
+    one, two = (ablate.ablate(copycat, "Egypt -> Cairo, France ->", at=at, layers=[4]) for at in (
+        [6, 5], [False] * 5 + [True, True]))
+    assert np.array_equal(one.values, two.values, equal_nan=True) and two.about["settings"]["at"] == [5, 6]
+
+
+def test_one_action_needs_no_list_in_any_command(copycat):
+    action, text = tinymia.Scale("ffn_out-2", 0.0), "France ->"
+    for call in (lambda a: lens.lens(copycat, text, actions=a).scores,
+                 lambda a: trace.trace(copycat, text, actions=a).best,
+                 lambda a: attend.attend(copycat, text, actions=a).patterns,
+                 lambda a: attribute.attribute(copycat, text, actions=a).logit,
+                 lambda a: report.report(copycat, text, n=2, actions=a).comes):
+        one, listed, none = call(action), call([action]), call(())
+        assert np.array_equal(np.array(one, object), np.array(listed, object))
+        assert not np.array_equal(np.array(one, object), np.array(none, object))
+
+
+# ---------------------------------------------------------------------------------------------- prompts in results
+
+
+def prompts_of(value):
+    """Every {"text", "tokens"} of the prompts of a result."""
+    if isinstance(value, dict) and "tokens" in value:
+        yield value
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from prompts_of(part)
+
+
+@pytest.mark.parametrize("as_ids", [False, True], ids=["text", "ids"])
+def test_text_and_ids_of_a_stored_prompt_are_the_same_tokens(copycat, as_ids):
+    clean, corrupt = "Egypt -> Cairo, France ->", "Egypt -> Cairo, Norway ->"
+    a, b = map(copycat.tokenize, (clean, corrupt)) if as_ids else (clean, corrupt)
+    task = "copycat-capital"
+    results = [
+        lens.lens(copycat, a), attend.attend(copycat, a), attribute.attribute(copycat, a), trace.trace(copycat, a),
+        report.report(copycat, a, n=1), sweep.sweep(copycat, a, b, layers=[5]),
+        ablate.ablate(copycat, a, mode="mean", prompts=[a, b], layers=[5]),
+        ablate.ablate(copycat, a, mode="resample", other=b, layers=[5]), steer.steer(copycat, a, [a], [b], n=1),
+        task_vector.task_vector(copycat, task, n_dev=1, n_test=1),
+        function_vector.function_vector(copycat, task, n_mean=1, n_effect=1, n_test=1, shots=3),
+    ]
+    for found in results:
+        stored = list(prompts_of(found.about["prompts"]))
+        assert stored, found
+        for one in stored:
+            assert copycat.tokenize(one["text"]) == one["tokens"], (found.about["command"], one["text"])
+    assert results[5].about["prompts"]["clean"]["text"] == clean
+
+
+@pytest.mark.parametrize("text", ["France ->", " France", "  two", "a</s>b", "</s>", "", "one\ntwo", "→ 漢", "<s>",
+                                  "x <s> y"])
+def test_the_text_of_ids_gives_the_ids_again(copycat, llama_vocab_models, text):
+    for model in (copycat, *llama_vocab_models):
+        for bos in (None, False):
+            for special in (True, False):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", tinymia.Note)
+                    ids = model.tokenize(text, bos, special)
+                    again = [model.tokenize(model.text(ids), b, s) for b in (bos, None) for s in (True, False)]
+                assert ids in again, (text, bos, special, model.text(ids))
+                assert not ids or special or model.text(ids) == text
+
+
+@pytest.fixture(scope="module")
+def llama_vocab_models(load):
+    """Without a blank before texts; with EOS after them; and one that adds no BOS."""
+    return [load(meta={f"tokenizer.ggml.{key}": value}) for key, value in (
+        ("add_space_prefix", False), ("add_eos_token", True), ("add_bos_token", False))]
+
+
+# ---------------------------------------------------------------------------------------------- notes
+
+
+def test_notes_are_lines_on_stderr_each_once(copycat, tmp_path, capsys):
+    path = str(tmp_path / "x.npz")
+    assert tinymia.main(["-p", "Egypt -> Cairo, Norway ->", "-n", "0", "-t", "1", "--save", "l_out-3", path]) == 0
+    capsys.readouterr()
+    assert tinymia.main(["-p", "<s>France ->", "-n", "1", "-t", "1", "--patch", "l_out", path, "-1", "-1"]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert [note.split()[1] for note in notes] == ["the", path]
+    assert notes[1].endswith("holds l_out-3; its rows go to l_out")
+    assert tinymia.main(["lens", "-p", "<s>France ->", "-t", "1", "--patch", "l_out-2", path, "-1", "-1"]) == 0
+    assert capsys.readouterr().err.count("note: ") == 2
+
+
+def test_rows_are_chosen_before_the_mean_on_the_command_line(tmp_path, capsys):
+    for i, text in enumerate(("Egypt -> Cairo, Norway ->", "Egypt -> Cairo, Norway -> Oslo, Estonia ->")):
+        assert tinymia.main(["-p", text, "-n", "0", "-t", "1", "--save", "l_out-3", str(tmp_path / f"{i}")]) == 0
+    patch = ["--patch-avg", "l_out-3", str(tmp_path / "0"), str(tmp_path / "1"), "-1", "-1"]
+    capsys.readouterr()
+    assert tinymia.main(["-p", "France ->", "-n", "1", "-t", "1", *patch]) == 0
+    assert 'output: " Paris"' in capsys.readouterr().out
+    assert tinymia.main(["trace", "-p", "France ->", "--layer", "3", "-t", "1", *patch]) == 0
+    assert "changed by Patch('l_out-3', row -1 of (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("when", ["all", "decode"])
+def test_a_mean_while_decoding_is_refused_on_the_command_line(when, capsys):
+    args = ["-p", "France ->", "-n", "3", "-t", "1", "--ablate", "2.0", "--ablate-mode", "mean", "--when", when]
+    assert tinymia.main(args) == 2 and "one row" in capsys.readouterr().err
 
 
 def test_emit(found, tmp_path, capsys):

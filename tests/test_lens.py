@@ -1,4 +1,5 @@
 """tinymia lens: what it sees is what the model says, and what it shows is what it saw."""
+import argparse
 import json
 
 import naive
@@ -128,6 +129,52 @@ def test_details_tell_one_position(found):
     lines = details(found, -1).splitlines()
     assert lines[0] == "position 10, ▁->" and lines[2].split()[:2] == ["5", "▁Tallinn"]
     assert [line.split()[0] for line in lines[2:]] == list("543210")
+
+
+def test_a_row_of_nan_has_no_best_tokens(copycat, capsys):
+    x = copycat.run(PROMPT, keep="l_out-5")["l_out-5"]
+    x[3] = np.nan
+    for score in ("raw", "logit", "prob"):
+        rows = copycat.lens(x, 2, score)
+        assert rows[3] == [] and [len(row) for row in rows] == [2] * 3 + [0] + [2] * (len(x) - 4)
+    found, before = lens(copycat, PROMPT, "l_out-5", 2, target=7), lens(copycat, PROMPT, "l_out-5", 2, target=7)
+    lens.__globals__["_fill"](found, 0, copycat, x, "logit")
+    assert found.best[0, 3].tolist() == [-1, -1] and found.best_pieces[0][3] == ["", ""]
+    assert np.isnan(found.entropy[0, 3]) and np.isnan(found.scores[0, 3]).all()
+    rest = [i for i in range(len(x)) if i != 3]
+    assert np.array_equal(found.best[0, rest], before.best[0, rest])
+
+    def spoil(x, ctx):
+        x[1] = np.nan
+        return x
+
+    from tinymia_lab.cli import Printer
+    printer = Printer(argparse.Namespace(json=False), copycat)
+    actions = [tinymia.Replace("l_out-5", spoil), tinymia.Lens("l_out-5", 2)]
+    with pytest.raises(tinymia.Error, match="not finite"):
+        copycat.run("France ->", actions=actions, on_record=printer.record)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "1: NaN: no tokens" and "|" in lines[1] and "|" in lines[3]
+
+
+def test_the_outputs_bias_is_no_part_of_the_raw_score(tiny, tmp_path):
+    """raw is (x * norm weight) W^T, whatever the model adds to its logits."""
+    from rawgguf import Info, Raw
+
+    g = Raw.read(tiny())
+    bias = np.linspace(-50, 50, 384, dtype=np.float32)
+    g.tensors.append(Info("output.bias", (384,), 0, len(g.data)))
+    g.data += bias.tobytes()
+    path = g.write(tmp_path / "bias.gguf")
+    plain, biased = (tinymia.load(p, threads=1) for p in (tiny(), path))
+    ids = [1, 300, 310]
+    np.testing.assert_allclose(biased.run(ids).logits, plain.run(ids).logits + bias, rtol=1e-5, atol=1e-5)
+    x = plain.run(ids, keep="l_out-1")["l_out-1"]
+    assert biased.lens(x, 5, "raw") == plain.lens(x, 5, "raw")
+    assert biased.lens(x, 5, "logit") != plain.lens(x, 5, "logit")
+    raw = [lens(model, ids, k=5, score="raw") for model in (plain, biased)]
+    assert np.array_equal(raw[0].best, raw[1].best) and np.array_equal(raw[0].scores, raw[1].scores)
+    assert biased.lens(x, 1, "logit")[2][0][0] == biased.piece(int(biased.run(ids).logits[2].argmax()))
 
 
 @pytest.mark.parametrize("how,words", [

@@ -80,7 +80,7 @@ def test_own_files_are_a_list_or_an_object(write):
 
 
 @pytest.mark.parametrize(("data", "says"), [
-    ("[", "no task file"),
+    ("[", "not a task file"),
     ("[]", "no pairs"),
     ("{}", "no pairs"),
     ("3", "pairs must be a list"),

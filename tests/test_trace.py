@@ -150,6 +150,37 @@ def test_interventions_are_seen(copycat):
     assert told["l_out-2"]["first"] == told["ffn_inp-2"]["first"]
 
 
+def test_an_op_that_was_changed_says_so_and_how(copycat):
+    """What it was as computed stands beside what the actions made of it; the formula alone would tell an untruth."""
+    source = copycat.run("Egypt -> Cairo, Norway ->", keep="l_out-2")
+    actions = [tinymia.Patch("l_out-2", source, src=-1, at=-1), tinymia.Scale("l_out-2", 2.0, at=-1),
+               tinymia.Scale("ffn_out-2", 0.5, at=[0, 2]), tinymia.Scale("kqv-2", 1.0), tinymia.Lens("l_out-2", 3),
+               tinymia.Scale("norm-2", 2.0, when="decode")]
+    with pytest.raises(tinymia.Error, match="never fired"):
+        trace(copycat, PROMPT, [2], actions=actions)
+    found, plain = trace(copycat, PROMPT, [2], actions=actions[:-1]), copycat.run(PROMPT, keep="all")
+    told = {op["name"]: op for op in found.ops}
+    assert {name for name, op in told.items() if op["changed"]} == {"l_out-2", "ffn_out-2", "kqv-2"}
+    how = told["l_out-2"]["changed"]
+    computed = copycat.run(PROMPT, actions=[actions[2], tinymia.Save("l_out-2")]).records[0].value
+    assert how["by"] == [repr(a) for a in actions[:2]] and how["rows"] == [10]
+    assert how["first"] == computed[10, :6].tolist() and how["norm"] == pytest.approx(np.linalg.norm(computed[10]))
+    assert told["l_out-2"]["first"] == (2 * source["l_out-2"][-1, :6]).tolist()
+    assert told["ffn_out-2"]["changed"]["rows"] == [0, 2]
+    assert told["ffn_out-2"]["first"] == plain["ffn_out-2"][10, :6].tolist() == told["ffn_out-2"]["changed"]["first"]
+    words = text(found)
+    assert "changed by Patch('l_out-2', row -1 of Run('Egypt" in words and "as computed, row 10: " in words
+    assert "row 10 is as it was computed" in words and "every value is as it was computed" in words
+    assert max(map(len, words.splitlines())) <= 100
+    assert all(op["changed"] is None for op in trace(copycat, PROMPT, [2]).ops)
+
+
+def test_changed_ops_are_in_the_json(capsys, copycat):
+    assert trace_command(["-p", "France ->", "-t", "1", "--layer", "2", "--json", "--scale", "ffn_out-2", "0"]) == 0
+    ops = {op["name"]: op for op in json.loads(capsys.readouterr().out)["ops"]}
+    assert ops["ffn_out-2"]["changed"]["rows"] == [0, 1, 2] and ops["l_out-2"]["changed"] is None
+
+
 def test_text_fits_in_100_columns_and_shows_the_numbers(found, load):
     assert max(map(len, text(found).splitlines())) <= 100
     wide = trace(load(bias=True, rope_freqs=True, d_head_v=32), prompt(5), None)

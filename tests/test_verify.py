@@ -355,6 +355,11 @@ ROWS = {64: np.linspace(-1, 1, N * 64, dtype=np.float32).reshape(N, 64)}
     tinymia.Scale("kq-1", 0.5, heads=[0, 2]), tinymia.Scale("Qcur-1", 3.0, at=[1, -1], heads=0),
     tinymia.Replace("ffn_inp-0", lambda x, ctx: x[::-1] * ctx.layer + len(ctx.positions)),
     tinymia.Replace("ffn_inp-0", lambda x, ctx: None),
+    tinymia.Scale("l_out-0", 2.0, at=[False, True, False, False, True, False]),
+    tinymia.Ablate("kqv_merged-1", heads=[False, False, True, False]),
+    tinymia.Patch("l_out-0", (ROWS[64], ROWS[64][:4] * 3), src=-1, at=[True] + [False] * 5),
+    tinymia.Patch("l_out-0", (ROWS[64], ROWS[64][2:3]), at=[1, 3]),
+    tinymia.Add("l_out-1", (ROWS[64], ROWS[64][:4]), 2.0, row=-1),
 ], ids=lambda a: f"{type(a).__name__}-{a.name}-{getattr(a, 'at', None)}-{getattr(a, 'heads', None)}")
 def test_edits_are_the_actions(model, action):
     ours, again, before = edits_of(action, model, prompt(N))

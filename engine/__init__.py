@@ -1,0 +1,23 @@
+"""What stands around `forward` in tinymia.py: actions on named values, weights by attribute, choosing a token.
+
+    action.py     what an action is, and what it is told of a tensor
+    actions.py    Lens, Log, Save, Replace, Patch, Ablate, Add, ProjectOut, Scale
+    sources.py    where actions take rows from: saved files, arrays, runs
+    given.py      what a caller gives: positions, heads, layers, ids, arguments
+    weights.py    the tensors of a file, checked, as the forward pass uses them
+    sampling.py   the best of many scores, and a token from logits
+"""
+
+from . import given, sources
+from .action import NOT_HERE, Action, Context, Edit, Positions, Record, Source, files_read, listed
+from .actions import Ablate, Add, Lens, Log, Patch, ProjectOut, Replace, Save, Scale
+from .given import ArgumentError, indices, is_mask, whole
+from .sampling import Sampler, best, softmax
+from .sources import read_sources
+from .weights import Block, Linear, Weights
+
+__all__ = [
+    "NOT_HERE", "Ablate", "Action", "Add", "ArgumentError", "Block", "Context", "Edit", "Lens", "Linear", "Log",
+    "Patch", "Positions", "ProjectOut", "Record", "Replace", "Sampler", "Save", "Scale", "Source", "Weights", "best",
+    "files_read", "given", "indices", "is_mask", "listed", "read_sources", "softmax", "sources", "whole",
+]  # fmt: skip

@@ -1,0 +1,174 @@
+"""What an action is: what it is told about a tensor, what it may answer, and the base of those that change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinymia_files import ActionError, short
+
+from . import given
+
+Positions = int | Sequence[int] | Sequence[bool] | np.ndarray | None  # numbers, or a mask: True for each that is meant
+# A saved file, an array, a Run, or a tuple of these: rows are chosen in each, then their mean is taken.
+Source = str | Path | np.ndarray | Sequence[float] | Mapping[str, np.ndarray] | tuple[Any, ...] | None
+
+
+class NotHere(Enum):
+    """What `apply` returns when no row of the pass is meant: the action then does not count as having fired."""
+
+    NOT_HERE = "not here"
+
+
+NOT_HERE = NotHere.NOT_HERE
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an action is told about the tensor it is called with."""
+
+    name: str                   # exact name
+    layer: int | None
+    positions: np.ndarray       # intp [n_tok]: place of each row in the sequence
+    phase: str                  # "prompt" or "decode"
+    op: Any                     # its line in the table of names
+    model: Any = field(repr=False)
+    keep: Callable[[Context, Any], None] = field(repr=False)
+
+    def rows(self, x: np.ndarray) -> np.ndarray:
+        """View of x with the token axis first."""
+        return np.moveaxis(x, self.op.dims.index("n_tok"), 0)
+
+    def record(self, value: Any) -> None:
+        """Keep a value in the run's records."""
+        self.keep(self, value)
+
+    def select(self, at: Positions, must: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of this pass that stand at the positions `at`, and for each the index in `at` that asked for it.
+
+        Negative positions count from the end of the sequence; a mask has one value per position of the prompt. With
+        `must`, raises ActionError for positions that a prompt does not have.
+        """
+        if at is None:
+            return np.arange(len(self.positions)), np.arange(len(self.positions))
+        n = int(self.positions[-1]) + 1
+        wanted = given.indices(at, "position", n if self.phase == "prompt" else None, f"{self.name}: ")
+        wanted = np.where(wanted < 0, wanted + n, wanted)
+        if must and self.phase == "prompt" and ((wanted < 0) | (wanted >= n)).any():
+            raise ActionError(f"{self.name}: position {at} is out of range: the prompt has {n} tokens, 0 to {n - 1}")
+        rows, which = np.nonzero(self.positions[:, None] == wanted)
+        return rows, which
+
+
+def listed(actions: Action | Sequence[Action]) -> list[Action]:
+    """Actions as a list; one may stand by itself. Raises ActionError for what is not an action."""
+    found = [actions] if isinstance(actions, Action) or not hasattr(actions, "__iter__") else list(actions)
+    for action in found:
+        if not isinstance(action, Action):
+            raise ActionError(f"{short(action)} is not an action; Lens, Log, Save, Patch, Ablate, ... are")
+    return found
+
+
+@dataclass(frozen=True, repr=False)
+class Action:
+    """What to do with the tensors that `name` matches.
+
+    `when` is "prompt" (the pass over the prompt, as mia), "decode" (the passes over generated tokens) or "all". The KV
+    cache keeps what a pass left in it: a change of Kcur or Vcur, or of anything before them, that was made during the
+    prompt is still seen by every later token; one made while decoding is seen from that token on.
+    """
+
+    name: str
+    when: str = field(default="prompt", kw_only=True)
+
+    def bind(self, name: str, op: Any, model: Any) -> Action:
+        """This action for one exact name, with what it needs loaded and checked before the run starts."""
+        return self
+
+    def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | NotHere:
+        """The value that the pass continues with: x unchanged (never written to), or a new array of its shape.
+
+        NOT_HERE when this action does not apply to any row of this pass.
+        """
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        """Patch('l_out-3', row -1 of Run('Egypt -> Cairo,', 5 tokens), at=-1): what was said, in few words."""
+        parts, src = [repr(self.name)], getattr(self, "src", None)
+        for f in sorted(fields(self)[1:], key=lambda f: f.kw_only):
+            value = getattr(self, f.name)
+            if f.name == "source" and src is not None:
+                parts.append(f"row {given.told(src)} of {given.told(value)}")
+            elif f.name != "src" and given.told(value) != given.told(f.default):
+                parts.append(f"{f.name}={given.told(value)}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Edit(Action):
+    """Base of the actions that change a part: the rows at positions `at`, of `heads`; all where None."""
+
+    at: Positions = field(default=None, kw_only=True)
+    heads: Positions = field(default=None, kw_only=True)
+
+    def bind(self, name: str, op: Any, model: Any) -> Action:
+        if self.at is not None:
+            given.indices(self.at, "position", where=f"{name}: ")
+            if self.when == "decode" and given.is_mask(self.at):
+                raise ActionError(f"{name}: a mask is of the prompt's tokens, and when=decode leaves them as they are")
+        if self.heads is None:
+            return self
+        n = model.config.n_head_kv if "n_head_kv" in op.dims else model.config.n_head
+        if not {"n_head", "n_head_kv", "n_head*d_head_v"} & set(op.dims):
+            raise ActionError(f"{name} has no heads; kqv_merged, kqv, kq_soft_max, kq, Qcur, Kcur and Vcur have")
+        heads = given.indices(self.heads, "head", n, f"{name}: ").tolist()
+        if not all(0 <= h < n for h in heads):
+            raise ActionError(f"{name}: head {heads} is out of range: there are {n} heads, 0 to {n - 1}")
+        return replace(self, heads=heads)
+
+    def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | NotHere:
+        rows, which = ctx.select(self.at, self.when == "prompt")
+        if not len(rows):
+            return NOT_HERE
+        y = x.copy()
+        part = ctx.rows(y)  # [n_tok, ...], a view of y
+        old = part[rows]
+        try:
+            new = np.broadcast_to(np.asarray(self.edit(part, rows, which), x.dtype), old.shape)
+        except ValueError as e:
+            kind = type(self).__name__
+            raise ActionError(f"{kind} of {ctx.name} does not fit rows of {list(old.shape[1:])}: {e}") from e
+        if self.heads is not None:
+            c = ctx.model.config
+            mask = np.isin(np.arange(c.n_head_kv if "n_head_kv" in ctx.op.dims else c.n_head), self.heads)
+            mask = np.repeat(mask, c.d_head_v) if ctx.op.base == "kqv_merged" else mask[:, None]
+            new = np.where(mask, new, old)
+        part[rows] = new
+        return y
+
+    def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
+        """New values of x[rows]; x is [n_tok, ...], and which says which of `at` each row is."""
+        raise NotImplementedError
+
+
+class Record(NamedTuple):
+    """What an action kept: the best tokens of a Lens, the summary of a Log, the array of a Save."""
+
+    action: Action
+    name: str
+    layer: int | None
+    positions: np.ndarray       # intp [n_tok]
+    phase: str
+    value: Any
+
+
+def files_read(action: Action) -> list[str | Path]:
+    """The files that an action reads."""
+    found = [getattr(action, f.name) for f in fields(action) if f.type == "Source"]
+    parts = [part for one in found for part in (one if isinstance(one, tuple) else [one])]
+    return [part for part in parts if isinstance(part, (str, Path))]

@@ -1,0 +1,172 @@
+"""What one can do with a named value: see it (Lens, Log, Save) or change it (Replace, Patch, Ablate, Add, ...)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinymia_files import ActionError
+
+from . import sources
+from .action import Action, Context, Edit, NotHere, Positions, Source
+
+
+@dataclass(frozen=True, repr=False)
+class Lens(Action):
+    """See each row through the logit lens: its k best tokens, scored as in Model.lens, kept in the records."""
+
+    k: int = 10
+    score: str = "raw"
+
+    def bind(self, name: str, op: Any, model: Any) -> Action:
+        if op.dims != ("n_tok", "n_embd"):
+            raise ActionError(f"{name} is [{', '.join(op.dims)}]; the lens sees tensors of [n_tok, n_embd]")
+        return self
+
+    def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | NotHere:
+        ctx.record(ctx.model.lens(x, self.k, self.score))
+        return x
+
+
+@dataclass(frozen=True, repr=False)
+class Log(Action):
+    """Keep a summary in the records: shape, mean, root mean square, least and greatest value, the first few."""
+
+    def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | NotHere:
+        rms = math.sqrt(np.mean(np.square(x, dtype=np.float64)))
+        ctx.record({"shape": list(x.shape), "mean": float(x.mean()), "rms": rms, "min": float(x.min()),
+                    "max": float(x.max()), "first": x.reshape(-1)[:4].tolist()})
+        return x
+
+
+@dataclass(frozen=True, repr=False)
+class Save(Action):
+    """Keep a copy, in the records and, when a path is given, in a file that is written after the run."""
+
+    path: str | Path | None = None
+
+    def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | NotHere:
+        ctx.record(x.copy())
+        return x
+
+
+@dataclass(frozen=True, repr=False)
+class Replace(Action):
+    """fn(x, ctx): an array of the same shape to go on with, or None for no change; x is a copy that fn may write to."""
+
+    fn: Callable[[np.ndarray, Context], np.ndarray | None]
+
+    def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | NotHere:
+        y = self.fn(x.copy(), ctx)
+        return x if y is None else y
+
+
+@dataclass(frozen=True, repr=False)
+class Patch(Edit):
+    """Put row `src` of another run in place of the row `at`.
+
+    Without `src`, the source's only row or the same positions; without both, the whole tensor.
+    """
+
+    source: Source
+    src: Positions = None
+
+    def bind(self, name: str, op: Any, model: Any) -> Action:
+        bound = super().bind(name, op, model)
+        read = sources.read_sources(self.source, name, op.dims, model, self.name)
+        return replace(bound, source=sources.mean([sources.rows_for(x, self.src, self.at, name) for x in read], name))
+
+    def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
+        if self.at is None and len(self.source) != len(x):
+            raise ActionError(f"patch of {self.name}: {len(self.source)} rows for {len(x)} positions: say from and to")
+        return self.source if len(self.source) == 1 else self.source[which]
+
+
+@dataclass(frozen=True, repr=False)
+class Ablate(Edit):
+    """Take information away, by mode: "zero"; "mean", over the positions of the prompt's pass; "resample", the same
+    rows of `source`, another run; or "value", a number or an array that fits a row.
+
+    A pass over one row has no mean but that row: it is an error there, and so while decoding.
+    """
+
+    mode: str = "zero"
+    value: Any = None
+    source: Source = None
+
+    def bind(self, name: str, op: Any, model: Any) -> Action:
+        bound = super().bind(name, op, model)
+        if self.mode not in ("zero", "mean", "resample", "value"):
+            raise ActionError(f"ablation mode {self.mode!r}: it must be zero, mean, resample or value")
+        if (self.mode == "resample") != (self.source is not None):
+            raise ActionError(f"ablation of {name}: a source goes with mode resample, and with no other")
+        if (self.mode == "value") != (self.value is not None):
+            raise ActionError(f"ablation of {name}: a value goes with mode value, and with no other")
+        if self.mode == "mean" and self.when != "prompt":
+            raise ActionError(f"ablation of {name}: mode mean goes with when=prompt, not {self.when}: a pass that "
+                              "decodes has one row, and its mean is itself")
+        if self.source is None:
+            return bound
+        read = sources.read_sources(self.source, name, op.dims, model, self.name)
+        return replace(bound, source=sources.mean(read, name))
+
+    def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
+        if self.mode == "mean":
+            if len(x) == 1:
+                raise ActionError(f"ablation of {self.name}: the pass has one row, and its mean is itself")
+            return x.mean(0)
+        if self.mode == "resample":
+            if len(self.source) != len(x):
+                raise ActionError(f"ablation of {self.name}: the source has {len(self.source)} rows, this run {len(x)}")
+            return self.source[rows]
+        return self.value if self.mode == "value" else 0.0
+
+
+@dataclass(frozen=True, repr=False)
+class Add(Edit):
+    """x + coef * vector; the vector is the source's row `row`, or its only one."""
+
+    vector: Source
+    coef: float = 1.0
+    row: int | None = None
+
+    def bind(self, name: str, op: Any, model: Any) -> Action:
+        bound = super().bind(name, op, model)
+        return replace(bound, vector=sources.read_row(self.vector, self.row, name, op.dims, model, self.name))
+
+    def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
+        return x[rows] + x.dtype.type(self.coef) * self.vector
+
+
+@dataclass(frozen=True, repr=False)
+class ProjectOut(Edit):
+    """Remove a direction d from each row: x - (x . d) d / (d . d)."""
+
+    direction: Source
+
+    def bind(self, name: str, op: Any, model: Any) -> Action:
+        bound = super().bind(name, op, model)
+        row = sources.read_row(self.direction, None, name, op.dims, model, self.name)
+        length = float(np.linalg.norm(row))
+        if not 0 < length < math.inf:
+            raise ActionError(f"projection of {name}: the direction has length {length}")
+        return replace(bound, direction=row / row.dtype.type(length))
+
+    def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
+        along = np.tensordot(x[rows], self.direction, self.direction.ndim)  # [n_rows]
+        return x[rows] - np.multiply.outer(along, self.direction)
+
+
+@dataclass(frozen=True, repr=False)
+class Scale(Edit):
+    """factor * x."""
+
+    factor: float
+
+    def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
+        return x.dtype.type(self.factor) * x[rows]

@@ -1,0 +1,144 @@
+"""What a caller gives: positions, heads, layers, token ids, names of arguments. Each is what it says or an Error.
+
+Python and NumPy take much for a whole number that is none: True is 1, 1.5 is cut to 1, a mask of rows [True, False]
+becomes the rows 1 and 0. Everything that chooses by number goes through the two functions here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from tinymia_files import Error, short
+
+PLURAL = {"id": "token ids", "layer": "layers", "head": "heads", "position": "positions", "row": "rows"}
+
+
+class ArgumentError(Error, TypeError):
+    """An argument that a function does not have; the message names the one that is meant."""
+
+
+def whole(value: Any, what: str) -> int:
+    """A whole number, of Python or of NumPy. Raises Error for all else, True and 1.0 included."""
+    try:
+        if not isinstance(value, (bool, np.bool_)):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise Error(f"{what} is {short(value)}; it must be a whole number")
+
+
+def is_mask(given: Any) -> bool:
+    """Whether it chooses by True and False."""
+    if isinstance(given, np.ndarray) or hasattr(given, "__array__"):
+        return np.asarray(given).dtype == bool
+    return isinstance(given, Sequence) and len(given) > 0 and all(isinstance(v, (bool, np.bool_)) for v in given)
+
+
+def indices(given: Any, what: str, n: int | None = None, where: str = "") -> np.ndarray:
+    """The places that are meant, intp [n_place], as one number, numbers, or a mask: True for each place that is meant.
+
+    `what` is "position", "head", "layer", "row" or "id". A mask has one value for each of the `n` there are; where n is
+    not known, its length is not checked. Raises Error, for no place at all as well, that begins with `where`.
+    """
+    many = PLURAL[what]
+    if isinstance(given, (str, bytes)) or given is None or (what == "id" and (_single(given) or is_mask(given))):
+        _refuse(given, what, where)
+    if _single(given):
+        return np.array([_one(given, what, given, where)], np.intp)
+    if is_mask(given):
+        mask = np.asarray(given)
+        if mask.ndim != 1:
+            _refuse(given, what, where)
+        if n is not None and len(mask) != n:
+            raise Error(f"{where}a mask of {len(mask)} {many}: there are {n}, and a mask has one value for each")
+        found = np.flatnonzero(mask)
+        if not len(found):
+            raise Error(f"{where}a mask that is True nowhere chooses no {what}")
+        return found
+    if hasattr(given, "__array__"):
+        array = np.asarray(given)
+        if array.ndim > 1 or (array.size and array.dtype.kind not in "iu"):
+            _refuse(given, what, where)
+        given = np.atleast_1d(array).tolist()
+    if not len(given):
+        raise Error(f"{where}an empty list chooses no {what}")
+    return np.array([_one(value, what, given, where) for value in given], np.intp)
+
+
+def token_ids(ids: Any, n: int) -> list[int]:
+    """Ids, none at all included, each of them one of n tokens. Raises Error."""
+    if isinstance(ids, bytes):
+        raise Error("a prompt is text or token ids, not bytes")
+    empty = ids.size == 0 if isinstance(ids, np.ndarray) else isinstance(ids, Sequence) and not ids
+    found = [] if empty else indices(ids, "id").tolist()
+    bad = [i for i in found if not 0 <= i < n]
+    if bad:
+        raise Error(f"token id {bad[0]} is out of range: there are {n} tokens, 0 to {n - 1}")
+    return found
+
+
+def never_came(at: Any, seen: set[int]) -> list[int]:
+    """Those positions of an action that no pass has had; negative ones count from the end."""
+    return [p for p in indices(at, "position").tolist() if p not in seen and not -max(seen) - 2 < p < 0]
+
+
+def _single(given: Any) -> bool:
+    """Whether it is one value and no list."""
+    return not isinstance(given, Sequence) and np.ndim(getattr(given, "__array__", lambda: 0)()) == 0
+
+
+def _one(value: Any, what: str, given: Any, where: str) -> int:
+    try:
+        if not isinstance(value, (bool, np.bool_)) and abs(number := operator.index(value)) < 2**62:
+            return number
+    except TypeError:
+        pass
+    _refuse(given, what, where)
+
+
+def _refuse(given: Any, what: str, where: str) -> NoReturn:
+    masks = "" if what == "id" else f", or a mask: True for each {what} that is meant"
+    raise Error(f"{where}{PLURAL[what]} {short(given)}: they must be whole numbers, such as [0, 3]{masks}")
+
+
+def told(value: Any) -> str:
+    """What a caller gave in few words, for a message: arrays by their shape, functions by their name."""
+    if isinstance(value, np.ndarray):
+        return f"array {list(value.shape)}" if value.size > 4 else str(value.tolist())
+    if isinstance(value, tuple) and value:
+        return f"({', '.join(map(told, value))})"
+    if isinstance(value, type) or callable(value):
+        return getattr(value, "__qualname__", type(value).__name__)
+    return str(value) if isinstance(value, Path) else short(value)
+
+
+def closest(name: object, names: Iterable[str]) -> str:
+    """The names that look like a wrong one, as the end of a message."""
+    close = difflib.get_close_matches(str(name), list(names), 3, 0.5)
+    return f"; closest: {', '.join(close)}" if close else ""
+
+
+# What other libraries call the arguments of generate: llama.cpp and its Python bindings, transformers, web APIs.
+ELSEWHERE = {
+    "max_tokens": "n", "max_new_tokens": "n", "max_length": "n", "n_predict": "n", "num_predict": "n", "n_tokens": "n",
+    "max_completion_tokens": "n", "temperature": "temp", "topk": "top_k", "k": "top_k", "topp": "top_p", "p": "top_p",
+    "minp": "min_p", "repetition_penalty": "repeat_penalty", "penalty": "repeat_penalty", "random_state": "seed",
+    "stop_sequences": "stop", "stop_strings": "stop", "action": "actions", "hooks": "actions", "stream": "on_text",
+    "callback": "on_text", "streamer": "on_text", "add_bos": "bos", "add_special_tokens": "bos", "text": "prompt",
+    "input_ids": "prompt", "echo": "prompt", "keep": "actions (Save)",
+}  # fmt: skip
+
+
+def check_arguments(function: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise ArgumentError for an argument that a function does not have."""
+    for name in given:
+        if name not in known:
+            meant = ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
+            means = f": here it is called {meant}" if meant else f"; it has {', '.join(known)}"
+            raise ArgumentError(f"{function} has no argument {short(name)}{means}")

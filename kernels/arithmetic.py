@@ -1,0 +1,84 @@
+"""The arithmetic of tinymia.py, fast: functions of the same names and arguments, by kernels, over a pool of threads.
+
+tinymia.py says what each function computes and in which shapes; what is added here is how numbers are rounded.
+A weight is an object with `stored` (its format, and uint8, its rows in it), `shape` (n_out, n_in) and `scale`.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from . import ops
+from .attention import attention, kq, kqv, soft_max
+from .machine.jit import announce_done
+from .machine.threads import Pool
+from .matmul import get_rows, matmul_several
+
+
+class Arithmetic:
+    """The functions of tinymia.py's arithmetic on a pool of threads.
+
+    numerics "ggml" rounds where llama.cpp's CPU backend rounds and takes sums in its order; "f32" keeps float32.
+    """
+
+    def __init__(self, threads: int | None, numerics: str):
+        self.pool, self.numerics = Pool(threads), numerics
+        self.threads = self.pool.n
+
+    def done(self) -> None:
+        """End the line about compiling, if there was one, after a pass."""
+        announce_done()
+
+    def embed(self, weight: Any, tokens: np.ndarray) -> np.ndarray:
+        """Look up the row of each token: float32 [n_tok, n_embd]."""
+        fmt, raw = weight.stored
+        x = get_rows(raw, fmt, *weight.shape, tokens)
+        return x if weight.scale is None else x * weight.scale
+
+    def rms_norm(self, x: np.ndarray, eps: float) -> np.ndarray:
+        """Divide each row of x [n_tok, n_embd] by its root mean square."""
+        return ops.rms_norm(x, eps, self.pool)
+
+    def linear(self, x: np.ndarray, layer: Any) -> np.ndarray:
+        """Multiply each row of x [n_tok, n_in] by a weight matrix and add its bias: float32 [n_tok, n_out]."""
+        return self.linears(x, layer)[0]
+
+    def linears(self, x: np.ndarray, *layers: Any) -> list[np.ndarray]:
+        """Several products of one x, which is quantised once: float32 [n_tok, n_out] per layer."""
+        weights = [(raw, fmt, w.shape[0]) for w, _ in layers for fmt, raw in [w.stored]]
+        found = matmul_several(x, weights, self.numerics, self.pool)
+        for i, (weight, bias) in enumerate(layers):
+            found[i] = found[i] if weight.scale is None else found[i] * weight.scale
+            found[i] = found[i] if bias is None else found[i] + bias
+        return found
+
+    def rope_angles(self, positions: np.ndarray, c: Any, freqs: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines of the angles by which RoPE turns, float32 [n_tok, n_rot / 2] each."""
+        how = c.n_rot, c.rope_base, c.rope_scale, c.rope_gain, c.yarn
+        return ops.rope_angles(positions, *how, freqs, self.numerics)
+
+    def rope(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        """Turn the pairs of each head of x [n_tok, n_head, d_head]."""
+        return ops.rope(x, cos, sin, self.pool)
+
+    def scores(self, q: np.ndarray, keys: np.ndarray, n_kv: int) -> np.ndarray:
+        """Dot products of every query with the first n_kv keys: float32 [n_head, n_tok, n_kv]."""
+        return kq(q, keys, n_kv)
+
+    def soft_max(self, kq: np.ndarray, scale: float, positions: np.ndarray) -> np.ndarray:
+        """Turn scores [n_head, n_tok, n_kv] into weights that sum to 1; `positions` follow one another."""
+        return soft_max(kq, scale, int(positions[0]))
+
+    def mix(self, pattern: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Add up the values, each times its weight in the attention pattern: float32 [n_head, n_tok, d_head_v]."""
+        return kqv(pattern, values)
+
+    def attention(
+        self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, positions: np.ndarray
+    ) -> np.ndarray:
+        """Scores, soft_max and mix in one, with the heads side by side: float32 [n_tok, n_head * d_head_v]."""
+        return attention(q, keys, values, int(positions[0]), scale, self.pool)
+
+    def silu(self, x: np.ndarray) -> np.ndarray:
+        """x * sigmoid(x) of each number of x [n_tok, n_ff]."""
+        return ops.silu(x, self.pool)

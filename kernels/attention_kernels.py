@@ -1,0 +1,226 @@
+"""The compiled loops of attention: for one query of one head at a time, or for four.
+
+Items are numbered head after head, so that the items of a thread share the keys and values of few heads. Values are
+cached with positions innermost, as ggml does, so that both products of attention are dot products of contiguous rows.
+"""
+
+import numpy as np
+
+from .formats.floats import F16, F32
+from .machine.half import round_half, widen_half
+from .machine.jit import inline, kernel
+from .machine.lanes import larger, largest, total
+from .machine.simd import address_of, keep, store
+from .machine.template import STAMPED, Template, abstract, entry, part
+from .machine.vectors import exp, f32x1, f32x16, load_f32x1, load_f32x16
+
+
+@inline
+def pad(s, n, value):
+    """Fill s[n:] with a number up to the next multiple of 16, and return that multiple."""
+    for j in range(n, up16(n)):
+        store(s + 4 * j, f32x1(value))
+    return up16(n)
+
+
+@inline
+def up16(n):
+    """The next multiple of 16, or n itself."""
+    return (n + 15) & -16
+
+
+@inline
+def soft_max_row(s, n, scale):
+    """Replace n scores by s[j] = exp(scale s[j] - max) / sum; zeros follow them up to a multiple of 16.
+
+    Sums over 16 scores are float32, the sum of those sums is float64.
+    """
+    end = pad(s, n, -np.inf)
+    top = f32x16(-np.inf)
+    for j in range(0, end, 16):
+        top = larger(top, load_f32x16(s + 4 * j) * scale)
+    most, whole = largest(top), 0.0
+    for j in range(0, end, 16):
+        e = exp(load_f32x16(s + 4 * j) * scale - most)
+        whole += total(e)
+        store(s + 4 * j, e)
+    inverse = np.float32(1 / whole)
+    for j in range(0, end, 16):
+        store(s + 4 * j, load_f32x16(s + 4 * j) * inverse)
+
+
+@kernel
+def soft_max_rows(s, scale, n_past, out, i0, i1):
+    """Write the softmax of the rows i0 to i1, (head, token) pairs of s [n_head, n_tok, n_kv], into out."""
+    n_tok, n_kv = s.shape[1], s.shape[2]
+    row = np.empty(up16(n_kv), np.float32)
+    for item in range(i0, i1):
+        h, t = item // n_tok, item % n_tok
+        n = min(n_past + t + 1, n_kv)
+        row[:n] = s[h, t, :n]
+        soft_max_row(address_of(row), n, scale)
+        out[h, t, :n] = row[:n]
+        out[h, t, n:] = 0
+
+
+class CachedAttention(Template):
+    """Attention with a cache of one type of number."""
+
+    SIZE: int  # bytes of a number in the cache
+
+    @abstract
+    def dot(row, n, x):
+        """The dot product of a cached row at an address with the n float32 numbers at address x."""
+
+    @abstract
+    def tile(row, row2, n, x, stride):
+        """The dot products of two cached rows with four x, `stride` bytes apart: two times four sums."""
+
+    @abstract
+    def cast(v):
+        """The float32 numbers of a vector, rounded to the type of the cache."""
+
+    @abstract
+    def narrow(v):
+        """The same as they lie in the cache."""
+
+    @part
+    def cast_row(x, n, y):
+        """Write the n numbers at address x, rounded to the type of the cache, to address y."""
+        for i in range(0, n - 15, 16):
+            store(y + 4 * i, fmt.cast(load_f32x16(x + 4 * i)))
+        for i in range(n - n % 16, n):
+            store(y + 4 * i, fmt.cast(load_f32x1(x + 4 * i)))
+
+    @part
+    def dots(x, n, rows, stride, n_rows, out):
+        """Write out[i] = x . row i, for n_rows rows of length n whose starts lie `stride` numbers apart."""
+        for i in range(n_rows):
+            store(out + 4 * i, f32x1(fmt.dot(rows + fmt.SIZE * stride * i, n, x)))
+
+    @part
+    def tiles(x, x_stride, n, rows, stride, n_rows, out, out_stride):
+        """The same as `dots` for four x, x_stride bytes apart; their results lie out_stride bytes apart."""
+        for i in range(0, n_rows, 2):
+            k = min(i + 1, n_rows - 1)
+            a, b = fmt.tile(rows + fmt.SIZE * stride * i, rows + fmt.SIZE * stride * k, n, x, x_stride)
+            for to, sums in ((out + 4 * i, a), (out + 4 * k, b)):
+                store(to, f32x1(sums[0]))
+                store(to + out_stride, f32x1(sums[1]))
+                store(to + 2 * out_stride, f32x1(sums[2]))
+                store(to + 3 * out_stride, f32x1(sums[3]))
+
+    @entry
+    def store_keys(cache, x, n_past):
+        """Write x [n_tok, n_head_kv, d] into the cache [n_head_kv, cap, d], from position n_past on."""
+        (n_tok, n_head_kv, d), cap, x, cache = x.shape, cache.shape[1], address_of(x), address_of(cache)
+        for h in range(n_head_kv):
+            for t in range(n_tok):
+                to, at = cache + fmt.SIZE * (h * cap + n_past + t) * d, x + 4 * (t * n_head_kv + h) * d
+                for i in range(0, d - 15, 16):
+                    store(to + fmt.SIZE * i, fmt.narrow(load_f32x16(at + 4 * i)))
+                for i in range(d - d % 16, d):
+                    store(to + fmt.SIZE * i, fmt.narrow(load_f32x1(at + 4 * i)))
+
+    @entry
+    def store_values(cache, x, n_past):
+        """Write x [n_tok, n_head_kv, d] into the cache [n_head_kv, d, cap], from position n_past on."""
+        (n_tok, n_head_kv, d), cap, x, cache = x.shape, cache.shape[2], address_of(x), address_of(cache)
+        for row in range(n_head_kv * d):
+            for t in range(n_tok):
+                v = load_f32x1(x + 4 * (t * n_head_kv * d + row))
+                store(cache + fmt.SIZE * (row * cap + n_past + t), fmt.narrow(v))
+
+    @entry
+    def kq(q, k, out, i0, i1):
+        """Write the scores of the items i0 to i1, (head, token) pairs, into out [n_head, n_tok, n_kv]."""
+        (n_tok, n_head, d), (n_head_kv, cap, d), n = q.shape, k.shape, out.shape[2]
+        scratch = np.empty(d, np.float32)
+        row, q, k, out = address_of(scratch), address_of(q), address_of(k), address_of(out)
+        for item in range(i0, i1):
+            h, t = item // n_tok, item % n_tok
+            fmt.cast_row(q + 4 * (t * n_head + h) * d, d, row)
+            fmt.dots(row, d, k + fmt.SIZE * (h * n_head_kv // n_head) * cap * d, d, n, out + 4 * item * n)
+        keep(scratch)
+
+    @entry
+    def kqv(p, v, out, i0, i1):
+        """Write the sums of values of the items i0 to i1, (head, token) pairs, into out [n_head, n_tok, d]."""
+        (n_head, n_tok, n), (n_head_kv, d, cap) = p.shape, v.shape
+        scratch = np.empty(up16(n), np.float32)
+        row, p, v, out = address_of(scratch), address_of(p), address_of(v), address_of(out)
+        for item in range(i0, i1):
+            h = item // n_tok
+            fmt.cast_row(p + 4 * item * n, n, row)
+            end = pad(row, n, 0)
+            fmt.dots(row, end, v + fmt.SIZE * (h * n_head_kv // n_head) * d * cap, cap, d, out + 4 * item * d)
+        keep(scratch)
+
+    @entry
+    def attention(q, k, v, n_past, scale, out, i0, i1):
+        """Write the attention of the items i0 to i1, each four tokens of a head, into out [n_tok, n_head * d_v].
+
+        Memory is needed for four rows of scores.
+        """
+        (n_tok, n_head, d), (n_head_kv, k_cap, d), (n_head_kv, d_v, v_cap) = q.shape, k.shape, v.shape
+        wide, blocks = 4 * up16(d), (n_tok + 3) // 4
+        scratch = np.empty(4 * (up16(d) + up16(n_past + n_tok)), np.float32)
+        x, q, k, v, out = address_of(scratch), address_of(q), address_of(k), address_of(v), address_of(out)
+        for item in range(i0, i1):
+            h, t = item // blocks, item % blocks * 4
+            h_kv, at, n = h * n_head_kv // n_head, t * n_head + h, n_past + min(t + 4, n_tok)
+            keys, values = k + fmt.SIZE * h_kv * k_cap * d, v + fmt.SIZE * h_kv * d_v * v_cap
+            p, long = x + 4 * wide, 4 * up16(n)
+            four = t + 4 <= n_tok
+            for m in range(min(4, n_tok - t)):
+                fmt.cast_row(q + 4 * (at + m * n_head) * d, d, x + m * wide)
+                if not four:
+                    fmt.dots(x + m * wide, d, keys, d, n, p + m * long)
+            if four:
+                fmt.tiles(x, wide, d, keys, d, n, p, long)
+            for m in range(min(4, n_tok - t)):
+                seen = n_past + t + m + 1
+                soft_max_row(p + m * long, seen, scale)
+                for j in range(up16(seen), up16(n), 16):
+                    store(p + m * long + 4 * j, f32x16(0))
+                fmt.cast_row(p + m * long, up16(n), p + m * long)
+                if not four:
+                    fmt.dots(p + m * long, up16(n), values, v_cap, d_v, out + 4 * (at + m * n_head) * d_v)
+            if four:
+                fmt.tiles(p, long, up16(n), values, v_cap, d_v, out + 4 * at * d_v, 4 * n_head * d_v)
+        keep(scratch)
+
+
+fmt: CachedAttention = STAMPED
+
+
+class F16Attention(CachedAttention):
+    """Attention with keys and values in F16: queries and probabilities are rounded to F16 as well."""
+
+    SIZE = 2
+    dot, tile, narrow = F16.dot, F16.tile, round_half
+
+    @part
+    def cast(v):
+        return widen_half(round_half(v))
+
+
+@inline
+def unchanged(v):
+    """The vector itself."""
+    return v
+
+
+class F32Attention(CachedAttention):
+    """Attention with keys and values in float32."""
+
+    SIZE = 4
+    dot, tile, cast, narrow = F32.dot, F32.tile, unchanged, unchanged
+
+
+F16Attention.stamp()
+F32Attention.stamp()
+KERNELS: dict[np.dtype, type[CachedAttention]] = {
+    np.dtype(np.float16): F16Attention,
+    np.dtype(np.float32): F32Attention,
+}

@@ -1,0 +1,199 @@
+"""What the threads of a pool run: the memory that they share, and the compiled code that hands work over.
+
+A region is one kernel, or several, over all its items, cut into chunks. Each kernel with its arguments is a job. The
+calling thread writes the jobs down and publishes a ticket; whoever has time, the caller included, takes chunks by
+counting the ticket up, see threads.py.
+"""
+
+from functools import cache
+from pathlib import Path
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from .atomics import atomic_add, atomic_load, atomic_store, compare_and_swap, load_word, pause, store_word
+from .jit import inline, kernel, specialise
+from .simd import address_of
+
+# What threads share, in bytes from the start of a pool's memory; what different threads write is 64 bytes apart.
+TICKET = 0          # generation << 32 | chunks << 16 | chunks taken
+FINISHED = 64       # chunks done
+FAILED = 128        # chunks of which a kernel raised an exception
+BUSY = 192          # 1 while a region runs
+STOP = 256          # 1 when the threads are to end
+N_JOBS = 264        # jobs of the region
+JOBS = 320          # the jobs, one after another
+MAX_JOBS = 8
+
+# A job, in bytes from its start.
+FUNCTION, ITEMS, GRAIN = 0, 8, 16   # the address of its code; its items; items that are not cut apart
+FIRST, CHUNKS = 24, 32              # the number of its first chunk in the region, and how many chunks it is cut into
+ARGUMENTS = 40                      # flattened as numba passes them, 8 bytes each
+JOB = 512
+
+SHARED = JOBS + MAX_JOBS * JOB
+
+
+@intrinsic
+def hand_over(typing_context, function, address, arguments):
+    """Store a kernel's arguments, all but i0 and i1. Returns the address of code(address of the arguments, i0, i1)."""
+    kinds = (*arguments.types, types.intp, types.intp)
+    typing_context.resolve_function_type(function, kinds, {})
+    compiled = function.dispatcher.overloads[kinds]
+
+    def codegen(context, builder, sig, values):
+        packer = context.get_arg_packer(arguments.types)
+        parts = [builder.extract_value(values[2], k) for k in range(len(arguments.types))]
+        flat = packer.as_arguments(builder, parts)
+        if ARGUMENTS + 8 * len(flat) > JOB:
+            raise TypeError(f"{function.dispatcher.py_func.__name__}: {len(flat)} words of arguments, too many")
+        for k, value in enumerate(flat):
+            at = builder.add(values[1], ir.Constant(values[1].type, 8 * k))
+            builder.store(value, builder.inttoptr(at, value.type.as_pointer()))
+        word = context.get_value_type(types.intp)
+        code_type = ir.FunctionType(ir.IntType(32), [word, word, word])
+        code = ir.Function(builder.module, code_type, builder.module.get_unique_name("chunk"))
+        code.linkage = "internal"
+        b = ir.IRBuilder(code.append_basic_block())
+        declared = context.declare_function(builder.module, compiled.fndesc)
+        loaded = []
+        for k, value in enumerate(flat):
+            at = b.add(code.args[0], ir.Constant(word, 8 * k))
+            loaded.append(b.load(b.inttoptr(at, value.type.as_pointer())))
+        extra = [b.alloca(a.type.pointee) for a in declared.args[:2]]  # numba's return value and exception
+        b.ret(b.call(declared, [*extra, *loaded, *code.args[1:]]))
+        context.add_linking_libs([compiled.library])
+        return builder.ptrtoint(code, word)
+
+    return types.intp(function, address, arguments), codegen
+
+
+@intrinsic
+def call_code(_, code, address, i0, i1):
+    """code(address, i0, i1) -> 0, or another number when the kernel raised an exception."""
+
+    def codegen(context, builder, sig, args):
+        code_type = ir.FunctionType(ir.IntType(32), [a.type for a in args[1:]])
+        return builder.call(builder.inttoptr(args[0], code_type.as_pointer()), args[1:])
+
+    return types.int32(types.intp, types.intp, types.intp, types.intp), codegen
+
+
+@inline
+def aligned(shared):
+    """The address at which a pool's memory begins: a multiple of 64."""
+    return (address_of(shared) + 63) & -64
+
+
+@inline
+def run_chunk(at, ticket):
+    """Run the chunk that a ticket names, if it names one: whether it did."""
+    chunk, chunks = ticket & 0xFFFF, ticket >> 16 & 0xFFFF
+    if chunk >= chunks:
+        return False
+    job = at + JOBS
+    for _ in range(load_word(at + N_JOBS) - 1):
+        if chunk >= load_word(job + JOB + FIRST):
+            job += JOB
+    chunk, chunks = chunk - load_word(job + FIRST), load_word(job + CHUNKS)
+    n, grain = load_word(job + ITEMS), load_word(job + GRAIN)
+    grains = (n + grain - 1) // grain
+    i0, i1 = grains * chunk // chunks * grain, min(grains * (chunk + 1) // chunks * grain, n)
+    if call_code(load_word(job + FUNCTION), job + ARGUMENTS, i0, i1) != 0:
+        atomic_add(at + FAILED, 1)
+    atomic_add(at + FINISHED, 1)
+    return True
+
+
+@kernel
+def serve(shared, patience):
+    """Take chunks of regions as they come, until none came for `patience` looks."""
+    at, seen, looks = aligned(shared), -1, 0
+    while looks < patience and load_word(at + STOP) == 0:
+        if atomic_load(at + TICKET) >> 32 == seen:
+            looks += 1
+            pause()
+            continue
+        looks, ticket = 0, atomic_add(at + TICKET, 1)
+        if not run_chunk(at, ticket):
+            seen = ticket >> 32
+
+
+@inline
+def write_job(job, code, n, grain, first, chunks):
+    """Write down a job whose arguments are stored already."""
+    store_word(job + FUNCTION, code)
+    store_word(job + ITEMS, n)
+    store_word(job + GRAIN, grain)
+    store_word(job + FIRST, first)
+    store_word(job + CHUNKS, chunks)
+
+
+@inline
+def run_region(at, n_jobs, chunks):
+    """Publish the region, take chunks of it, and wait until all are done. Returns 0, or 1 when a chunk failed."""
+    store_word(at + N_JOBS, n_jobs)
+    store_word(at + FINISHED, 0)
+    store_word(at + FAILED, 0)
+    generation = (atomic_load(at + TICKET) >> 32) + 1 & 0x3FFFFFFF
+    atomic_store(at + TICKET, generation << 32 | chunks << 16)
+    while run_chunk(at, atomic_add(at + TICKET, 1)):
+        pass
+    while atomic_load(at + FINISHED) < chunks:
+        pause()
+    failed = load_word(at + FAILED)
+    atomic_store(at + BUSY, 0)
+    return min(failed, 1)
+
+
+body = None  # the kernel that a template is specialised for
+
+
+def region_template(shared, chunks, grain, n, arguments):
+    """Run `body` over n items. Returns 0, 1 when a chunk failed, 2 when another thread's region is under way."""
+    at = aligned(shared)
+    if not compare_and_swap(at + BUSY, 0, 1):
+        return 2
+    write_job(at + JOBS, hand_over(body, at + JOBS + ARGUMENTS, arguments), n, grain, 0, chunks)
+    return run_region(at, 1, chunks)
+
+
+def job_template(shared, number, first, chunks, grain, n, arguments):
+    """Write `body` over n items down as a job of a region that `take` took."""
+    job = aligned(shared) + JOBS + number * JOB
+    write_job(job, hand_over(body, job + ARGUMENTS, arguments), n, grain, first, chunks)
+
+
+@cache
+def region(function):
+    """The region of a kernel, itself a kernel; kept on disk under a name with the kernel's file in it."""
+    return specialise(region_template, f"region_{_name(function)}", body=function)
+
+
+@cache
+def job(function):
+    """What writes a kernel down as one job of several; kept on disk like a region."""
+    return specialise(job_template, f"job_{_name(function)}", body=function)
+
+
+def _name(function) -> str:
+    return f"{Path(function.py_func.__code__.co_filename).stem}_{function.py_func.__name__}"
+
+
+@kernel
+def take(shared):
+    """Take the pool for a region of several jobs: whether no other thread had it."""
+    return compare_and_swap(aligned(shared) + BUSY, 0, 1)
+
+
+@kernel
+def release(shared):
+    """Give a pool back that `take` took, without running anything."""
+    atomic_store(aligned(shared) + BUSY, 0)
+
+
+@kernel
+def run_jobs(shared, n_jobs, chunks):
+    """Run the jobs that were written down, and give the pool back. Returns 0, or 1 when a chunk failed."""
+    return run_region(aligned(shared), n_jobs, chunks)
