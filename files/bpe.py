@@ -128,7 +128,7 @@ class BytePairs(Tokenizer):
 
     def _bytes(self, i: int) -> bytes:
         """A token's bytes, those of a control token's name included."""
-        kind, piece = self.types[i], self.pieces[i]
+        kind, piece = (self.types[i], self.pieces[i]) if i < len(self.pieces) else (CONTROL, f"<{i}>")
         if kind == BYTE:
             return byte(piece)
         values = [alphabet()[1].get(c) for c in piece] if kind == NORMAL else []
@@ -138,7 +138,7 @@ class BytePairs(Tokenizer):
 
     def bytes(self, i: int) -> bytes:
         """What a token adds to a text: nothing for a control token."""
-        return b"" if self.types[i] in (CONTROL, UNKNOWN) else self._bytes(i)
+        return b"" if i >= len(self.pieces) or self.types[i] in (CONTROL, UNKNOWN) else self._bytes(i)
 
     def piece(self, i: int) -> str:
         """A token as people read it: bytes that are no whole character show as <0xE2>, line ends are escaped."""

@@ -13,7 +13,7 @@ from .gguf import Tensor
 from .unused import note_keys
 
 ARCHITECTURES = ("llama",)
-LAYERS = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")  # may have one value per layer
+LAYERS = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")  # one value, or one for each layer
 NONE = {  # keys that must be 0, and why
     "expert_count": "mixtures of experts are not supported",
     "expert_used_count": "mixtures of experts are not supported",
@@ -31,7 +31,7 @@ def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -
             raise GGUFError(f"{path}: metadata key {key} is missing")
         if isinstance(value, np.ndarray) and key in by_layer:
             if len(value) != n_layer:
-                raise GGUFError(f"{path}: {key} is an array of {len(value)} for {n_layer} layers: it needs one each")
+                raise GGUFError(f"{path}: {key} has {len(value)} values for {n_layer} layers: one for each is needed")
             if (value != value[0]).any():
                 raise GGUFError(f"{path}: {key} is {short(value.tolist())}; layers that differ are not supported")
             value = value[0].item()

@@ -94,7 +94,7 @@ class SentencePiece(Tokenizer):
 
     def bytes(self, i: int) -> bytes:
         """What a token adds to a text, by its type: as llama_token_to_piece has it."""
-        kind, piece = self.types[i], self.pieces[i]
+        kind, piece = (self.types[i], self.pieces[i]) if i < len(self.pieces) else (UNUSED, "")
         if kind == BYTE:
             return byte(piece)
         piece = piece.replace("▁", " ") if kind == NORMAL else piece if kind == USER_DEFINED else ""
@@ -102,4 +102,4 @@ class SentencePiece(Tokenizer):
 
     def piece(self, i: int) -> str:
         """A token as people read it: ▁ is a space, control and byte tokens show their names, line ends are escaped."""
-        return one_line(self.pieces[i].replace("▁", " "))
+        return one_line((self.pieces[i] if i < len(self.pieces) else f"<{i}>").replace("▁", " "))

@@ -18,9 +18,10 @@ from .gguf import Tensor
 
 # Tensors without which the numbers are the same, beside a matrix that the model has or in one of its layers.
 HARMLESS_TENSORS = {
-    r"(?P<matrix>.+)\.input_scale": "scales 4-bit activations on GPUs; llama.cpp's CPU code loads and does not use it",
-    r"blk\.(?P<layer>\d+)\.attn_rot_embd\.weight": "the frequencies that rope.freq_base gives, stored by converters of "
-                                                   "2023; gguf-py leaves them out (MODEL_TENSOR_SKIP)",
+    r"(?P<matrix>.+)\.input_scale":
+        "scales 4-bit activations on GPUs; llama.cpp's CPU code loads it and does not use it",
+    r"blk\.(?P<layer>\d+)\.attn_rot_embd\.weight":
+        "the frequencies that rope.freq_base gives, stored by converters of 2023; gguf-py's MODEL_TENSOR_SKIP",
 }  # fmt: skip
 
 # Metadata keys of the architecture, without its name, that read as if they changed the numbers, and do not.

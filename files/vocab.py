@@ -164,11 +164,10 @@ class Tokenizer:
         return [part if isinstance(part, int) else part[1] for part in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD. The blank that encode puts first is taken off."""
-        parts = [self.bytes(i) for i in ids]
-        first = 1 if len(ids) and ids[0] == self.bos else 0
-        if self.space_prefix and first < len(parts):
-            parts[first] = parts[first].removeprefix(b" ")
+        """Text of ids, without the BOS and the blank that encode puts first; bytes that are no UTF-8 become U+FFFD."""
+        parts = [self.bytes(i) for i in (ids[1:] if len(ids) and ids[0] == self.bos else ids)]
+        if self.space_prefix and parts:
+            parts[0] = parts[0].removeprefix(b" ")
         return b"".join(parts).decode("utf-8", "replace")
 
     def one(self, text: str) -> int:
@@ -199,7 +198,7 @@ class Tokenizer:
                 written += self.bytes(i).removeprefix(b" " * (first and self.space_prefix))
             first = special
         try:
-            for text in (written.decode("utf-8", "replace"), plain.removeprefix(" "), plain):
+            for text in (written.decode("utf-8", "replace"), plain):
                 if any(self.encode(text, bos, special) == ids for special in (True, False)):
                     return text
         except Error:  # without the library that cuts texts, ids can be run all the same

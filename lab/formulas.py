@@ -92,7 +92,7 @@ def told(model: Model, op: Op, il: int | None, graph: dict[str, dict[str, Any]])
              "gain": "" if c.rope_gain == 1 else f" * {c.rope_gain:g}",
              "shared": "Every head has its own." if group == 1 else f"{group} heads share one of them."}
     formula, sentence = (part.format(**vars(c), **words) for part in TOLD[op.base])
-    inputs, weight, bias = [], None, None
+    inputs, weight, bias, scaled = [], None, None, False
     for role, source in zip(op.inputs, line["inputs"]):
         dims, shape = (("n_tok",), line["shape"]) if source == "tokens" else (
             model.table[source][0].dims, graph[source]["shape"])
@@ -102,8 +102,10 @@ def told(model: Model, op: Op, il: int | None, graph: dict[str, dict[str, Any]])
             "*".join(d[1:]) for d in (op.dims, model.table[line["inputs"][0]][0].dims))
         weight = {"name": line["weight"], "type": line["type"], "shape": _named(dims, line["weight_shape"])}
         own = op.weight if il is None else f"blk.{il}.{op.weight}"
+        scaled = f"{own}.scale" in model.weights and op.op == "mul_mat"
         bias = f"{own}.bias" if f"{own}.bias" in model.weights and op.op == "mul_mat" else None
-    return {"name": name, "layer": il, "op": op.op, "formula": formula + " + bias" * (bias is not None),
+    formula += " * scale" * scaled + " + bias" * (bias is not None)
+    return {"name": name, "layer": il, "op": op.op, "formula": formula,
             "sentence": sentence, "shape": _named(op.dims, line["shape"]), "inputs": inputs, "weight": weight,
             "bias": bias}
 

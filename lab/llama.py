@@ -42,8 +42,10 @@ NAMES: dict[tuple[str, str], tuple[str, ...]] = {
     ("ffn_norm", ""): ("ffn_norm",),
     ("ffn_gate", ""): ("ffn_gate",),
     ("ffn_gate_b", ""): ("ffn_gate",),
+    ("ffn_gate_s", ""): ("ffn_gate",),
     ("ffn_up", ""): ("ffn_up",),
     ("ffn_up_b", ""): ("ffn_up",),
+    ("ffn_up_s", ""): ("ffn_up",),
     ("ffn_swiglu", ""): ("ffn_gate_par",),
     ("ffn_out", ""): ("ffn_out",),
     ("l_out", ""): ("l_out",),
@@ -54,9 +56,9 @@ FUSED = {"ffn_silu": "inside ffn_swiglu there"}
 FLASH = {name: "inside FLASH_ATTN_EXT there" for name in ("kq", "kq_soft_max", "kqv")}
 STEPS = {  # pattern of "name OPERATION": what llama.cpp computes besides, of which we have no tensor
     r"cache_[kv]_l\d+ .*": "the KV cache",
-    r"[QKV]cur-\d+ (MUL_MAT|ADD)": "projections before they are cut into heads",
+    r"[QKV]cur-\d+ (MUL_MAT|MUL|ADD)": "projections before they are cut into heads",
     r".+ \(\w+\) (VIEW|PERMUTE|TRANSPOSE|RESHAPE)": "views",
-    r"ffn_(gate|up|down)-\d+ MUL_MAT": "products before their bias",
+    r"ffn_(gate|up|down)(_b)?-\d+ (MUL_MAT|ADD)": "products before their bias or scale",
     r"node_\d+ (MUL_MAT|GET_ROWS|FLASH_ATTN_EXT)": "unnamed",
 }
 
@@ -86,15 +88,17 @@ class Names:
 
     def __init__(self, model: Model):
         self.table, self.seen = model.table, set[str]()
-        biased = {"ffn_gate": [b.ffn_gate for b in model.weights.blk], "ffn_up": [b.ffn_up for b in model.weights.blk]}
-        self.biased = {f"{base}-{il}" for base, layers in biased.items() for il, w in enumerate(layers)
-                       if w.bias is not None}
+        self.before = set[str]()  # names of what a bias or a scale makes into the tensor that is ours
+        for il, block in enumerate(model.weights.blk):
+            for base, w in (("ffn_gate", block.ffn_gate), ("ffn_up", block.ffn_up)):
+                steps = [base, *[f"{base}_b"] * (w.bias is not None), *[f"{base}_s"] * (w.weight.scale is not None)]
+                self.before |= {f"{step}-{il}" for step in steps[:-1]}
 
     def ours(self, name: str, op: str) -> str | None:
         """Our exact name for this tensor, None if it has none."""
         base, dash, layer = name.rpartition("-")
         base = base or layer
-        if name in self.biased:  # the sum has a name of its own
+        if name in self.before:
             return None
         for our in NAMES.get((base, op), NAMES.get((base, ""), ())):
             exact = our + dash + layer if dash else our

@@ -44,10 +44,12 @@ class Reference:
             raise Error(f"{self.path}: gguf-py cannot decode {name} of type {t.tensor_type.name}") from e
 
     def linear(self, x: np.ndarray, name: str) -> np.ndarray:
-        """x W^T + b."""
+        """x W^T + b, the product times the scale that the file may have for it (in the FFN the bias too)."""
         n_out = len(self.tensors[f"{name}.weight"].data)
         y = np.concatenate([x @ self.weight(f"{name}.weight", slice(i, i + ROWS)).T for i in range(0, n_out, ROWS)], -1)
-        return y + self.weight(f"{name}.bias") if f"{name}.bias" in self.tensors else y
+        scale = self.weight(f"{name}.scale") if f"{name}.scale" in self.tensors else 1.0
+        bias = self.weight(f"{name}.bias") if f"{name}.bias" in self.tensors else 0.0
+        return (y + bias) * scale if ".ffn_" in name else y * scale + bias
 
     def angles(self, n: int, n_rot: int) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin of RoPE, [n, 1, n_rot / 2]. Source, of yarn: ggml's rope_yarn and ggml_rope_yarn_corr_dims."""

@@ -1,5 +1,6 @@
 """A function called in a forked child of this warm process: what kills, hangs or exits there is an outcome here."""
 import contextlib
+import faulthandler
 import os
 import pickle
 import select
@@ -27,8 +28,10 @@ def in_child(function, *args, timeout=60.0):
     if pid == 0:
         status = 1
         with contextlib.suppress(BaseException):
+            faulthandler.disable()
             os.dup2(says[1], 1)
             os.dup2(says[1], 2)
+            sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8", closefd=False) for fd in (1, 2))
             try:
                 answer = "ok", function(*args)
             except BaseException as e:

@@ -93,7 +93,8 @@ def test_special_tokens(bpe):
     bos, end, eot, tag, user = range(384 - len(SPECIAL), 384)
     a, b = model.tokenize("a", bos=False), model.tokenize("b", bos=False)
     assert model.tokenize("a<|eot_id|>b") == [bos, *a, eot, *b]
-    assert model.tokenize("<|begin_of_text|>a") == [bos, bos, *a]
+    with pytest.warns(tinymia.Note, match="begins with"):
+        assert model.tokenize("<|begin_of_text|>a") == [bos, bos, *a]
     plain = model.tokenize("a<|eot_id|>b", bos=False, special=False)
     assert eot not in plain and model.detokenize(plain) == "a<|eot_id|>b"
     assert model.tokenize("a<user>b", bos=False, special=False) == [*a, user, *b]      # user-defined: always
@@ -110,7 +111,8 @@ def test_bos_and_eos(bpe):
     assert bpe(add_bos_token=False).tokenize("the fox") == plain
     assert bpe("smollm").tokenize("the fox")[0] != bos and bpe("smollm", add_bos_token=True).tokenize("x")[0] == bos
     assert bpe(add_eos_token=True).tokenize("the fox") == [bos, *plain, eos]
-    assert bpe(bos_token_id=None).tokenize("the fox") == plain
+    assert bpe(bos_token_id=None).tokenize("the fox") == [11, *plain]   # llama.cpp's default, whatever token 11 is
+    assert bpe("smollm", bos_token_id=None).tokenize("the fox") == bpe("smollm").tokenize("the fox")
 
 
 def test_end_tokens_stop_a_generation(bpe):
@@ -152,7 +154,8 @@ def test_pieces_as_people_read_them(bpe):
             assert model.tokenizer.bytes(i) == bytes([b])
             if b > 127:
                 assert pieces[i] == f"<0x{b:02X}>"
-    assert model.piece(384) == "<384>" and model.tokenizer.bytes(384) == b""
+    # An embedding may have more rows than the vocabulary has tokens.
+    assert model.tokenizer.piece(384) == "<384>" and model.tokenizer.bytes(384) == b""
 
 
 def test_bytes_join_into_characters_while_streaming(bpe):
@@ -215,8 +218,8 @@ def test_merges_that_are_no_pairs_are_passed_over(tiny, tmp_path, merges):
 
 
 @pytest.mark.parametrize("key, kind, value", [
-    ("token_type", 9, (5, [1] * 3)), ("bos_token_id", 4, 384), ("eos_token_id", 5, -1), ("eot_token_id", 4, 999),
-    ("fim_pad_token_id", 4, 999), ("pre", 4, 3), ("pre", 8, ""), ("tokens", 9, (8, [])), ("model", 8, "gpt3"),
+    ("token_type", 9, (5, [1] * 3)), ("bos_token_id", 8, "x"), ("eos_token_id", 5, -1), ("eot_token_id", 6, 1.0),
+    ("fim_pad_token_id", 7, True), ("pre", 4, 3), ("pre", 8, ""), ("tokens", 9, (8, [])), ("model", 8, "gpt3"),
     ("pre", 9, (8, ["llama-bpe"])), ("add_bos_token", 9, (4, [1, 2])), ("add_eos_token", 8, "yes"),
 ])
 def test_wrong_metadata(tiny, tmp_path, key, kind, value):
@@ -227,7 +230,8 @@ def test_wrong_metadata(tiny, tmp_path, key, kind, value):
 def test_bytes_that_no_token_spells(tiny, tmp_path):
     """They are left out, as by llama.cpp, and part what stands around them: never joined over the gap."""
     tokens = ["a", "b", "ab", *(f"t{i}" for i in range(381))]
-    meta = metadata(tokens=tokens, token_type=[1] * 384, merges=["a b"], bos_token_id=None, eos_token_id=None)
+    meta = metadata(tokens=tokens, token_type=[1] * 384, merges=["a b"], add_bos_token=False)
+    meta |= {"tokenizer.ggml.bos_token_id": None, "tokenizer.ggml.eos_token_id": None}
     model = tinymia.load(tiny(meta=meta), threads=1)
     assert model.tokenize("ab") == [2] and model.tokenize("acb") == [0, 1] and model.tokenize("ccc") == []
 

@@ -106,7 +106,7 @@ def test_numbers_of_another_width_are_the_same_numbers(raw, tmp_path):
     assert tinymia.load(g.write(tmp_path / "a.gguf")).config.n_layer == 2
 
 
-def test_unused_tensors_do_no_harm(raw, tmp_path, model):
+def test_harmless_tensors_do_no_harm(raw, tmp_path, model):
     g = raw.copy()
     g.tensors.append(type(g.tensors[0])("blk.0.attn_rot_embd.weight", (8,), 0, len(g.data)))
     g.data += bytes(32)
@@ -354,7 +354,7 @@ def test_wrong_shapes(raw, tmp_path, name):
     refused(raw.tensor(t.name, dims=(t.dims[0] // 2, *t.dims[1:])).write(tmp_path / "f.gguf"), "f.gguf")
     if len(t.dims) == 2 and t.dims[0] != t.dims[1]:
         refused(raw.tensor(t.name, dims=t.dims[::-1]).write(tmp_path / "f.gguf"), "f.gguf")
-    refused(raw.tensor(t.name, dims=(int(np.prod(t.dims)), 1)).write(tmp_path / "f.gguf"), t.name)
+    refused(raw.tensor(t.name, dims=(1, int(np.prod(t.dims)))).write(tmp_path / "f.gguf"), t.name)
 
 
 def test_wrong_shape_of_rope_freqs_and_biases(tiny, tmp_path):
@@ -407,7 +407,7 @@ def test_wrong_vocabularies(raw, tmp_path):
     refused(raw.set("tokenizer.ggml.scores", 9, (8, tokens)).write(f), "tokenizer.ggml.scores")
     refused(raw.set("tokenizer.ggml.model", 8, "nonsense").write(f), "tokenizer.ggml.model", "nonsense")
     for k in ("bos", "eos", "unknown"):
-        for kind, v in ((4, len(tokens)), (4, 2**32 - 1), (5, -1), (8, "x")):
+        for kind, v in ((5, -1), (8, "x"), (6, 1.0), (7, True), (9, (4, [1]))):
             refused(raw.set(f"tokenizer.ggml.{k}_token_id", kind, v).write(f), f"{k}_token_id")
 
 

@@ -13,6 +13,7 @@ import naive
 import numpy as np
 import pytest
 from conftest import TYPES, command, prompt
+from rawgguf import Raw
 from tiny import write_gguf
 
 import tinymia
@@ -81,6 +82,24 @@ def test_names_that_have_moved(model):
 def test_with_biases_the_sum_has_the_name(load):
     ours = Names(load(bias=True))
     assert ours.ours("ffn_gate-1", "MUL_MAT") is None and ours.ours("ffn_gate_b-1", "ADD") == "ffn_gate-1"
+
+
+def test_with_scales_the_scaled_has_the_name(load, tmp_path):
+    """After the bias in the feed-forward block; before it, and unnamed, where heads are made."""
+    from test_odd_files import add
+
+    def names(path, *scaled):
+        g = Raw.read(path)
+        for i, name in enumerate(scaled):
+            g = add(g, f"blk.1.{name}.scale", (1,), [2 + i])
+        return Names(tinymia.load(g.write(tmp_path / "f.gguf"), threads=1))
+
+    ours = names(load(bias=True).path, "ffn_gate", "ffn_up")
+    assert ours.ours("ffn_gate-1", "MUL_MAT") is None and ours.ours("ffn_gate_b-1", "ADD") is None
+    assert ours.ours("ffn_gate_s-1", "MUL") == "ffn_gate-1" and ours.ours("ffn_gate_b-0", "ADD") == "ffn_gate-0"
+    ours = names(load().path, "ffn_up")
+    assert ours.ours("ffn_up-1", "MUL_MAT") is None and ours.ours("ffn_up_s-1", "MUL") == "ffn_up-1"
+    assert ours.ours("ffn_gate-1", "MUL_MAT") == "ffn_gate-1"
 
 
 def test_steps_are_known_one_by_one():
