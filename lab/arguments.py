@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from tinymia_files import check_target, note, read_text
 from tinymia_models import DEFAULT
 
 from .action_flags import Input, Output
+from .chat import chat_flags, chat_of, check_chat
 from .heatmap import Heatmap, draw_png
 from .mistakes import find_model
 from .page import page, write_page
@@ -36,30 +38,41 @@ RESULTS, PICTURES = (".npz", ".json"), (".png", ".html")    # what -o takes
 Writer = Callable[[Path], None]
 
 
-def model_flags(g: argparse._ActionsContainer) -> None:
-    """-m, -t, --numerics."""
+def model_flags(g: argparse._ActionsContainer, numerics: str = "ggml") -> None:
+    """-m, -t, --numerics and what holds without it."""
     g.add_argument("-m", "--model", type=Input, metavar="FILE",
-                   help=f"GGUF file, or the name of a bundled model (default: {DEFAULT})")
+                   help=f"GGUF file, or a name: {DEFAULT} (bundled, the default), smollm2, ollama:NAME, lmstudio:NAME, "
+                        "hf:NAME (--list-models shows all)")
     g.add_argument("-t", "--threads", type=least(1), metavar="N", help="default: the physical cores")
-    g.add_argument("--numerics", choices=("ggml", "f32"), default="ggml",
-                   help="ggml: activations quantised as llama.cpp does (default); f32: float32 throughout")
+    g.add_argument("--numerics", choices=("ggml", "f32"), default=numerics,
+                   help="ggml: activations quantised as llama.cpp does; f32: float32 throughout; "
+                        f"default: {numerics}")
 
 
 def prompt_flags(g: argparse._ActionsContainer) -> None:
-    """-p, -f, --no-bos, --no-special."""
+    """-p, -e, -f, --keep-line-end, --no-bos, --no-special, --chat, --system."""
     g.add_argument("-p", "--prompt", metavar="TEXT")
+    g.add_argument("-e", "--escapes", action="store_true", help=r"in -p, \n is a line end, \t a tab, \\ a backslash")
     g.add_argument("-f", "--file", type=Input, metavar="FILE",
                    help="read the prompt from a file (its last line end is dropped)")
+    g.add_argument("--keep-line-end", action="store_true", help="with -f: keep the last line end")
     g.add_argument("--no-bos", action="store_true", help="no BOS token before the prompt")
     g.add_argument("--no-special", action="store_true", help="take <s> and the like in the prompt as plain text")
+    chat_flags(g)
 
 
-def parser(command: str, description: str, epilog: str = "", pictures: Sequence[str] = PICTURES) -> Parser:
-    """The flags that every command of the lab has; `pictures` are the kinds that it draws."""
+def parser(
+    command: str, description: str, epilog: str = "", pictures: Sequence[str] = PICTURES, numerics: str = "f32"
+) -> Parser:
+    """The flags that every command of the lab has; `pictures` are the kinds that it draws.
+
+    The lab computes in float32 where nothing else is asked for: the rounding of ggml's numerics is as large as many
+    effects that are looked for.
+    """
     p = Parser(f"tinymia {command}", description=description, epilog=epilog, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.set_defaults(specs=[], kinds=(*RESULTS, *pictures))
-    model_flags(p)
+    model_flags(p, numerics)
     drawn = f"; {', '.join(pictures)} the picture" if pictures else ""
     p.add_argument("-o", "--out", action="append", type=Output, default=[], metavar="FILE",
                    help=f".npz or .json keeps the result, and long work goes on from there{drawn}; more than once")
@@ -99,16 +112,35 @@ def load_model(args: argparse.Namespace) -> Model:
 
 def read_prompt(args: argparse.Namespace) -> str | None:
     """The text of -p or -f."""
-    if args.file is None and args.prompt is not None and sys.getfilesystemencoding() != "utf-8":
-        args.prompt = os.fsencode(args.prompt).decode("utf-8", "surrogateescape")  # a C locale
+    check_chat(args)
+    escapes, keep = getattr(args, "escapes", False), getattr(args, "keep_line_end", False)  # verify has neither
+    if escapes and args.prompt is None:
+        raise Error("-e goes with -p: a file has its line ends already")
+    if keep and args.file is None:
+        raise Error("--keep-line-end goes with -f")
+    prompt = args.prompt
+    if args.file is None and prompt is not None and sys.getfilesystemencoding() != "utf-8":
+        prompt = os.fsencode(prompt).decode("utf-8", "surrogateescape")     # a C locale without Python's UTF-8 mode
     if args.file is None:
-        if args.prompt is not None:
-            tell_of_prompt(args.prompt)
-        return args.prompt
+        if prompt is not None and escapes:
+            return unescape(prompt)
+        if prompt is not None:
+            tell_of_prompt(prompt)
+        return prompt
     if args.prompt is not None:
         raise Error("-p and -f: one prompt at a time")
     text = read_text(args.file, "the prompt")
+    if keep:
+        return text
     return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
+
+
+def unescape(text: str) -> str:
+    r"""The text with \n as a line end, \t as a tab and \\ as a backslash. Raises Error for another escape."""
+    wrong = re.search(r"\\[^nt\\]|(?<!\\)(?:\\\\)*\\$", text)
+    if wrong:
+        raise Error(f"-e: {wrong[0]!r} is not an escape: there are \\n, \\t and \\\\")
+    return re.sub(r"\\(.)", lambda m: {"n": "\n", "t": "\t"}.get(m[1], m[1]), text)
 
 
 def prompt_ids(args: argparse.Namespace, model: Model, others: Sequence[str] = ()) -> str | list[int]:
@@ -120,6 +152,8 @@ def prompt_ids(args: argparse.Namespace, model: Model, others: Sequence[str] = (
     if prompt is None:
         raise Error("no prompt: give one with -p or -f")
     tell_unknown(model, [prompt, *others])
+    if args.chat:
+        return chat_of(args, model, prompt).ids
     if args.no_bos or args.no_special:
         return model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
     return prompt

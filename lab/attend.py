@@ -28,6 +28,7 @@ from .page import page, write_page
 from .parser import least
 from .progress import keeping
 from .result import Result, about, describe, resume
+from .sinks import tell_sink
 from .terminal import screen, table, visible
 
 RANDOM, COPIES = 25, 4      # tokens that repeat, and how often
@@ -224,6 +225,7 @@ def command(argv: Sequence[str]) -> int:
         check_file("--scores", args.scores, [".png"])
     model = open_model(args)
     prompt = prompt_ids(args, model)
+    tell_sink(model, prompt)
     layers, heads = chosen(args.layers, model.config.n_layer, "layer"), chosen(args.heads, model.config.n_head, "head")
     if any(path.endswith(".html") for path in args.out):
         check_size(len(layers), len(heads), len(model.tokenize(prompt) if isinstance(prompt, str) else prompt))

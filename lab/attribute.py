@@ -38,6 +38,7 @@ from .heatmap import Heatmap, number
 from .parser import least
 from .progress import keeping
 from .result import Result, about, describe, resume
+from .sinks import tell_sink
 from .terminal import screen, signed, table, visible
 
 TERMS = ("inp_embd", "kqv_merged", "ffn_out", "l_out", "result_norm")    # as actions left them
@@ -280,6 +281,8 @@ def command(argv: Sequence[str]) -> int:
     change_flags(p.add_argument_group("change"))
     args = p.parse_args(argv)
     model = open_model(args)
-    found = attribute(model, prompt_ids(args, model), args.answer, args.against, args.position, args.neurons,
+    prompt = prompt_ids(args, model)
+    tell_sink(model, prompt)
+    found = attribute(model, prompt, args.answer, args.against, args.position, args.neurons,
                       read_actions(args, model), out_file(args))
     return emit(args, found, text(found, args.top), pictures(found))

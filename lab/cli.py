@@ -17,11 +17,13 @@ from functools import partial
 import tinymia
 from tinymia import Error, Model
 from tinymia_files import check_target, dumps, note
+from tinymia_models.stores import listed
 
 from .action_flags import Act, Output, change_flags, integers, patch_flags, read_actions
 from .arguments import load_model, model_flags, prompt_flags, read_prompt
+from .chat import chat_of
 from .parser import Parser, least
-from .printer import Printer, cgraph, list_models
+from .printer import Printer, cgraph
 from .progress import interruptible
 from .prompt_notes import tell_unknown
 from .streams import Stream, is_terminal, print_generated, print_json, streams
@@ -64,7 +66,9 @@ def parser() -> Parser:
     g = p.add_argument_group("model and prompt")
     model_flags(g)
     prompt_flags(g)
-    g.add_argument("--list-models", action="store_true", help="the bundled models: name, bytes, what it is, path")
+    g.add_argument("--list-models", action="store_true",
+                   help="every model that has a name here: bundled, of packages, of ollama, LM Studio and the Hugging "
+                        "Face cache; does tinymia run it, and where it is")
 
     g = p.add_argument_group("generation")
     g.add_argument("-n", "--n-predict", type=least(0), default=32, metavar="N", help="tokens at most (default 32)")
@@ -108,11 +112,11 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     """What main does once the flags are read."""
     if args.list_models:
-        models = list_models()
+        models = listed()
         if args.json:
             print_json(dumps(models))
         else:
-            print(table([list(m.values()) for m in models]))
+            print(table([list(models[0]), *(list(m.values()) for m in models)]))
         return 0
     if args.draw and importlib.util.find_spec("matplotlib") is None:
         raise Error("--draw needs matplotlib: pip install 'tinymia[lab]'")
@@ -129,7 +133,11 @@ def run(args: argparse.Namespace) -> int:
         for key, value in vars(model.config).items():
             note(f"{key:10s}  {value:.6g}" if isinstance(value, float) else f"{key:10s}  {visible(str(value))}")
         note(f"loaded in {time.perf_counter() - clock:.2f} s, {model.threads} threads")
-    ids = None if prompt is None else model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
+    if prompt is not None and args.chat:
+        _, prompt, _ = chat = chat_of(args, model, prompt)
+        ids = chat.ids
+    else:
+        ids = None if prompt is None else model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
     printer = Printer(args, model)
     if args.print_cgraph:
         printer.out["cgraph"] = rows = cgraph(model, ids and len(ids))
@@ -177,9 +185,9 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
 
     with interruptible() as check_interrupt:
         gen = model.generate(
-            prompt, args.n_predict, actions, temp=args.temp, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-            repeat_penalty=args.repeat_penalty, seed=args.seed, stop=args.stop, bos=False if args.no_bos else None,
-            special=not args.no_special, on_text=show, on_record=printer.record,
+            ids if args.chat else prompt, args.n_predict, actions, temp=args.temp, top_k=args.top_k, top_p=args.top_p,
+            min_p=args.min_p, repeat_penalty=args.repeat_penalty, seed=args.seed, stop=args.stop,
+            bos=False if args.no_bos else None, special=not args.no_special, on_text=show, on_record=printer.record,
         )
     if not args.json:
         print_generated('"' if begun else f'output: "{gen.text}"', end="\n")
@@ -189,6 +197,9 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
         draw(printer.patterns, args.draw, [model.piece(i) for i in ids], f"{model.path.name}: {prompt}")
     printer.out |= {"prompt": prompt, "output": gen.text, "stop": gen.stop_reason, "output_tokens": gen.tokens,
                     "tokens": [{"index": i, "id": token, "piece": piece} for i, token, piece in rows]}
+    if gen.stop_reason == "eos" and not gen.text and model.template and not args.chat:
+        note(f"note: the model ended the text at once, with {model.piece(gen.tokens[-1])}. It is trained for chats: "
+              "--chat puts the prompt into the form that it knows")
     if gen.stop_reason == "context":
         note(f"the context is full: {model.config.n_ctx} tokens")
     if gen.stop_reason == "interrupted":

@@ -25,6 +25,7 @@ from .heatmap import Heatmap
 from .parser import least
 from .progress import keeping
 from .result import Result, about, describe, resume
+from .sinks import tell_sink
 from .terminal import screen, table, visible
 
 NONE = -1   # stands for a token where a row is NaN
@@ -237,6 +238,8 @@ def command(argv: Sequence[str]) -> int:
     change_flags(p.add_argument_group("change"))
     args = p.parse_args(argv)
     model = open_model(args)
-    found = lens(model, prompt_ids(args, model), args.tensor or "l_out", args.k, args.score, args.target,
+    prompt = prompt_ids(args, model)
+    tell_sink(model, prompt)
+    found = lens(model, prompt, args.tensor or "l_out", args.k, args.score, args.target,
                  read_actions(args, model), out_file(args))
     return emit(args, found, text(found, args.position, args.colour), pictures(found, args.colour))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tinymia import Error
 from tinymia_models import bundled
+from tinymia_models.stores import find
 
 CURLY = "“”„‟‘’‚‛«»"
 ALIKE = {   # flags of other programs, and what they are here
@@ -110,12 +111,10 @@ def _prompt(argv: Sequence[str]) -> str:
 
 
 def find_model(given: str | None) -> str | None:
-    """The path of -m: a file, or the name of a bundled model. Raises Error, which names files near a wrong one."""
+    """The path of -m: a file, or a model by its name. Raises Error, which names files near a wrong one."""
     if given is None:
         return None
-    path = Path(os.path.expanduser(given))
-    if given in bundled() and not path.exists():
-        return str(bundled()[given])
+    path = find(given)
     if path.is_dir():
         inside = sorted(p.name for p in path.glob("*.gguf"))
         raise Error(f"-m {given}: this is a folder; " + (f"in it: {', '.join(inside[:5])}" if inside else

@@ -9,8 +9,6 @@ import numpy as np
 
 import tinymia
 from tinymia import Error, Model, Record
-from tinymia_files import read_gguf
-from tinymia_models import bundled
 
 
 def cgraph(model: Model, n_tok: int | None) -> list[dict[str, Any]]:
@@ -80,12 +78,3 @@ class Printer:
             self.out["saved"].append({**about, "file": str(r.action.path), "shape": list(r.value.shape)})
         else:
             self.patterns[r.layer] = r.value
-
-
-def list_models() -> list[dict[str, Any]]:
-    """The bundled models, described by the first sentence of their metadata."""
-    found = []
-    for name, path in bundled().items():
-        about = str(read_gguf(path)[0].get("general.description", ""))
-        found.append({"name": name, "bytes": path.stat().st_size, "about": about.split(". ")[0], "path": str(path)})
-    return found

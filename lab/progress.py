@@ -19,10 +19,11 @@ from .result import Result
 from .streams import is_terminal
 
 EVERY = 30.0    # seconds between two savings of what is done
+SAY = 20.0      # seconds between two lines on a stderr that is not a terminal
 
 
 class Progress:
-    """A bar on stderr, when that is a terminal: done of total, time left."""
+    """Done of total and the time left: a bar on a terminal, else a line on stderr every 20 seconds."""
 
     def __init__(self, total: int, name: str, done: int = 0):
         """`done` of the `total` steps were made by an earlier run."""
@@ -37,12 +38,18 @@ class Progress:
         if self.live and (now - self.last >= 0.1 or self.done == self.total):
             self.last = now
             note(f"\r{self.line(now - self.begun)}\x1b[K", end="")
+        elif not self.live and now - self.last >= SAY:
+            self.last = now
+            note(f"{self.name}: {self.done} of {self.total} done, {self.left(now - self.begun)} left")
 
     def line(self, seconds: float) -> str:
         """What the bar says after so many seconds."""
         filled = round(30 * self.done / max(self.total, 1))
-        left = seconds / max(self.done - self.before, 1) * (self.total - self.done)
-        return f"{self.name} {'█' * filled}{'░' * (30 - filled)} {self.done}/{self.total}, {clock(left)} left"
+        return f"{self.name} {'█' * filled}{'░' * (30 - filled)} {self.done}/{self.total}, {self.left(seconds)} left"
+
+    def left(self, seconds: float) -> str:
+        """How long the rest takes, after so many seconds."""
+        return clock(seconds / max(self.done - self.before, 1) * (self.total - self.done))
 
     def clear(self) -> None:
         """Take the bar away."""

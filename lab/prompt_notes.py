@@ -19,8 +19,7 @@ def tell_of_prompt(text: str) -> None:
     """Notes on a prompt as it was typed."""
     if re.search(r"\\[nt]", text):
         letter = "a line end" if "\\n" in text else "a tab"
-        note(f"note: the prompt has a backslash and a letter, which stay two letters; for {letter} use -f FILE, or "
-             "$'...' in bash and zsh")
+        note(f"note: the prompt has a backslash and a letter, which stay two letters; for {letter} add -e")
     if len(text) > 1 and text[0] in CURLY and text[-1] in CURLY:
         note(f"note: the curly quotes are part of the prompt: {text}; type straight quotes around it")
     if text.endswith("-"):

@@ -22,6 +22,7 @@ from tinymia import Add, Error, Generation, Model
 
 from .action_flags import Input
 from .arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from .chat import in_chat
 from .control_vector import read_control_vector, write_control_vector
 from .in_context import commit, spread
 from .parser import least
@@ -205,7 +206,8 @@ def command(argv: Sequence[str]) -> int:
     p.set_defaults(kinds=(".npz", ".json", ".gguf"))
     prompt_flags(p)
     p.add_argument("--positive", type=Input, metavar="FILE",
-                   help="prompts that have what the vector stands for, one a line")
+                   help="prompts that have what the vector stands for: one per line, or a JSON list (.json); with "
+                        "--chat each is put into the chat format")
     p.add_argument("--negative", type=Input, metavar="FILE", help="prompts that do not")
     p.add_argument("--vector", type=Input, metavar="FILE",
                    help="a control vector (.gguf) or a result (.npz, .json) instead")
@@ -230,6 +232,7 @@ def command(argv: Sequence[str]) -> int:
     for path in args.out:
         if path.endswith(".gguf") and args.layers and 0 in chosen(args.layers, model.config.n_layer, "layer"):
             raise Error(f"-o {path}: llama.cpp's control vectors begin at layer 1: leave 0 out of --layers")
+    sets = [said if said is None else [in_chat(args, model, text) for text in said] for said in sets]
     found = steer(model, prompt, *sets, vector=args.vector, layers=args.layers, pool=args.pool, coef=args.coef,
                   when=args.when, n=args.n_predict, out=out_file(args))
     return emit(args, found, text(model, found), writers={

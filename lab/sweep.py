@@ -23,12 +23,14 @@ from tinymia import Error, Model
 
 from .answers import token_of
 from .arguments import chosen, emit, open_model, out_file, parser
+from .chat import chat_flags, in_chat
 from .heatmap import Heatmap
 from .in_context import spread
 from .patching import BY_HEAD, BY_POSITION, METRICS, Batch, Setting, batches, check_aligned, measure, run_batch, runs_of
 from .progress import keeping
 from .prompt_notes import tell_unknown
 from .result import Result, about, resume
+from .sinks import tell_sink
 from .terminal import screen, signed, table, visible
 
 EPILOG = """\
@@ -194,6 +196,7 @@ def command(argv: Sequence[str]) -> int:
     p = parser("sweep", "Activation patching: pieces of one run put into another, one at a time.", EPILOG)
     p.add_argument("--clean", required=True, metavar="TEXT", help="the prompt with the answer")
     p.add_argument("--corrupt", required=True, metavar="TEXT", help="as many tokens, another answer")
+    chat_flags(p)
     p.add_argument("--answer", metavar="TEXT", help="or #id; default: the clean run's best token")
     p.add_argument("--against", metavar="TEXT", help="or #id; default: the corrupt run's best token")
     p.add_argument("--tensor", choices=BY_POSITION + BY_HEAD, default="l_out")
@@ -206,6 +209,8 @@ def command(argv: Sequence[str]) -> int:
         raise Error(f"--at last goes with --tensor {' or '.join(BY_HEAD)}: {args.tensor} is patched row by row anyway")
     model = open_model(args)
     tell_unknown(model, [args.clean, args.corrupt])
-    found = sweep(model, args.clean, args.corrupt, args.answer, args.against, tensor=args.tensor, metric=args.metric,
+    clean, corrupt = (in_chat(args, model, text) for text in (args.clean, args.corrupt))
+    tell_sink(model, clean, corrupt)
+    found = sweep(model, clean, corrupt, args.answer, args.against, tensor=args.tensor, metric=args.metric,
                   noising=args.noising, at=args.at, layers=args.layers, out=out_file(args))
     return emit(args, found, text(found), picture(found))

@@ -24,6 +24,10 @@ def task_flags(p: argparse.ArgumentParser, shots: int) -> None:
     p.add_argument("--template", metavar="TEXT", help="a demonstration, with {x} and {y}; or the name of one: "
                    f"{', '.join(TEMPLATES)}; default: the task's")
     p.add_argument("--separator", metavar="TEXT", help="what stands between demonstrations; \\n is a line end")
+    p.add_argument("--prefix", metavar="TEXT", help="what stands once in front of a prompt; \\n is a line end, and <s> "
+                   "and the like are tokens")
+    p.add_argument("--bos", default="auto", metavar="ID|none", help="the token in front of every prompt; default: BOS "
+                   "as the model's file says, or else the token that the model is measured to need there")
     p.add_argument("--shots", type=least(1), metavar="N",
                    help=f"demonstrations ({shots}, unless the task says otherwise)")
     p.add_argument("--score", choices=("first", "whole"),
@@ -35,8 +39,9 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
     """The tasks asked for."""
     if not args.task:
         raise Error("no task: name one or more, or a JSON file (--list shows all)")
-    template, separator = (None if t is None else t.replace("\\n", "\n") for t in (args.template, args.separator))
-    return read_tasks(args.task, template, separator, args.score)
+    texts = (args.template, args.separator, args.prefix)
+    template, separator, prefix = (None if t is None else t.replace("\\n", "\n") for t in texts)
+    return read_tasks(args.task, template, separator, args.score, prefix)
 
 
 def list_tasks(as_json: bool) -> int:

@@ -222,7 +222,9 @@ def test_what_is_bundled(capsys):
     path = bundled()["copycat"]
     assert path.stat().st_size < 8_000_000
     assert tinymia.main(["--list-models"]) == 0
-    line = capsys.readouterr().out
-    assert line.startswith(f"copycat  {path.stat().st_size}  A small Llama") and line.endswith(f"  {path}\n")
+    head, line, *_ = capsys.readouterr().out.splitlines()
+    assert head.split() == ["name", "bytes", "architecture", "runs", "about", "path"]
+    assert line.split()[:6] == ["copycat", str(path.stat().st_size), "llama", "yes", "A", "small"]
+    assert line.endswith(f"  {path}")
     assert tinymia.main(["--list-models", "--json"]) == 0
-    assert [m["name"] for m in json.loads(capsys.readouterr().out)] == ["copycat"]
+    assert json.loads(capsys.readouterr().out)[0]["name"] == "copycat"
