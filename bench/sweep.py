@@ -20,8 +20,8 @@ import numpy as np
 
 import tinymia
 from tinymia import Error, Model, Patch
-from tinymia_lab.arguments import chosen
-from tinymia_lab.sweep import Sweep, sweep
+from tinymia_lab.commands.sweep import Sweep, sweep
+from tinymia_lab.flags.arguments import chosen
 
 ANSWER, AGAINST = 300, 301      # ids whose logits are compared
 

@@ -19,15 +19,15 @@ from tinymia import Error, Model
 from tinymia_files import check_target, dumps, note
 from tinymia_models.stores import listed
 
-from .action_flags import Act, Output, change_flags, integers, patch_flags, read_actions
-from .arguments import load_model, model_flags, prompt_flags, read_prompt
-from .chat import chat_of
-from .parser import Parser, least
-from .printer import Printer, cgraph
-from .progress import interruptible
-from .prompt_notes import tell_unknown
-from .streams import Stream, is_terminal, print_generated, print_json, streams
-from .terminal import notes, table, visible
+from .flags.action_flags import Act, Output, change_flags, integers, patch_flags, read_actions
+from .flags.arguments import load_model, model_flags, prompt_flags, read_prompt
+from .flags.chat import chat_of
+from .flags.parser import Parser, least
+from .flags.prompt_notes import tell_unknown
+from .pictures.terminal import notes, table, visible
+from .runs.printer import Printer, cgraph
+from .runs.progress import interruptible
+from .runs.streams import Stream, is_terminal, print_generated, print_json, streams
 
 EXAMPLES = """\
 the post's commands (https://grgv.xyz/blog; any Llama in GGUF will do for llama2.gguf):
@@ -192,7 +192,7 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
     if not args.json:
         print_generated('"' if begun else f'output: "{gen.text}"', end="\n")
     if args.draw:
-        from .draw import draw
+        from .pictures.draw import draw
 
         draw(printer.patterns, args.draw, [model.piece(i) for i in ids], f"{model.path.name}: {prompt}")
     printer.out |= {"prompt": prompt, "output": gen.text, "stop": gen.stop_reason, "output_tokens": gen.tokens,
@@ -211,6 +211,12 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
               f"generation: {len(gen.tokens)} tokens in {rest:.3f} s, {rates[1]:.1f} a second")
 
 
+def module_of(command: str) -> str:
+    """The module of a command."""
+    room = "comparison" if command == "verify" else "commands"
+    return f"tinymia_lab.{room}.{command.replace('-', '_')}"
+
+
 @notes()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 2 for an error, 130 after Ctrl-C."""
@@ -218,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with streams():
         try:
             if argv and argv[0] in SUBCOMMANDS:
-                status = importlib.import_module(f"tinymia_lab.{argv[0].replace('-', '_')}").command(argv[1:])
+                status = importlib.import_module(module_of(argv[0])).command(argv[1:])
             else:
                 status = run(parser().parse_args(argv))
             sys.stdout.flush()

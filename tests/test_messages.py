@@ -7,9 +7,9 @@ import pytest
 from test_cli import fails
 
 import tinymia
-from tinymia_lab.mistakes import closest, find_model
-from tinymia_lab.parser import Parser
-from tinymia_lab.printer import two_digits
+from tinymia_lab.flags.mistakes import closest, find_model
+from tinymia_lab.flags.parser import Parser
+from tinymia_lab.runs.printer import two_digits
 from tinymia_models import bundled, known_words
 
 

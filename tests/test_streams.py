@@ -14,11 +14,11 @@ from test_cli import environment
 
 import tinymia
 from tinymia_files import note, printable
-from tinymia_lab.heatmap import Heatmap
-from tinymia_lab.page import write_page
-from tinymia_lab.progress import Progress
-from tinymia_lab.streams import Stream, is_terminal, json_safe
-from tinymia_lab.terminal import screen, signed, table
+from tinymia_lab.pictures.heatmap import Heatmap
+from tinymia_lab.pictures.page import write_page
+from tinymia_lab.pictures.terminal import screen, signed, table
+from tinymia_lab.runs.progress import Progress
+from tinymia_lab.runs.streams import Stream, is_terminal, json_safe
 
 P = ["-p", "France ->"]
 COMMANDS = [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tinymia
-from tinymia_lab import task_files
+from tinymia_lab.measure import task_files
 from tinymia_models import bundled
 from tinymia_models.facts import Facts
 from training import corpus, held_out

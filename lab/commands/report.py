@@ -14,17 +14,17 @@ from tinymia import Action, Error, Model
 from tinymia_engine import best as best_of
 from tinymia_engine import softmax, whole
 
-from .action_flags import change_flags, patch_flags, read_actions
-from .arguments import chosen, emit, open_model, parser, prompt_flags, prompt_ids
+from ..flags.action_flags import change_flags, patch_flags, read_actions
+from ..flags.arguments import chosen, emit, open_model, parser, prompt_flags, prompt_ids
+from ..flags.parser import least
+from ..pictures.attention_page import MOST, check_size
+from ..pictures.page import write_page
+from ..pictures.terminal import table, visible
+from ..runs.result import Result, about, describe
 from .attend import Attention, attend
-from .attention_page import MOST, check_size
 from .attribute import Attribution, attribute, kinds, largest
 from .lens import Lens, details, lens
-from .page import write_page
-from .parser import least
 from .report_page import report_page
-from .result import Result, about, describe
-from .terminal import table, visible
 
 
 @dataclass

@@ -8,13 +8,13 @@ from dataclasses import replace
 from tinymia import Error, Model
 from tinymia_files import dumps, note
 
+from ..measure.in_context import make_prompt
+from ..measure.task_files import TEMPLATES, Task, names, read_task, read_tasks
+from ..pictures.terminal import table
+from ..runs.streams import print_json
 from .action_flags import Input
-from .in_context import make_prompt
 from .parser import least
 from .prompt_notes import tell_unknown
-from .streams import print_json
-from .task_files import TEMPLATES, Task, names, read_task, read_tasks
-from .terminal import table
 
 
 def task_flags(p: argparse.ArgumentParser, shots: int) -> None:

@@ -18,7 +18,7 @@ from .colours import SEQUENTIAL
 from .terminal import visible
 
 if TYPE_CHECKING:
-    from .attend import Attention
+    from ..commands.attend import Attention
 
 STYLE = """
 .attention .bar{display:flex;flex-wrap:wrap;gap:.5rem;align-items:center;margin:.5rem 0}

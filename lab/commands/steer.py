@@ -20,17 +20,17 @@ import numpy as np
 
 from tinymia import Add, Error, Generation, Model
 
-from .action_flags import Input
-from .arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
-from .chat import in_chat
-from .control_vector import read_control_vector, write_control_vector
-from .in_context import commit, spread
-from .parser import least
-from .progress import keeping
-from .prompt_notes import tell_unknown
-from .prompt_sets import POOLS, cut_prompts, pooled, read_prompts
-from .result import Result, about, describe, resume
-from .terminal import table, visible
+from ..flags.action_flags import Input
+from ..flags.arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from ..flags.chat import in_chat
+from ..flags.parser import least
+from ..flags.prompt_notes import tell_unknown
+from ..measure.control_vector import read_control_vector, write_control_vector
+from ..measure.prompt_sets import POOLS, cut_prompts, pooled, read_prompts
+from ..pictures.terminal import table, visible
+from ..runs.executors import commit, spread
+from ..runs.progress import keeping
+from ..runs.result import Result, about, describe, resume
 
 WHEN = ("prompt", "decode", "all")
 

@@ -26,17 +26,12 @@ import numpy as np
 
 from tinymia import Error, Model
 
-from .arguments import emit, open_model, out_file, parser
-from .charts import draw_png
-from .in_context import commit, spread
-from .page import page, write_page
-from .parser import least
-from .progress import keeping
-from .result import Result, about, resume
-from .sinks import front, tell_front
-from .task_files import Task, check_counts, read_tasks
-from .task_flags import list_tasks, task_flags, tasks_of, tell_answers
-from .task_trials import (
+from ..flags.arguments import emit, open_model, out_file, parser
+from ..flags.parser import least
+from ..flags.task_flags import list_tasks, task_flags, tasks_of, tell_answers
+from ..measure.sinks import front, tell_front
+from ..measure.task_files import Task, check_counts, read_tasks
+from ..measure.task_trials import (
     Given,
     Trial,
     conflict_prompts,
@@ -49,8 +44,13 @@ from .task_trials import (
     theta_trial,
     vector_trial,
 )
-from .task_vector_tables import accuracy_by_layer, charts, tables
-from .terminal import screen
+from ..pictures.charts import draw_png
+from ..pictures.page import page, write_page
+from ..pictures.task_vector_tables import accuracy_by_layer, charts, tables
+from ..pictures.terminal import screen
+from ..runs.executors import commit, spread
+from ..runs.progress import keeping
+from ..runs.result import Result, about, resume
 
 EPILOG = """\
 TASK is a name (--list) or a JSON file: [["France", "Paris"], ...] or {"template": "{x} -> {y}", "pairs": [...]}.

@@ -18,15 +18,15 @@ from tinymia_engine import best as best_of
 from tinymia_engine import softmax
 from tinymia_kernels import rms_norm
 
-from .action_flags import change_flags, patch_flags, read_actions
-from .answers import log_softmax, token_of
-from .arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
-from .heatmap import Heatmap
-from .parser import least
-from .progress import keeping
-from .result import Result, about, describe, resume
-from .sinks import tell_sink
-from .terminal import screen, table, visible
+from ..flags.action_flags import change_flags, patch_flags, read_actions
+from ..flags.arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from ..flags.parser import least
+from ..measure.answers import log_softmax, token_of
+from ..measure.sinks import tell_sink
+from ..pictures.heatmap import Heatmap
+from ..pictures.terminal import screen, table, visible
+from ..runs.progress import keeping
+from ..runs.result import Result, about, describe, resume
 
 NONE = -1   # stands for a token where a row is NaN
 ROWS = 32   # that go through the output matrix together: with 128 256 tokens their logits take 16 MB

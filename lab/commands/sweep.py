@@ -21,17 +21,28 @@ import numpy as np
 
 from tinymia import Error, Model
 
-from .answers import token_of
-from .arguments import chosen, emit, open_model, out_file, parser
-from .chat import chat_flags, in_chat
-from .heatmap import Heatmap
-from .in_context import spread
-from .patching import BY_HEAD, BY_POSITION, METRICS, Batch, Setting, batches, check_aligned, measure, run_batch, runs_of
-from .progress import keeping
-from .prompt_notes import tell_unknown
-from .result import Result, about, resume
-from .sinks import tell_sink
-from .terminal import screen, signed, table, visible
+from ..flags.arguments import chosen, emit, open_model, out_file, parser
+from ..flags.chat import chat_flags, in_chat
+from ..flags.prompt_notes import tell_unknown
+from ..measure.answers import token_of
+from ..measure.patching import (
+    BY_HEAD,
+    BY_POSITION,
+    METRICS,
+    Batch,
+    Setting,
+    batches,
+    check_aligned,
+    measure,
+    run_batch,
+    runs_of,
+)
+from ..measure.sinks import tell_sink
+from ..pictures.heatmap import Heatmap
+from ..pictures.terminal import screen, signed, table, visible
+from ..runs.executors import spread
+from ..runs.progress import keeping
+from ..runs.result import Result, about, resume
 
 EPILOG = """\
 l_out, kqv_out and ffn_out are patched at each layer and position; kqv, a head's output, and kq_soft_max, its attention

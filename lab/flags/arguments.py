@@ -24,15 +24,15 @@ from tinymia_engine import indices
 from tinymia_files import check_target, note, read_text
 from tinymia_models import DEFAULT
 
+from ..pictures.heatmap import Heatmap, draw_png
+from ..pictures.page import page, write_page
+from ..runs.result import Result, dumps
+from ..runs.streams import print_json
 from .action_flags import Input, Output
 from .chat import chat_flags, chat_of, check_chat
-from .heatmap import Heatmap, draw_png
 from .mistakes import find_model
-from .page import page, write_page
 from .parser import Parser, least
 from .prompt_notes import tell_of_prompt, tell_unknown
-from .result import Result, dumps
-from .streams import print_json
 
 RESULTS, PICTURES = (".npz", ".json"), (".png", ".html")    # what -o takes
 Writer = Callable[[Path], None]

@@ -14,15 +14,15 @@ import numpy as np
 from tinymia import Error, Model
 from tinymia_engine import best, indices, is_mask
 
-from .answers import token_of
-from .arguments import chosen, emit, out_file
-from .head_ablation import METRICS, check_mode, measure, positions
-from .heatmap import Heatmap
-from .in_context import spread
-from .knockout import Work, instead, read_group, run_group
-from .progress import keeping
-from .result import Result, about, resume
-from .terminal import table, visible
+from ..flags.arguments import chosen, emit, out_file
+from ..measure.answers import token_of
+from ..measure.head_ablation import METRICS, check_mode, measure, positions
+from ..measure.knockout import Work, instead, read_group, run_group
+from ..pictures.heatmap import Heatmap
+from ..pictures.terminal import table, visible
+from ..runs.executors import spread
+from ..runs.progress import keeping
+from ..runs.result import Result, about, resume
 
 
 @dataclass

@@ -6,17 +6,11 @@ A prompt is scored on its tail: its last token and, for answers of several token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
-from functools import lru_cache
-from pathlib import Path
-from threading import Lock
-from typing import Any, NamedTuple, TypeVar
-from weakref import WeakValueDictionary
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-import tinymia
 from tinymia import Action, Cache, Error, Model, Run
 from tinymia_engine import softmax
 
@@ -67,11 +61,6 @@ def _cut(model: Model, task: Task, text: str) -> list[int]:
     if task.front is None:
         return model.tokenizer.encode(text, plain=plain)
     return [*task.front, *model.tokenizer.encode(text, bos=False, plain=plain)]
-
-
-def commit(result: Any, **fields: np.ndarray) -> None:
-    """Set all fields of a result at once: Ctrl-C comes before or after, not between."""
-    vars(result).update(fields)
 
 
 class Reader:
@@ -129,43 +118,3 @@ def variants(
     branches = Branches(cache, [cache.n] * n, cache.n + len(tokens))
     begin = None if start is None else (start[0], np.tile(start[1], (n, 1)))
     return model.run(tokens * n, actions=actions, cache=branches, start=begin).logits.reshape(n, len(tokens), -1)
-
-
-How = tuple[Path, int, str, tuple[str, ...]]    # file, threads, numerics, hashes of its parts
-_shared: WeakValueDictionary[How, Model] = WeakValueDictionary()  # models of this process's callers
-_opening = Lock()
-
-
-@lru_cache(maxsize=1)
-def _open(path: Path, threads: int, numerics: str, hashes: tuple[str, ...]) -> Model:
-    model = tinymia.load(path, threads, numerics)
-    if tuple(file.sha256() for file in model.files) != hashes:
-        raise Error(f"{path}: another file lies there than the one that was loaded")
-    return model
-
-
-def _call(how: How, fn: Callable[[Model, Item], Found], item: Item) -> Found:
-    with _opening:
-        model = _shared.get(how) or _open(*how)
-    return fn(model, item)
-
-
-def spread(
-    model: Model, fn: Callable[[Model, Item], Found], items: Sequence[Item], executor: Executor | None = None
-) -> Iterator[Found]:
-    """fn(model, item) for each item, in their order.
-
-    An executor's threads share the model; workers that are processes open its file, once each.
-    """
-    if executor is None:
-        yield from (fn(model, item) for item in items)
-        return
-    how = (model.path.resolve(), model.threads, model.numerics, tuple(file.sha256() for file in model.files))
-    _shared[how] = model
-    futures = [executor.submit(_call, how, fn, item) for item in items]
-    try:
-        for future in futures:
-            yield future.result()
-    finally:
-        for future in futures:
-            future.cancel()

@@ -11,11 +11,11 @@ import numpy as np
 
 from tinymia_files import dumps
 
+from ..pictures.attention_page import viewer
+from ..pictures.colours import rgb
+from ..pictures.page import page
+from ..pictures.terminal import signed, visible
 from . import attribute, lens
-from .attention_page import viewer
-from .colours import rgb
-from .page import page
-from .terminal import signed, visible
 
 if TYPE_CHECKING:
     from .report import Report

@@ -14,13 +14,13 @@ import tinymia
 from tinymia import Action, Context, Error, Lens, Log, Model, Save
 from tinymia_engine import best, softmax, whole
 
-from .action_flags import change_flags, patch_flags, read_actions
-from .arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
-from .cli import cgraph
-from .formulas import told
-from .progress import Progress, interruptible
-from .result import Result, about, describe, resume
-from .terminal import screen, table, visible
+from ..cli import cgraph
+from ..flags.action_flags import change_flags, patch_flags, read_actions
+from ..flags.arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from ..measure.formulas import told
+from ..pictures.terminal import screen, table, visible
+from ..runs.progress import Progress, interruptible
+from ..runs.result import Result, about, describe, resume
 
 WIDTH = 100     # columns that the text keeps to
 FIRST = 6       # values that are shown of a row

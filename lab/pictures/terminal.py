@@ -14,7 +14,7 @@ from typing import Any
 from tinymia import Error, Note
 from tinymia_files import note, printable
 
-from .streams import is_terminal
+from ..runs.streams import is_terminal
 
 WIDE = 120  # columns where there is no terminal to ask
 

@@ -11,7 +11,7 @@ from .heatmap import Heatmap
 from .terminal import table, visible
 
 if TYPE_CHECKING:
-    from .task_vector import TaskVector
+    from ..commands.task_vector import TaskVector
 
 NO_LAYER = """\
 on the development queries the vector gives no more right answers at any layer than the bare query alone.

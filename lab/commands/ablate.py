@@ -24,19 +24,19 @@ import numpy as np
 from tinymia import Error, Model
 from tinymia_engine import best, indices, is_mask
 
+from ..flags.action_flags import integers
+from ..flags.arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from ..flags.chat import in_chat
+from ..flags.parser import least
+from ..measure.answers import token_of
+from ..measure.head_ablation import METRICS, MODES, Layer, ablate_layer, check_mode, head_outputs, measure, positions
+from ..measure.prompt_sets import POOLS, cut_prompts, pooled, read_prompts
+from ..pictures.heatmap import Heatmap
+from ..pictures.terminal import screen, signed, table, visible
+from ..runs.executors import commit, spread
+from ..runs.progress import keeping
+from ..runs.result import Result, about, resume
 from .ablate_groups import group_command, group_flags, in_words
-from .action_flags import integers
-from .answers import token_of
-from .arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
-from .chat import in_chat
-from .head_ablation import METRICS, MODES, Layer, ablate_layer, check_mode, head_outputs, measure, positions
-from .heatmap import Heatmap
-from .in_context import commit, spread
-from .parser import least
-from .progress import keeping
-from .prompt_sets import POOLS, cut_prompts, pooled, read_prompts
-from .result import Result, about, resume
-from .terminal import screen, signed, table, visible
 
 EPILOG = """\
   tinymia ablate -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --answer Tallinn --against Oslo -o heads.html

@@ -27,7 +27,7 @@ from typing import Any
 
 from tinymia_files import Error, FileError, expand, read_json, short
 
-HERE = Path(__file__).with_name("tasks")
+HERE = Path(__file__).parents[1] / "tasks"
 COPYCAT = "copycat-"
 Pair = tuple[str, str]
 

@@ -31,15 +31,15 @@ from tinymia import Action, Context, Error, Model
 from tinymia_engine import whole
 from tinymia_files import Tensor
 
-from .action_flags import change_flags, patch_flags, read_actions
-from .answers import token_of
-from .arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
-from .heatmap import Heatmap, number
-from .parser import least
-from .progress import keeping
-from .result import Result, about, describe, resume
-from .sinks import tell_sink
-from .terminal import screen, signed, table, visible
+from ..flags.action_flags import change_flags, patch_flags, read_actions
+from ..flags.arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from ..flags.parser import least
+from ..measure.answers import token_of
+from ..measure.sinks import tell_sink
+from ..pictures.heatmap import Heatmap, number
+from ..pictures.terminal import screen, signed, table, visible
+from ..runs.progress import keeping
+from ..runs.result import Result, about, describe, resume
 
 TERMS = ("inp_embd", "kqv_merged", "ffn_out", "l_out", "result_norm")    # as actions left them
 COMPUTED = ("kqv_out", "result_output")                                 # before actions

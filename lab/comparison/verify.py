@@ -19,18 +19,18 @@ from tinymia import Action, Error, Model
 from tinymia_files import check_target, short, write_atomic
 from tinymia_models import DEFAULT
 
-from .action_flags import Input, Output, change_flags, patch_flags, read_actions
-from .arguments import load_model, read_prompt
+from ..flags.action_flags import Input, Output, change_flags, patch_flags, read_actions
+from ..flags.arguments import load_model, read_prompt
+from ..flags.parser import Parser
+from ..flags.prompt_notes import tell_unknown
+from ..pictures.terminal import table
+from ..runs.result import dumps, files_in
+from ..runs.streams import print_json
 from .compare import Compared, Feed, Others, Progress, compare, divergence
 from .edits import Edits
 from .llama import FLASH, FUSED, Item, Outcome, compute
-from .parser import Parser
-from .prompt_notes import tell_unknown
 from .recording import Recorder, check_recorded, read_recording
 from .reference import Reference
-from .result import dumps, files_in
-from .streams import print_json
-from .terminal import table
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 

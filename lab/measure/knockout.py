@@ -24,7 +24,7 @@ import numpy as np
 
 from tinymia import Ablate, Action, Context, Error, Model, Replace
 
-from .arguments import chosen
+from ..flags.arguments import chosen
 from .head_ablation import positions
 from .prompt_sets import cut_prompts, pooled
 

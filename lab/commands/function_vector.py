@@ -27,19 +27,19 @@ import numpy as np
 
 from tinymia import Error, Model
 
-from .arguments import emit, open_model, out_file, parser
-from .charts import Chart, draw_png
-from .head_effects import Prompts, draw_prompts, head_effects, head_outputs, measure_query, written
-from .heatmap import Heatmap
-from .in_context import commit, spread
-from .page import page, write_page
-from .parser import least
-from .progress import keeping
-from .result import Result, about, resume
-from .sinks import front, tell_front
-from .task_files import Task, check_counts, read_tasks
-from .task_flags import list_tasks, task_flags, tasks_of, tell_answers
-from .terminal import screen, signed, table
+from ..flags.arguments import emit, open_model, out_file, parser
+from ..flags.parser import least
+from ..flags.task_flags import list_tasks, task_flags, tasks_of, tell_answers
+from ..measure.head_effects import Prompts, draw_prompts, head_effects, head_outputs, measure_query, written
+from ..measure.sinks import front, tell_front
+from ..measure.task_files import Task, check_counts, read_tasks
+from ..pictures.charts import Chart, draw_png
+from ..pictures.heatmap import Heatmap
+from ..pictures.page import page, write_page
+from ..pictures.terminal import screen, signed, table
+from ..runs.executors import commit, spread
+from ..runs.progress import keeping
+from ..runs.result import Result, about, resume
 
 EPILOG = """\
 TASK is a name (--list) or a JSON file: [["France", "Paris"], ...] or {"template": "{x} -> {y}", "pairs": [...]}.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tinymia_files import printable, write_atomic
 
-from .streams import KEEP
+from ..runs.streams import KEEP
 
 STYLE = """
 :root{color-scheme:light dark;--back:#fff;--text:#1a1a1a;--faint:#666;--line:#ccc;--box:#f5f5f5;--mark:#0b57d0}

@@ -19,17 +19,17 @@ from tinymia import Action, Context, Error, Model
 from tinymia_engine import best as best_of
 from tinymia_files.vocab import NORMAL
 
-from .action_flags import Output, change_flags, patch_flags, read_actions
-from .arguments import check_file, chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
-from .attention_page import check_size, viewer
-from .draw import draw
-from .heatmap import Heatmap, draw_png
-from .page import page, write_page
-from .parser import least
-from .progress import keeping
-from .result import Result, about, describe, resume
-from .sinks import tell_sink
-from .terminal import screen, table, visible
+from ..flags.action_flags import Output, change_flags, patch_flags, read_actions
+from ..flags.arguments import check_file, chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from ..flags.parser import least
+from ..measure.sinks import tell_sink
+from ..pictures.attention_page import check_size, viewer
+from ..pictures.draw import draw
+from ..pictures.heatmap import Heatmap, draw_png
+from ..pictures.page import page, write_page
+from ..pictures.terminal import screen, table, visible
+from ..runs.progress import keeping
+from ..runs.result import Result, about, describe, resume
 
 RANDOM, COPIES = 25, 4      # tokens that repeat, and how often
 

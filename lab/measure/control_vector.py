@@ -24,7 +24,7 @@ import numpy as np
 from tinymia import Config, GGUFError
 from tinymia_files import expand, read_gguf, reading, short, write_atomic
 
-from .result import dumps
+from ..runs.result import dumps
 
 ARCHITECTURE, ABOUT = "controlvector", "tinymia.about"
 
