@@ -15,12 +15,11 @@ import pytest
 from test_split import cut
 
 import tinymia
-from tinymia_lab import (
+from tinymia_lab.commands import (
     ablate,
     attend,
     attribute,
     function_vector,
-    head_ablation,
     lens,
     report,
     steer,
@@ -29,6 +28,7 @@ from tinymia_lab import (
     trace,
 )
 from tinymia_lab.flags.arguments import check_file, chosen, emit, out_file, parser
+from tinymia_lab.measure import head_ablation
 from tinymia_lab.measure.answers import answer_token, kl, logit_difference, probability, rank
 from tinymia_lab.pictures.colours import ink, rgb
 from tinymia_lab.pictures.heatmap import Heatmap, draw_png, paint
@@ -172,7 +172,7 @@ sys.argv = ["tinymia", "look"]
 import tinymia, tinymia_lab.cli as cli
 from tests_stopped import command
 cli.SUBCOMMANDS += ("look",)
-sys.modules["tinymia_lab.look"] = sys.modules["tests_stopped"]
+sys.modules["tinymia_lab.commands.look"] = sys.modules["tests_stopped"]
 raise SystemExit(tinymia.main())
 """
 COMMAND = """
