@@ -153,7 +153,7 @@ def test_pieces_as_people_read_them(bpe):
             assert model.tokenizer.bytes(i) == bytes([b])
             if b > 127:
                 assert pieces[i] == f"<0x{b:02X}>"
-    assert model.piece(384) == "<384>" and model.tokenizer.bytes(384) == b""
+    assert model.tokenizer.piece(384) == "<384>" and model.tokenizer.bytes(384) == b""
 
 
 def test_bytes_join_into_characters_while_streaming(bpe):
