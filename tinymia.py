@@ -1,16 +1,41 @@
-"""tinymia: a Llama forward pass whose every op output has a name.
+"""tinymia: a Llama language model, told in one file, in which every intermediate result has a name.
 
-GGUF weights are used where they lie, in the mapped file. Every name can be logged, seen through the logit lens,
-saved, patched, ablated, added to or replaced. Read from top to bottom:
+What a Llama computes. A text is cut into tokens, whole numbers that stand for words and parts of words. Each token
+picks one row of a table, its embedding: a vector of n_embd numbers. From then on each token has one such vector, and
+together they are the residual stream, an array [n_tok, n_embd]. The model has n_layer layers, and each one reads the
+stream twice and adds something to it:
 
-    Config, Weights, Cache      what a model is, with the shape of every field
-    named tensors               the table of names, in the order of computation
-    actions                     Lens, Log, Save, Replace, Patch, Ablate, Add, ProjectOut, Scale
-    forward                     the model: one op a line, name first, shape last
-    Model                       load, run, generate, lens
+    attention       moves information between tokens. For each token a head makes a query, and compares it with the keys
+                    of this token and those before it. The scores become weights that sum to 1, the attention pattern,
+                    and the head adds up the tokens' values by these weights.
+    feed-forward    changes each token by itself: a product with one matrix opens n_ff channels, another matrix writes
+                    their sum back.
 
-Around it: kernels/ (the arithmetic, by weight format), files/ (GGUF, vocabulary, saved tensors) and lab/ (the command
-line, pictures). Dimension names are ggml's: n_embd, n_head, n_head_kv, d_head, n_ff, n_vocab, n_tok, n_kv.
+After the last layer, each vector of the stream is compared with a row for every word of the vocabulary. The results are
+the logits: the larger a logit, the more probable the model thinks that word comes next. `forward` below computes all of
+this, one operation per line.
+
+What a named value is. Each line of `forward` begins with a name and ends with a shape. `l_out-3` is the residual stream
+after layer 3, `kq_soft_max-7` is the attention pattern of layer 7; the names are llama.cpp's, and the table below lists
+all of them. `t(name, layer, value)` hands each value to the actions that asked for its name. An action can look at the
+value (Log, Save, or Lens, which shows what the model would say if it stopped here), or give another one to go on with
+(Patch, Ablate, Add, ProjectOut, Scale, Replace).
+
+What patching means. Run the model on a clean prompt, "The capital of France is", and keep its stream. Run it on a
+corrupt prompt that differs in one thing, "The capital of Italy is", and in that run put one row of the clean stream in
+place of its own: one token, after one layer. If the answer changes from Rome to Paris, then this row carried the
+country. Repeat this for each layer and token, and you see where the model keeps the fact, and in which layer it moves to
+the last token.
+
+Where this comes from. In January 2024 the post "Task vectors & analogy making in LLMs" (https://grgv.xyz/blog) used a
+program called mia, made from llama.cpp, to find such a row: saved from a prompt with examples of a task, it makes a
+prompt without examples do the task. tinymia takes mia's commands as they stand.
+
+Read on from top to bottom: the shape of a model, the arithmetic in NumPy, the names, `forward`, the tap, Model. Around
+this file, kernels/ has the same arithmetic, fast and on quantised weights as they lie in the file; engine/ has the
+actions; files/ reads GGUF files and vocabularies; lab/ has the command line and experiments. Names of dimensions are
+ggml's: n_embd, n_head, n_head_kv (keys and values may have fewer heads), d_head, n_ff, n_vocab, n_tok, n_kv (positions
+that a token may look at).
 """
 
 from __future__ import annotations
@@ -84,7 +109,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Config:
-    """What the metadata says of the model's shape."""
+    """The shape of a model, as the metadata of its file give it."""
 
     name: str           # general.name
     n_embd: int         # width of the residual stream
@@ -99,12 +124,12 @@ class Config:
     n_rot: int          # leading elements of each head that RoPE turns
     eps: float          # RMS norm
     rope_base: float
-    rope_scale: float   # positions are multiplied by it: 1 / factor of linear scaling and yarn
-    rope_gain: float    # cos and sin are multiplied by it: 1 where neither yarn nor the metadata say otherwise
-    yarn: tuple[float, float] | None    # pairs up to the first are not scaled, from the second on wholly
+    rope_scale: float   # factor of the positions: 1 / factor of linear scaling and of YaRN
+    rope_gain: float    # factor of cos and sin: 1, unless YaRN or the metadata say otherwise
+    yarn: tuple[float, float] | None    # (low, high): pairs below low keep their angle, pairs above high are scaled
 
     def sizes(self) -> dict[str, int]:
-        """Size of each dimension in the table of names that a prompt does not decide."""
+        """Sizes of the dimensions in the table of names, but for n_tok and n_kv, which depend on the prompt."""
         return {**vars(self), "n_head*d_head_v": self.n_head * self.d_head_v}
 
 
@@ -192,11 +217,13 @@ def silu(x: np.ndarray) -> np.ndarray:                              # [n_tok, n_
 
 def plain(dtype: np.dtype) -> SimpleNamespace:
     """The functions above as `forward` calls them, for numbers of a dtype."""
-    return SimpleNamespace(
+    these = SimpleNamespace(
         embed=lambda weight, tokens: embed(weight, tokens).astype(dtype), rms_norm=rms_norm, linear=linear,
         linears=linears, rope_angles=rope_angles, rope=rope, scores=scores, soft_max=soft_max, mix=mix,
         attention=attention, silu=silu, threads=1, done=lambda: None,
     )
+    these.several = lambda: these
+    return these
 
 
 def fast(threads: int | None, numerics: str) -> Any:
@@ -646,7 +673,7 @@ class Model:
             start = (il, x)
         out = self._pass(ids, cache, tap, "prompt", start, logits == "last")
         tap.finish(prompt, tokens=ids)
-        text = prompt if isinstance(prompt, str) else self.detokenize(ids).removeprefix(" ")
+        text = prompt if isinstance(prompt, str) else self.detokenize(ids)
         return Run(out, ids, tap.records, text, self.table)
 
     def generate(

@@ -184,7 +184,7 @@ class Tokenizer:
                 written += self.bytes(i).removeprefix(b" " * (first and self.space_prefix))
             first = special
         try:
-            for text in (written.decode("utf-8", "replace"), plain.removeprefix(" "), plain):
+            for text in (written.decode("utf-8", "replace"), plain):
                 if any(self.encode(text, bos, special) == ids for special in (True, False)):
                     return text
         except Error:  # without the library that cuts texts, ids can be run all the same

@@ -103,9 +103,12 @@ def describe(fmt: Format) -> str:
     if fmt.activation.startswith("Q8"):
         head.append(f"products of bytes on this CPU: {CHOSEN_DOT4.instruction}")
     for title, kernel in (
-        ("a few tokens", "matmul"), ("many tokens", "matmul_many"), ("float32 inputs", "matmul_f32"),
+        ("a few tokens", "matmul"),
+        ("a single token", "matmul_one"),
+        ("many tokens", "matmul_many"),
+        ("float32 inputs", "matmul_f32"),
         ("unpacking", "unpack_rows"),
-    ):  # fmt: skip
+    ):
         made = getattr(fmt, kernel)
         if made is not None:
             tree.lines += ["", f"{title}:"]

@@ -4,6 +4,7 @@ tinymia.py says what each function computes and in which shapes; what is added h
 A weight is an object with `stored` (its format, and uint8, its rows in it), `shape` (n_out, n_in) and `scale`.
 """
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,13 @@ class Arithmetic:
     def __init__(self, threads: int | None, numerics: str):
         self.pool, self.numerics = Pool(threads), numerics
         self.threads = self.pool.n
+        self.alone: bool | None = None  # a pass of one token is recognised by its one row
+
+    def several(self) -> "Arithmetic":
+        """The same functions for a row that is one of several in its pass: ggml sums a token by itself otherwise."""
+        other = copy.copy(self)
+        other.alone = False
+        return other
 
     def done(self) -> None:
         """End the line about compiling, if there was one, after a pass."""
@@ -63,7 +71,7 @@ class Arithmetic:
 
     def scores(self, q: np.ndarray, keys: np.ndarray, n_kv: int) -> np.ndarray:
         """Dot products of every query with the first n_kv keys: float32 [n_head, n_tok, n_kv]."""
-        return kq(q, keys, n_kv)
+        return kq(q, keys, n_kv, alone=self.alone)
 
     def soft_max(self, kq: np.ndarray, scale: float, positions: np.ndarray) -> np.ndarray:
         """Turn scores [n_head, n_tok, n_kv] into weights that sum to 1; `positions` follow one another."""
@@ -71,13 +79,13 @@ class Arithmetic:
 
     def mix(self, pattern: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Add up the values, each times its weight in the attention pattern: float32 [n_head, n_tok, d_head_v]."""
-        return kqv(pattern, values)
+        return kqv(pattern, values, alone=self.alone)
 
     def attention(
         self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, positions: np.ndarray
     ) -> np.ndarray:
         """Scores, soft_max and mix in one, with the heads side by side: float32 [n_tok, n_head * d_head_v]."""
-        return attention(q, keys, values, int(positions[0]), scale, self.pool)
+        return attention(q, keys, values, int(positions[0]), scale, self.pool, self.alone)
 
     def silu(self, x: np.ndarray) -> np.ndarray:
         """x * sigmoid(x) of each number of x [n_tok, n_ff]."""

@@ -5,6 +5,9 @@ both are float16 (then queries and probabilities are rounded to F16 before the p
 head h reads the cache's head h // (n_head // n_head_kv). `kq`, `soft_max` and `kqv` give every step as an array;
 `attention` does the same row by row, in memory for one row of scores, with the same row functions, so that both agree
 bit for bit.
+
+With F16 caches a pass of one token is summed in another order than one of several, as in ggml. `alone` says that it is
+one: by default, when there is one row. A row that belongs to a pass of several, and is given by itself, is not.
 """
 
 import numpy as np
@@ -32,8 +35,15 @@ def _cache(name: str, cache: np.ndarray, cap_axis: int, n_kv: int, n_head: int):
     if not 0 <= n_kv <= cap or cap % 16:
         raise ValueError(f"{name} has room for {cap} positions; {n_kv} are needed, and a multiple of 16")
     if cache.shape[0] == 0 or n_head % cache.shape[0]:
-        raise ValueError(f"{n_head} query heads are no multiple of the {cache.shape[0]} heads of {name}")
+        raise ValueError(f"{n_head} query heads are not a multiple of the {cache.shape[0]} heads of {name}")
     return KERNELS[cache.dtype], cache.view(np.uint16) if cache.dtype == np.float16 else cache
+
+
+def _alone(n_tok: int, alone: bool | None) -> bool:
+    """Whether the rows are one token, alone in its pass; ValueError when that is said of several."""
+    if alone and n_tok > 1:
+        raise ValueError(f"{n_tok} tokens are not alone in their pass")
+    return n_tok == 1 if alone is None else alone
 
 
 def store_keys(k: np.ndarray, x: np.ndarray, n_past: int) -> None:
@@ -54,7 +64,9 @@ def store_values(v: np.ndarray, x: np.ndarray, n_past: int) -> None:
     kernels.store_values(cache, x, n_past)
 
 
-def kq(q: np.ndarray, k: np.ndarray, n_kv: int, pool: Pool | None = None) -> np.ndarray:
+def kq(
+    q: np.ndarray, k: np.ndarray, n_kv: int, pool: Pool | None = None, alone: bool | None = None
+) -> np.ndarray:
     """out[h, t, j] = q[t, h] . k[head of h, j], unscaled and unmasked.
 
     q: float32 [n_tok, n_head, d_head]. Returns float32 [n_head, n_tok, n_kv]. ValueError when shapes do not fit.
@@ -64,7 +76,7 @@ def kq(q: np.ndarray, k: np.ndarray, n_kv: int, pool: Pool | None = None) -> np.
     n_tok, n_head = q.shape[:2]
     kernels, k = _cache("k", k, 1, n_kv, n_head)
     out = np.empty((n_head, n_tok, n_kv), np.float32)
-    run(pool, out.nbytes, kernels.kq, n_head * n_tok, q, k, out)
+    run(pool, out.nbytes, kernels.kq, n_head * n_tok, q, k, _alone(n_tok, alone), out)
     return out
 
 
@@ -82,7 +94,7 @@ def soft_max(kq: np.ndarray, scale: float, n_past: int, pool: Pool | None = None
     return out
 
 
-def kqv(p: np.ndarray, v: np.ndarray, pool: Pool | None = None) -> np.ndarray:
+def kqv(p: np.ndarray, v: np.ndarray, pool: Pool | None = None, alone: bool | None = None) -> np.ndarray:
     """out[h, t] = sum over j of p[h, t, j] v[head of h, :, j], float32 [n_head, n_tok, d_v].
 
     p: float32 [n_head, n_tok, n_kv]. Source: ggml-cpu.c, ggml_compute_forward_mul_mat with F16 values.
@@ -91,16 +103,17 @@ def kqv(p: np.ndarray, v: np.ndarray, pool: Pool | None = None) -> np.ndarray:
     n_head, n_tok, n_kv = p.shape
     kernels, v = _cache("v", v, 2, n_kv, n_head)
     out = np.empty((n_head, n_tok, v.shape[1]), np.float32)
-    run(pool, p.nbytes, kernels.kqv, n_head * n_tok, p, v, out)
+    run(pool, p.nbytes, kernels.kqv, n_head * n_tok, p, v, _alone(n_tok, alone), out)
     return out
 
 
 def attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, n_past: int, scale: float, pool: Pool | None = None
-) -> np.ndarray:
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, n_past: int, scale: float, pool: Pool | None = None,
+    alone: bool | None = None,
+) -> np.ndarray:  # fmt: skip
     """kqv(soft_max(kq(q, k, n_past + n_tok), scale, n_past), v) with the heads side by side.
 
-    Returns float32 [n_tok, n_head * d_v]; memory for 4 n_kv scores a thread. ValueError when shapes do not fit.
+    Returns float32 [n_tok, n_head * d_v]. Each thread needs memory for 4 n_kv scores. ValueError when shapes do not fit.
     """
     _like("q", q, k.shape[-1])
     n_tok, n_head = q.shape[:2]
@@ -110,5 +123,6 @@ def attention(
         raise ValueError(f"n_past {n_past}, k {k.dtype} {k.shape}, v {v.dtype} {v.shape}: they do not fit each other")
     out = np.empty((n_tok, n_head * v.shape[1]), np.float32)
     work = 8 * n_head * n_tok * (n_past + n_tok)
-    run(pool, work, kernels.attention, n_head * -(-n_tok // 4), q, k, v, n_past, np.float32(scale), out)
+    args = q, k, v, n_past, np.float32(scale), _alone(n_tok, alone), out
+    run(pool, work, kernels.attention, n_head * -(-n_tok // 4), *args)
     return out

@@ -2,6 +2,9 @@
 
 Items are numbered head after head, so that the items of a thread share the keys and values of few heads. Values are
 cached with positions innermost, as ggml does, so that both products of attention are dot products of contiguous rows.
+
+With F16 caches, ggml sums a single token, `alone` in its pass, in an order of its own: that of ggml_vec_dot_f16, over
+positions that are padded with zeros (llama.cpp reads a multiple of 256 of them).
 """
 
 import numpy as np
@@ -73,6 +76,14 @@ class CachedAttention(Template):
         """The dot product of a cached row at an address with the n float32 numbers at address x."""
 
     @abstract
+    def key_dot(row, n, x):
+        """The same for a token that is alone in its pass, and a row of keys."""
+
+    @abstract
+    def value_dot(row, n, x):
+        """The same for a token that is alone in its pass, and a row of values, padded with zeros."""
+
+    @abstract
     def tile(row, row2, n, x, stride):
         """The dot products of two cached rows with four x, `stride` bytes apart: two times four sums."""
 
@@ -93,10 +104,10 @@ class CachedAttention(Template):
             store(y + 4 * i, fmt.cast(load_f32x1(x + 4 * i)))
 
     @part
-    def dots(x, n, rows, stride, n_rows, out):
+    def dots(dot, x, n, rows, stride, n_rows, out):
         """Write out[i] = x . row i, for n_rows rows of length n whose starts lie `stride` numbers apart."""
         for i in range(n_rows):
-            store(out + 4 * i, f32x1(fmt.dot(rows + fmt.SIZE * stride * i, n, x)))
+            store(out + 4 * i, f32x1(dot(rows + fmt.SIZE * stride * i, n, x)))
 
     @part
     def tiles(x, x_stride, n, rows, stride, n_rows, out, out_stride):
@@ -132,7 +143,7 @@ class CachedAttention(Template):
                 store(cache + fmt.SIZE * (row * cap + n_past + t), fmt.narrow(v))
 
     @entry
-    def kq(q, k, out, i0, i1):
+    def kq(q, k, alone, out, i0, i1):
         """Write the scores of the items i0 to i1, (head, token) pairs, into out [n_head, n_tok, n_kv]."""
         (n_tok, n_head, d), (n_head_kv, cap, d), n = q.shape, k.shape, out.shape[2]
         scratch = np.empty(d, np.float32)
@@ -140,11 +151,15 @@ class CachedAttention(Template):
         for item in range(i0, i1):
             h, t = item // n_tok, item % n_tok
             fmt.cast_row(q + 4 * (t * n_head + h) * d, d, row)
-            fmt.dots(row, d, k + fmt.SIZE * (h * n_head_kv // n_head) * cap * d, d, n, out + 4 * item * n)
+            keys, to = k + fmt.SIZE * (h * n_head_kv // n_head) * cap * d, out + 4 * item * n
+            if alone:
+                fmt.dots(fmt.key_dot, row, d, keys, d, n, to)
+            else:
+                fmt.dots(fmt.dot, row, d, keys, d, n, to)
         keep(scratch)
 
     @entry
-    def kqv(p, v, out, i0, i1):
+    def kqv(p, v, alone, out, i0, i1):
         """Write the sums of values of the items i0 to i1, (head, token) pairs, into out [n_head, n_tok, d]."""
         (n_head, n_tok, n), (n_head_kv, d, cap) = p.shape, v.shape
         scratch = np.empty(up16(n), np.float32)
@@ -153,15 +168,16 @@ class CachedAttention(Template):
             h = item // n_tok
             fmt.cast_row(p + 4 * item * n, n, row)
             end = pad(row, n, 0)
-            fmt.dots(row, end, v + fmt.SIZE * (h * n_head_kv // n_head) * d * cap, cap, d, out + 4 * item * d)
+            values, to = v + fmt.SIZE * (h * n_head_kv // n_head) * d * cap, out + 4 * item * d
+            if alone:
+                fmt.dots(fmt.value_dot, row, end, values, cap, d, to)
+            else:
+                fmt.dots(fmt.dot, row, end, values, cap, d, to)
         keep(scratch)
 
     @entry
-    def attention(q, k, v, n_past, scale, out, i0, i1):
-        """Write the attention of the items i0 to i1, each four tokens of a head, into out [n_tok, n_head * d_v].
-
-        Memory is needed for four rows of scores.
-        """
+    def attention(q, k, v, n_past, scale, alone, out, i0, i1):
+        """Write the attention of the items i0 to i1, each four tokens of a head, into out [n_tok, n_head * d_v]."""
         (n_tok, n_head, d), (n_head_kv, k_cap, d), (n_head_kv, d_v, v_cap) = q.shape, k.shape, v.shape
         wide, blocks = 4 * up16(d), (n_tok + 3) // 4
         scratch = np.empty(4 * (up16(d) + up16(n_past + n_tok)), np.float32)
@@ -171,11 +187,13 @@ class CachedAttention(Template):
             h_kv, at, n = h * n_head_kv // n_head, t * n_head + h, n_past + min(t + 4, n_tok)
             keys, values = k + fmt.SIZE * h_kv * k_cap * d, v + fmt.SIZE * h_kv * d_v * v_cap
             p, long = x + 4 * wide, 4 * up16(n)
-            four = t + 4 <= n_tok
+            four = t + 4 <= n_tok and not alone
             for m in range(min(4, n_tok - t)):
                 fmt.cast_row(q + 4 * (at + m * n_head) * d, d, x + m * wide)
-                if not four:
-                    fmt.dots(x + m * wide, d, keys, d, n, p + m * long)
+                if alone:
+                    fmt.dots(fmt.key_dot, x + m * wide, d, keys, d, n, p + m * long)
+                elif not four:
+                    fmt.dots(fmt.dot, x + m * wide, d, keys, d, n, p + m * long)
             if four:
                 fmt.tiles(x, wide, d, keys, d, n, p, long)
             for m in range(min(4, n_tok - t)):
@@ -184,8 +202,11 @@ class CachedAttention(Template):
                 for j in range(up16(seen), up16(n), 16):
                     store(p + m * long + 4 * j, f32x16(0))
                 fmt.cast_row(p + m * long, up16(n), p + m * long)
-                if not four:
-                    fmt.dots(p + m * long, up16(n), values, v_cap, d_v, out + 4 * (at + m * n_head) * d_v)
+                to = out + 4 * (at + m * n_head) * d_v
+                if alone:
+                    fmt.dots(fmt.value_dot, p + m * long, up16(n), values, v_cap, d_v, to)
+                elif not four:
+                    fmt.dots(fmt.dot, p + m * long, up16(n), values, v_cap, d_v, to)
             if four:
                 fmt.tiles(p, long, up16(n), values, v_cap, d_v, out + 4 * at * d_v, 4 * n_head * d_v)
         keep(scratch)
@@ -199,6 +220,7 @@ class F16Attention(CachedAttention):
 
     SIZE = 2
     dot, tile, narrow = F16.dot, F16.tile, round_half
+    key_dot, value_dot = F16.vec_dot, F16.vec_dot_then_zeros
 
     @part
     def cast(v):
@@ -215,7 +237,8 @@ class F32Attention(CachedAttention):
     """Attention with keys and values in float32."""
 
     SIZE = 4
-    dot, tile, cast, narrow = F32.dot, F32.tile, unchanged, unchanged
+    dot = key_dot = value_dot = F32.dot
+    tile, cast, narrow = F32.tile, unchanged, unchanged
 
 
 F16Attention.stamp()

@@ -23,6 +23,8 @@ class Format:
     bias: int = field(default=0, repr=False)  # weight = scale * (quant - bias) + minimum
     many_from: int = field(default=0, repr=False)  # matmul_many is taken from so many tokens on; 0: never
     matmul: Callable[..., None] | None = field(default=None, repr=False, compare=False)
+    # For a single token, where ggml sums it in another order than several.
+    matmul_one: Callable[..., None] | None = field(default=None, repr=False, compare=False)
     matmul_f32: Callable[..., None] | None = field(default=None, repr=False, compare=False)
     matmul_many: Callable[..., None] | None = field(default=None, repr=False, compare=False)
     unpack_rows: Callable[..., None] | None = field(default=None, repr=False, compare=False)

@@ -85,7 +85,8 @@ def _product(
     out = np.empty((n_tok, n_out), np.float32)
     if numerics == "ggml":
         many = 0 < fmt.many_from <= n_tok and n_in % 16 == 0
-        kernel, form = fmt.matmul_many if many else fmt.matmul, (fmt.activation, fmt.bias, many)
+        few = fmt.matmul_one if n_tok == 1 and fmt.matmul_one else fmt.matmul
+        kernel, form = fmt.matmul_many if many else few, (fmt.activation, fmt.bias, many)
         if form not in forms:
             forms[form] = _prepare(x, fmt, many, pool)
         y, stride, n = forms[form]
@@ -104,8 +105,9 @@ def matmul(
 
     x: float32 [n_tok, n_in], contiguous. raw: uint8, the n_out rows of n_in weights as they lie in a file.
     Returns float32 [n_tok, n_out]. numerics "ggml": activations are rounded or quantised as fmt.activation says, bytes
-    are multiplied as integers, sums are float32. "f32": float32 weights times float32 activations. Products of the same
-    x may share `forms`, an empty dict at first, in which x is kept as it was prepared; see also matmul_several.
+    are multiplied as integers, sums are float32, in ggml's order, which for some formats is another one for a single
+    token. "f32": float32 weights times float32 activations; one token and several are summed alike. Products of the
+    same x may share `forms`, an empty dict at first, in which x is kept as it was prepared; see also matmul_several.
     ValueError when shapes, types or lengths do not fit.
     Source: ggml-cpu.c, ggml_compute_forward_mul_mat and type_traits_cpu (vec_dot_type).
     """

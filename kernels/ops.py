@@ -1,4 +1,4 @@
-"""The operations between matrix products: RMS norm, rotary positions, SiLU. Each returns a fresh float32 array."""
+"""The operations between matrix products: RMS norm, rotary positions, SiLU. Each returns a new float32 array."""
 
 import math
 
@@ -12,12 +12,14 @@ from .machine.vectors import exp, f32x1, f64x1, f64x16, load_f32x1, load_f32x16,
 
 
 def _float32(name: str, x: np.ndarray, ndim: int) -> None:
+    """ValueError unless x is a contiguous float32 array of so many dimensions."""
     if x.dtype != np.float32 or x.ndim != ndim or not x.flags.c_contiguous:
         raise ValueError(f"{name} is a contiguous float32 array of {ndim} dimensions, not {x.dtype} {x.shape}")
 
 
 @kernel
 def rms_norm_rows(x, eps, out, t0, t1):
+    """Write the RMS norm of the tokens t0 to t1."""
     n, start = x.shape[1], address_of(x)
     for t in range(t0, t1):
         row = start + 4 * t * n
@@ -48,6 +50,7 @@ def rms_norm(x: np.ndarray, eps: float, pool: Pool | None = None) -> np.ndarray:
 
 @kernel
 def cos_sin_all(theta, cos, sin):
+    """Write the cosine and the sine of each angle, by the C library."""
     for i in range(theta.size):
         cos[i], sin[i] = math.cos(theta[i]), math.sin(theta[i])
 
@@ -64,8 +67,8 @@ def rope_angles(
 ) -> tuple[np.ndarray, np.ndarray]:
     """gain * cos and gain * sin of the angles position * scale * base^(-2i / n_rot) / freqs[i].
 
-    positions: [n_tok]; freqs: float32 [n_rot / 2]. Returns float32 [n_tok, n_rot / 2] twice. With yarn = (low, high)
-    pairs up to low are not scaled, pairs from high on wholly, those between in part.
+    positions: [n_tok]; freqs: float32 [n_rot / 2]. Returns float32 [n_tok, n_rot / 2] twice. yarn = (low, high): pairs
+    below `low` keep their angle, pairs above `high` are multiplied by scale, those between are blended.
     numerics "ggml" multiplies step by step in float32 and takes the C library's cosf and sinf; "f32" rounds once.
     Source: ggml-cpu/ops.cpp, ggml_rope_cache_init and rope_yarn.
     """
@@ -80,7 +83,7 @@ def rope_angles(
     if yarn is not None:
         low, high = map(real, yarn)
         keep = 1 - np.clip((np.arange(n_rot // 2, dtype=real) - low) / max(real(0.001), high - low), 0, 1)
-        scaled = (scaled.astype(np.float64) * (1 - keep) + theta * keep).astype(real)  # one product is not rounded
+        scaled = (scaled.astype(np.float64) * (1 - keep) + theta * keep).astype(real)  # as a fused multiply-add
     if numerics != "ggml":
         return (np.cos(scaled) * gain).astype(np.float32), (np.sin(scaled) * gain).astype(np.float32)
     cos, sin = np.empty(scaled.shape, real), np.empty(scaled.shape, real)
@@ -90,6 +93,7 @@ def rope_angles(
 
 @kernel
 def rope_rows(x, cos, sin, out, t0, t1):
+    """Write the turned pairs of the tokens t0 to t1, see rope."""
     n_head, d_head, half = x.shape[1], x.shape[2], cos.shape[1]
     for t in range(t0, t1):
         for h in range(n_head):
@@ -105,7 +109,7 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, pool: Pool | None = No
     """Turn the pairs (x[2i], x[2i+1]) of each head by the angle whose cosine and sine are given.
 
     out[2i] = x[2i] cos[i] - x[2i+1] sin[i], out[2i+1] = x[2i] sin[i] + x[2i+1] cos[i]; elements from n_rot on stay.
-    The first product of each is not rounded by itself, as in ggml's compiled code.
+    The first product of each is part of a fused multiply-add, as in ggml's compiled code.
     x: float32 [n_tok, n_head, d_head]; cos, sin: float32 [n_tok, n_rot / 2]. ValueError when shapes do not fit.
     Source: ggml-cpu/ops.cpp, ggml_compute_forward_rope_flt, mode GGML_ROPE_TYPE_NORMAL.
     """
@@ -122,11 +126,13 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, pool: Pool | None = No
 
 @inline
 def _silu(x):
+    """SiLU of a vector."""
     return x / (exp(x * -1.0) + 1.0)
 
 
 @kernel
 def silu_rows(x, out, t0, t1):
+    """Write SiLU of the tokens t0 to t1."""
     n, start, to = x.shape[1], address_of(x), address_of(out)
     for t in range(t0, t1):
         for i in range(t * n, t * n + n - 15, 16):
@@ -136,7 +142,7 @@ def silu_rows(x, out, t0, t1):
 
 
 def silu(x: np.ndarray, pool: Pool | None = None) -> np.ndarray:
-    """out = x / (1 + exp(-x)), float32 [n_tok, n_ff]; the end of a row that fills no 16 lanes by the C library's expf.
+    """out = x / (1 + exp(-x)), float32 [n_tok, n_ff]; the last n_ff % 16 of a row by the C library's expf.
 
     Source: ggml-cpu/vec.h, ggml_v_silu and ggml_silu_f32.
     """

@@ -54,6 +54,8 @@ class Branches(Cache):
 
     def ops(self, ops: Any) -> Any:
         """The same arithmetic, with each branch's rows among its own keys and values."""
+        if len(self.places) > 1:    # a branch of one row is then not a pass of one token
+            ops = ops.several()
 
         def scores(q: np.ndarray, keys: np.ndarray, n_kv: int) -> np.ndarray:
             return np.concatenate([ops.scores(q[rows], k, n_kv) for rows, k, _ in self._each()], axis=1)

@@ -11,7 +11,8 @@ DECODED_HALVES = dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"
 
 def halves(fmt):
     """The bytes of a block at which its F16 factors begin."""
-    return DECODED_HALVES.get(fmt.name, ()) if fmt.made_of is None else fmt.made_of.HALVES
+    made_of = getattr(fmt, "made_of", None)
+    return DECODED_HALVES.get(fmt.name, ()) if made_of is None else made_of.HALVES
 
 
 def lengths(fmt):

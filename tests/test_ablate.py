@@ -181,7 +181,7 @@ def test_a_stopped_run_goes_on_where_it_was(copycat, monkeypatch, tmp_path, stop
     ({"mode": "resample", "other": "France ->"}, "has 3 tokens and the prompt 11: they do not align"),
     ({"mode": "resample", "other": "France ->", "at": 5}, "position 5 is out of range: the other prompt has 3"),
     ({"at": 11}, "position 11 is out of range: the prompt has 11"), ({"at": [-1, 10]}, "must be there once"),
-    ({"at": []}, "one at least"), ({"layers": "6"}, "layer 6 is out of range"), ({"heads": [4]}, "head 4 is out of"),
+    ({"at": []}, "no position"), ({"layers": "6"}, "layer 6 is out of range"), ({"heads": [4]}, "head 4 is out of"),
     ({"answer": "Oslo", "against": "Oslo"}, "the same token"), ({"answer": 2048}, "out of range"),
     ({"answer": ""}, "no text"),
 ])
@@ -210,7 +210,7 @@ def test_the_command(tmp_path, capsys):
 
 @pytest.mark.parametrize(("args", "says"), [
     ([], "-p or -f"), (["-p", "x", "--heads", "9"], "head 9 is out of range"), (["-p", "x", "-k", "0"], "-k 0"),
-    (["-p", "x", "--mode", "mean", "--prompts", "none.txt"], "none.txt: No such file"),
+    (["-p", "x", "--mode", "mean", "--prompts", "none.txt"], "none.txt: cannot be read: No such file"),
     (["-p", "x", "--metric", "rank"], "logit-difference"), (["-p", "x", "--at", "a"], "position"),
 ])
 def test_the_commands_errors_are_one_line(capsys, args, says):

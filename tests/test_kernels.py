@@ -177,8 +177,9 @@ def test_matmul_equals_the_oracle(fmt, numerics, rng):
 @pytest.mark.parametrize("numerics", ["ggml", "f32"])
 @by_name
 def test_a_token_alone_equals_the_token_in_a_prompt(fmt, numerics, rng):
-    """Except that superblocks are summed otherwise from MANY tokens on, as ggml does."""
-    n_in = lengths(fmt)[-1]
+    """Except that with "ggml", as ggml does, superblocks are summed otherwise from MANY tokens on, and rows of floats
+    that divide evenly (these do not) otherwise for one."""
+    n_in = 8 * fmt.block_size if fmt.block_size > 1 else 172
     raw, _ = random_weights(fmt, rng, 37, n_in)
     x = rng.standard_normal((37, n_in)).astype(np.float32)
     together, few = tk.matmul(x, raw, fmt, 37, numerics), tk.matmul(x[: MANY - 1], raw, fmt, 37, numerics)
@@ -187,6 +188,105 @@ def test_a_token_alone_equals_the_token_in_a_prompt(fmt, numerics, rng):
     assert np.array_equal(together[20:30], tk.matmul(x[20:30], raw, fmt, 37, numerics))
     if fmt.matmul_many is None or numerics == "f32":
         assert np.array_equal(together[: MANY - 1], alone)
+
+
+# The order in which ggml_vec_dot_* adds up: 16 lanes, in float32. Products of numbers of 8 bits are exact, so that they
+# can be rounded or not, as the CPU likes.
+
+
+def few_bits(rng, *shape):
+    return to_bf16(rng.standard_normal(shape).astype(np.float32))
+
+
+def fold(lanes):
+    while len(lanes) > 1:
+        lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+    return lanes[0]
+
+
+def vec_dot(name, x, y):
+    """One dot product, as ggml's code for x86-64 with AVX-512 adds it up."""
+    whole, products = len(x) // 64 * 64, x * y
+    four = np.zeros((4, 16), np.float32)
+    for block in products[:whole].reshape(-1, 64):
+        if name == "BF16":  # VDPBF16PS: pairs, the second of them first, in two chains
+            pairs = block.reshape(2, 16, 2)
+            four[:2] = (four[:2] + pairs[..., 1]) + pairs[..., 0]
+        else:
+            four += block.reshape(4, 16)
+    if name == "BF16":
+        acc = np.float64(fold(four[0])) + np.float64(fold(four[1]))
+    else:
+        acc = fold((four[0] + four[2]) + (four[1] + four[3]))
+    acc = acc if name == "F32" else np.float64(acc)
+    for product in products[whole:]:
+        acc = acc + product
+    return np.float32(acc)
+
+
+def one_chain(x, y):
+    acc = np.zeros(16, np.float32)
+    for block in (x * y).reshape(-1, 16):
+        acc += block
+    return fold(acc)
+
+
+@pytest.mark.parametrize("n_in", [1, 17, 48, 64, 80, 128, 172, 256, 1024])
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
+def test_floats_with_one_token_are_summed_as_ggml_vec_dot_sums(name, n_in, rng):
+    fmt = next(f for f in FORMATS if f.name == name)
+    w, x = few_bits(rng, 37, n_in), few_bits(rng, 2, n_in)
+    w, x = (to_f16(w), to_f16(x)) if name == "F16" else (w, x)
+    raw = {"F32": w, "F16": w.astype(np.float16), "BF16": (w.view(np.uint32) >> 16).astype(np.uint16)}[name]
+    raw = raw.view(np.uint8).reshape(-1)
+    alone = tk.matmul(x[:1], raw, fmt, 37)[0]
+    assert alone.tolist() == [vec_dot(name, row, x[0]) for row in w]
+    assert np.array_equal(alone, tk.matmul(x[:1], raw, fmt, 37, pool=tk.Pool(3))[0])
+    if n_in in (256, 1024):  # two tokens meet tinyBLAS
+        assert not np.array_equal(alone, tk.matmul(x, raw, fmt, 37)[0])
+        assert np.array_equal(tk.matmul(x[:1], raw, fmt, 37, "f32")[0], tk.matmul(x, raw, fmt, 37, "f32")[0])
+    if n_in in (256, 1024) and name != "BF16":
+        assert tk.matmul(x, raw, fmt, 37)[0].tolist() == [one_chain(row, x[0]) for row in w]
+
+
+@pytest.mark.parametrize(("n_kv", "cap"), [(1, 16), (16, 16), (37, 48), (64, 64), (100, 112), (300, 320)])
+@pytest.mark.parametrize("d", [8, 64, 80, 128])
+def test_a_token_alone_attends_as_ggml_vec_dot_f16_sums_and_several_as_tinyblas(d, n_kv, cap, rng):
+    """llama.cpp pads positions with zeros to a multiple of 256, so that values have no rest of a row."""
+    q, k, v = few_bits(rng, 1, 4, d), np.zeros((2, cap, d), np.float16), np.zeros((2, d, cap), np.float16)
+    k[:, :n_kv], v[:, :, :n_kv] = few_bits(rng, 2, n_kv, d), few_bits(rng, 2, d, n_kv)
+    keys, values = k.astype(np.float32), v.astype(np.float32)
+    scores = tk.kq(q, k, n_kv)
+    assert scores[:, 0].tolist() == [[vec_dot("F16", to_f16(q[0, h]), keys[h // 2, j]) for j in range(n_kv)]
+                                     for h in range(4)]
+    p = to_f16(few_bits(rng, 4, 1, n_kv))
+    wide = np.zeros((4, 320), np.float32)
+    wide[:, :n_kv] = p[:, 0]
+    of = np.zeros((2, d, 320), np.float32)
+    of[:, :, :cap] = values
+    got = tk.kqv(p, v)[:, 0]
+    assert got.tolist() == [[vec_dot("F16", of[h // 2, i], wide[h]) for i in range(d)] for h in range(4)]
+    several = tk.kqv(p, v, alone=False)[:, 0]
+    assert several.tolist() == [[one_chain(of[h // 2, i], wide[h]) for i in range(d)] for h in range(4)]
+    if n_kv == 300:
+        assert not np.array_equal(got, several)
+    assert np.array_equal(tk.kq(np.concatenate([q, q]), k, n_kv)[:, :1], tk.kq(q, k, n_kv, alone=False))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(("d", "n_past"), [(8, 5), (64, 70), (128, 200)])
+def test_fused_attention_of_one_token_equals_its_three_steps(d, n_past, alone, rng):
+    n_kv, cap = n_past + 1, (n_past + 16) // 16 * 16
+    q, k, v = few_bits(rng, 1, 4, d), np.zeros((2, cap, d), np.float16), np.zeros((2, d, cap), np.float16)
+    k[:, :n_kv], v[:, :, :n_kv] = few_bits(rng, 2, n_kv, d), few_bits(rng, 2, d, n_kv)
+    pattern = tk.soft_max(tk.kq(q, k, n_kv, alone=alone), 0.3, n_past)
+    steps = tk.kqv(pattern, v, alone=alone)[:, 0].reshape(1, -1)
+    assert np.array_equal(tk.attention(q, k, v, n_past, 0.3, alone=alone), steps)
+
+
+def test_several_tokens_are_not_alone():
+    with pytest.raises(ValueError, match="2 tokens are not alone in their pass"):
+        tk.kqv(np.zeros((2, 2, 16), np.float32), np.zeros((1, 8, 16), np.float16), alone=True)
 
 
 @by_name
@@ -365,7 +465,7 @@ def test_attention_refuses_what_does_not_fit():
     for call, message in [
         (lambda: tk.kq(q, k, 17), "room for 16 positions; 17 are needed"),
         (lambda: tk.kq(q, k[:, :10].copy(), 5), "room for 10 positions; 5 are needed, and a multiple of 16"),
-        (lambda: tk.kq(q[:, :3].copy(), k, 5), "3 query heads are no multiple of the 2 heads"),
+        (lambda: tk.kq(q[:, :3].copy(), k, 5), "3 query heads are not a multiple of the 2 heads"),
         (lambda: tk.kq(q[:, :, :4].copy(), k, 5), "q is a contiguous float32"),
         (lambda: tk.kq(q, k.astype(np.float64), 5), "k is a contiguous float16 or float32"),
         (lambda: tk.attention(q, k, v.astype(np.float32), 0, 1.0), "do not fit"),

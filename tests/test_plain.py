@@ -97,7 +97,7 @@ for path in sys.argv[3:]:
 
 
 def test_without_numba_gguf_and_sentencepiece_floats_load_and_run(tiny):
-    """Only NumPy is there: token ids give logits, actions and new tokens; what is missing is named where it is needed."""
+    """Only NumPy is there: token ids give logits, actions and new tokens; a package that is missing is named."""
     paths = [tiny(wtype="F32"), tiny(wtype="F16"), tiny(wtype="Q4_0")]
     p = subprocess.run([sys.executable, "-c", HIDDEN, *paths], capture_output=True, text=True)
     assert p.returncode == 0, p.stderr

@@ -35,6 +35,18 @@ JOB = 512
 SHARED = JOBS + MAX_JOBS * JOB
 
 
+def borrowed(context, builder, kind, value):
+    """An argument without a count of references: whoever calls keeps arrays alive until the region has ended.
+
+    A job is written down by one call and run by another, and numba drops its own references at the end of each.
+    """
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder, value)
+        array.meminfo, array.parent = (ir.Constant(pointer.type, None) for pointer in (array.meminfo, array.parent))
+        value = array._getvalue()
+    return value
+
+
 @intrinsic
 def hand_over(typing_context, function, address, arguments):
     """Store a kernel's arguments, all but i0 and i1. Returns the address of code(address of the arguments, i0, i1)."""
@@ -44,7 +56,7 @@ def hand_over(typing_context, function, address, arguments):
 
     def codegen(context, builder, sig, values):
         packer = context.get_arg_packer(arguments.types)
-        parts = [builder.extract_value(values[2], k) for k in range(len(arguments.types))]
+        parts = [borrowed(context, builder, t, builder.extract_value(values[2], k)) for k, t in enumerate(arguments)]
         flat = packer.as_arguments(builder, parts)
         if ARGUMENTS + 8 * len(flat) > JOB:
             raise TypeError(f"{function.dispatcher.py_func.__name__}: {len(flat)} words of arguments, too many")

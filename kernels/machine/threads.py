@@ -35,7 +35,7 @@ def physical_cores() -> int:
     return max(1, len(cores))
 
 
-PATIENCE = 20_000  # looks, 20 to 40 ns each
+PATIENCE = 20_000  # looks, of 20 to 40 ns each
 
 
 def _work(shared: np.ndarray, asleep: deque) -> None:

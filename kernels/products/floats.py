@@ -1,8 +1,9 @@
 """Rows of plain numbers, 16 or 32 bits each: products with a few tokens, and unpacking.
 
 Sums are taken in the order of ggml's code for x86-64 with AVX-512, so that results are ggml's bit for bit: 16 lanes at
-a time (llamafile/sgemm.cpp, tinyBLAS), and where a row does not divide evenly, as ggml_vec_dot_* in vec.cpp do. One
-token and several are summed alike, so a token's result is the same whatever the batch.
+a time (llamafile/sgemm.cpp, tinyBLAS), and where a row does not divide evenly, as ggml_vec_dot_* in vec.cpp do. ggml
+sums a single token always by ggml_vec_dot_*: `vec_dot` is that order, which numerics "ggml" takes for a pass of one
+token. Otherwise one token and several are summed alike, so a token's result is the same whatever the batch.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from ..machine.lanes import even, first, fma, odd, total
 from ..machine.simd import address_of, store
-from ..machine.template import STAMPED, abstract, part
+from ..machine.template import STAMPED, abstract, entry, part
 from ..machine.vectors import f32x16, load_f32x1, load_f32x16, load_f32x32
 from .loops import Products, totals
 
@@ -43,7 +44,7 @@ class Floats(Products):
     def dot(row, n, x):
         """The dot product of a row with one token."""
         if n % fmt.CHUNK:
-            return fmt.uneven(row, n, x)
+            return fmt.vec_dot(row, n, x)
         acc = f32x16(0)
         for i in range(0, n, fmt.CHUNK):
             acc = fmt.step(acc, fmt.weights(row + fmt.SIZE * i), x + 4 * i)
@@ -74,16 +75,24 @@ class Floats(Products):
             c, d = fmt.step(c, fmt.weights(third + k), at), fmt.step(d, fmt.weights(fourth + k), at)
         return total(a), total(b), total(c), total(d)
 
+    # The order of ggml_vec_dot_*: 64 weights at a time in several sums, which are added up at the end; then one by one.
+
     @part
-    def uneven(row, n, x):
-        """The dot product of a row that does not divide into chunks: 64 weights at a time, and the rest one by one."""
-        a = b = c = d = f32x16(0)
-        for i in range(0, n - 63, 64):
-            v, at = row + fmt.SIZE * i, x + 4 * i
-            a, b = fmt.step(a, fmt.weights(v), at), fmt.step(b, fmt.weights(v + 16 * fmt.SIZE), at + 64)
-            c = fmt.step(c, fmt.weights(v + 32 * fmt.SIZE), at + 128)
-            d = fmt.step(d, fmt.weights(v + 48 * fmt.SIZE), at + 192)
-        return fmt.rest(total((a + c) + (b + d)), row, n, x)
+    def no_chains():
+        """The several sums before the first 64 weights."""
+        return f32x16(0), f32x16(0), f32x16(0), f32x16(0)
+
+    @part
+    def add_64(acc, row, x):
+        """The several sums with the next 64 weights added."""
+        a, b = fmt.step(acc[0], fmt.weights(row), x), fmt.step(acc[1], fmt.weights(row + 16 * fmt.SIZE), x + 64)
+        c = fmt.step(acc[2], fmt.weights(row + 32 * fmt.SIZE), x + 128)
+        return a, b, c, fmt.step(acc[3], fmt.weights(row + 48 * fmt.SIZE), x + 192)
+
+    @part
+    def sum_of_chains(acc):
+        """The total of the several sums."""
+        return total((acc[0] + acc[2]) + (acc[1] + acc[3]))
 
     @part
     def rest(acc, row, n, x):
@@ -92,6 +101,52 @@ class Floats(Products):
         for i in range(n - n % 64, n):
             acc += first(fmt.weight(row + fmt.SIZE * i) * load_f32x1(x + 4 * i))
         return np.float32(acc)
+
+    @part
+    def vec_dot(row, n, x):
+        """The dot product of a row with one token, in the order of ggml_vec_dot_*."""
+        acc = fmt.no_chains()
+        for i in range(0, n - 63, 64):
+            acc = fmt.add_64(acc, row + fmt.SIZE * i, x + 4 * i)
+        return fmt.rest(fmt.sum_of_chains(acc), row, n, x)
+
+    @part
+    def vec_dot_then_zeros(row, n, x):
+        """vec_dot of a row of n weights, a multiple of 16, that zeros fill up to a multiple of 64."""
+        acc, most = fmt.no_chains(), n & -64
+        for i in range(0, most, 64):
+            acc = fmt.add_64(acc, row + fmt.SIZE * i, x + 4 * i)
+        a, b, c, d = acc
+        at, y = row + fmt.SIZE * most, x + 4 * most
+        if n - most > 0:
+            a = fmt.step(a, fmt.weights(at), y)
+        if n - most > 16:
+            b = fmt.step(b, fmt.weights(at + 16 * fmt.SIZE), y + 64)
+        if n - most > 32:
+            c = fmt.step(c, fmt.weights(at + 32 * fmt.SIZE), y + 128)
+        return fmt.sum_of_chains((a, b, c, d))
+
+    @part
+    def stack_vec_dot(row, stride, n, x):
+        """The same four sums as `stack`, in the order of ggml_vec_dot_*."""
+        second, third, fourth = row + stride, row + 2 * stride, row + 3 * stride
+        a = b = c = d = fmt.no_chains()
+        for i in range(0, n - 63, 64):
+            at, k = x + 4 * i, fmt.SIZE * i
+            a, b = fmt.add_64(a, row + k, at), fmt.add_64(b, second + k, at)
+            c, d = fmt.add_64(c, third + k, at), fmt.add_64(d, fourth + k, at)
+        p, q, r, s = fmt.sum_of_chains(a), fmt.sum_of_chains(b), fmt.sum_of_chains(c), fmt.sum_of_chains(d)
+        return fmt.rest(p, row, n, x), fmt.rest(q, second, n, x), fmt.rest(r, third, n, x), fmt.rest(s, fourth, n, x)
+
+    @entry
+    def matmul_one(y, stride, w, row_bytes, n, out, i0, i1):
+        """The same as `matmul` for a single token, in the order of ggml_vec_dot_*."""
+        w, y, apart = address_of(w), fmt.start(y), (i1 - i0) // 4
+        for i in range(i0, i0 + apart):
+            sums = fmt.stack_vec_dot(w + i * row_bytes, apart * row_bytes, n, y)
+            out[0, i], out[0, i + apart], out[0, i + 2 * apart], out[0, i + 3 * apart] = sums
+        for i in range(i1 - (i1 - i0) % 4, i1):
+            out[0, i] = fmt.stack_vec_dot(w + i * row_bytes, 0, n, y)[0]
 
     @part
     def unpack(row, n, to):
@@ -104,7 +159,7 @@ class Floats(Products):
     def kernels(cls) -> dict[str, Any]:
         """What Python calls: `matmul` for float32 activations as well; rows are unpacked from MANY_FROM tokens on."""
         many = {"matmul_many": cls.matmul_unpacked} if cls.MANY_FROM else {}
-        return super().kernels() | {"matmul_f32": cls.matmul} | many
+        return super().kernels() | {"matmul_f32": cls.matmul, "matmul_one": cls.matmul_one} | many
 
 
 class FloatPairs(Floats):
@@ -119,13 +174,16 @@ class FloatPairs(Floats):
         return fma(even(v), even(y), fma(odd(v), odd(y), acc))
 
     @part
-    def uneven(row, n, x):
-        """The same as in Floats for chunks of 32, which are added in float64."""
-        a = b = f32x16(0)
-        for i in range(0, n - 63, 64):
-            v, at = row + fmt.SIZE * i, x + 4 * i
-            a, b = fmt.step(a, fmt.weights(v), at), fmt.step(b, fmt.weights(v + 32 * fmt.SIZE), at + 128)
-        return fmt.rest(np.float64(total(a)) + np.float64(total(b)), row, n, x)
+    def no_chains():
+        return f32x16(0), f32x16(0)
+
+    @part
+    def add_64(acc, row, x):
+        return fmt.step(acc[0], fmt.weights(row), x), fmt.step(acc[1], fmt.weights(row + 32 * fmt.SIZE), x + 128)
+
+    @part
+    def sum_of_chains(acc):
+        return np.float64(total(acc[0])) + np.float64(total(acc[1]))
 
 
 fmt: Floats = STAMPED
