@@ -24,24 +24,29 @@ import numpy as np
 from tinymia import Error, Model
 from tinymia_engine import best, indices, is_mask
 
+from .ablate_groups import group_command, group_flags, in_words
 from .action_flags import integers
 from .answers import token_of
 from .arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
-from .head_ablation import Layer, ablate_layer, head_outputs, measure, positions
+from .chat import in_chat
+from .head_ablation import METRICS, MODES, Layer, ablate_layer, check_mode, head_outputs, measure, positions
 from .heatmap import Heatmap
 from .in_context import commit, spread
+from .parser import least
 from .progress import keeping
 from .prompt_sets import POOLS, cut_prompts, pooled, read_prompts
 from .result import Result, about, resume
-from .terminal import screen, table, visible
-
-MODES = ("zero", "mean", "resample")
-METRICS = ("logit-difference", "logit", "probability", "kl")    # in the order of measure()
+from .terminal import screen, signed, table, visible
 
 EPILOG = """\
   tinymia ablate -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --answer Tallinn --against Oslo -o heads.html
-  tinymia ablate -p "Egypt -> Cairo, Estonia ->" --mode mean --prompts prompts.txt --metric kl
+  tinymia ablate -p "Egypt -> Cairo, Estonia ->" --mode mean --prompts examples/prompts.txt --metric kl
+  tinymia ablate -p "Egypt -> Cairo, Estonia ->" --ffn --group 2.1,3.3 --group @-1:1
   tinymia ablate -p "Egypt -> Cairo, Estonia ->" --mode resample --other "Egypt -> Coptic, Estonia ->" --at -1
+A file of prompts has one a line, such as the three of examples/prompts.txt:
+  Norway -> Oslo, Poland ->
+  Italy -> Rome, France ->
+  dog -> dogs, bird ->
 """
 
 
@@ -93,7 +98,7 @@ def ablate(
     same call goes on from there. Raises Error.
     """
     c = model.config
-    _check(mode, pool, prompts, other)
+    check_mode(mode, pool, prompts, other)
     ids = model.ids(prompt)
     at = at if at is None or not is_mask(at) else indices(at, "position", len(ids)).tolist()
     rows = positions(at, len(ids), "the prompt")
@@ -140,17 +145,6 @@ def ablate(
     return found
 
 
-def _check(mode: str, pool: str, prompts: Any, other: Any) -> None:
-    if mode not in MODES:
-        raise Error(f"ablation mode {mode!r}: it must be zero, mean or resample")
-    if pool not in POOLS:
-        raise Error(f"pool {pool!r}: it must be last or mean")
-    if (mode == "mean") != (prompts is not None):
-        raise Error("mode mean goes with a set of prompts to take the mean over, and no other mode does")
-    if (mode == "resample") != (other is not None):
-        raise Error("mode resample goes with another prompt to take the heads' outputs from, and no other mode does")
-
-
 def _nothing(note: dict[str, Any], model: Model, ids: list[int], answer: int, against: int, plain: Any) -> Ablation:
     """A result with nothing done."""
     c = model.config
@@ -163,13 +157,6 @@ def _nothing(note: dict[str, Any], model: Model, ids: list[int], answer: int, ag
 
 
 # ---------------------------------------------------------------------------------------- pictures
-
-
-def in_words(found: Ablation, metric: str) -> str:
-    """What a metric is, in words."""
-    answer, against = visible(found.answer_piece), visible(found.against_piece)
-    return {"logit-difference": f"logit of {answer} - logit of {against}", "logit": f"logit of {answer}",
-            "probability": f"probability of {answer}", "kl": "KL divergence from the run as it is (nats)"}[metric]
 
 
 def ranked(found: Ablation, metric: str) -> list[tuple[int, int]]:
@@ -185,7 +172,7 @@ def heads_table(found: Ablation, metric: str, k: int) -> str:
     rows = [["head", *mark, "says"], ["none", "", *(f"{v:.4g}" for v in found.plain), ""]]
     for il, head in ranked(found, metric)[:k]:
         effect = found.effects[METRICS.index(metric), il, head]
-        rows.append([f"{il}.{head}", f"{effect:+.4f}", *(f"{v:.4g}" for v in found.values[:, il, head]),
+        rows.append([f"{il}.{head}", signed(effect), *(f"{v:.4g}" for v in found.values[:, il, head]),
                      visible(found.best_pieces[il][head])])
     return table(rows)
 
@@ -221,23 +208,31 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--against", metavar="TEXT", help="of the logit difference (default: its best token but the answer)")
     p.add_argument("--mode", choices=MODES, default="zero",
                    help="what the head gives instead: zero (default), its mean over --prompts, or that on --other")
-    p.add_argument("--prompts", metavar="FILE", help="one prompt a line, for --mode mean")
+    p.add_argument("--prompts", metavar="FILE", help="for --mode mean: one prompt per line, or a JSON list (.json)")
     p.add_argument("--pool", choices=POOLS, default="mean",
                    help="the mean is that of all tokens of the prompts (mean, default), or of their last ones (last)")
     p.add_argument("--other", metavar="TEXT", help="another prompt, for --mode resample")
     p.add_argument("--at", type=integers, metavar="POS", help="positions: 3 or 3,5 or -1 (default: all)")
     p.add_argument("--layers", metavar="LIST", help="0,3-5 (default: all)")
     p.add_argument("--heads", metavar="LIST", help="0,3-5 (default: all)")
+    group_flags(p)
     p.add_argument("--metric", choices=METRICS, default=METRICS[0], help="that the table and the picture go by "
                    f"(default {METRICS[0]})")
-    p.add_argument("-k", type=int, default=20, metavar="N", help="heads in the table (20)")
+    p.add_argument("-k", type=least(1), default=20, metavar="N", help="heads in the table (20)")
     args = p.parse_args(argv)
-    if args.k < 1:
-        raise Error(f"-k {args.k}: it must be 1 or more")
+    for mode, flag, given in (("mean", "--prompts FILE", args.prompts), ("resample", "--other TEXT", args.other)):
+        if (args.mode == mode) != (given is not None):
+            word = flag.split()[0]
+            raise Error(f"--mode {mode} needs {flag}" if given is None else f"{word} goes with --mode {mode}")
     prompts = None if args.prompts is None else read_prompts(args.prompts)
     model = open_model(args)
-    found = ablate(model, prompt_ids(args, model), args.answer, args.against, args.mode, prompts=prompts,
-                   pool=args.pool, other=args.other, at=args.at, layers=args.layers, heads=args.heads,
+    prompt = prompt_ids(args, model, [*(prompts or ()), args.other or ""])
+    prompts = None if prompts is None else [in_chat(args, model, text) for text in prompts]
+    other = None if args.other is None else in_chat(args, model, args.other)
+    if args.ffn or args.group:
+        return group_command(args, model, prompt, prompts, other)
+    found = ablate(model, prompt, args.answer, args.against, args.mode, prompts=prompts,
+                   pool=args.pool, other=other, at=args.at, layers=args.layers, heads=args.heads,
                    out=out_file(args))
     picture = heatmap(found, args.metric)
     text = f"{picture.unit}, the largest first\n{heads_table(found, args.metric, args.k)}"

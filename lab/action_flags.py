@@ -46,7 +46,9 @@ class Act(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         lengths = {"patch": (2, 4), "add": (2, 3)}.get(self.dest)
         if lengths and len(values) not in lengths:
-            parser.error(f"{option_string} takes {lengths[0]} or {lengths[1]} values, not {len(values)}")
+            all_, more = (f"{option_string} {' '.join(self.metavar[:n])}" for n in (1, 2))
+            parser.error(f"{option_string} takes {lengths[0]} or {lengths[1]} values, {all_} or {more}, "
+                         f"not {len(values)}")
         values = values if isinstance(values, list) else [values]
         if self.dest in FILES:
             kind, which = FILES[self.dest]
@@ -55,11 +57,16 @@ class Act(argparse.Action):
 
 
 class Qualify(argparse.Action):
-    """A flag that says more of the action before it."""
+    """A flag that says more of the action before it, such as `after`."""
+
+    def __init__(self, *args: Any, after: str = "--scale, --add or --ablate", **how: Any):
+        super().__init__(*args, **how)
+        self.after = after
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if not namespace.specs:
-            parser.error(f"{option_string} qualifies the action before it, and none was given")
+            parser.error(f"{option_string} says more of the action before it, and there is none: put it behind "
+                         f"{self.after}")
         setattr(namespace.specs[-1], self.dest, values)
 
 
@@ -68,7 +75,7 @@ def integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-integers.__name__ = "position"  # argparse names it in its messages
+integers.kind = "a position or a list of them: write 3, -1 or 3,5"  # type: ignore[attr-defined]  # in messages
 
 
 def patch_flags(g: Any) -> None:
@@ -78,9 +85,9 @@ def patch_flags(g: Any) -> None:
         help="put row FROM of a saved tensor in place of row TO; without them, all of it")
     act("--patch-avg", dest="patch_avg", nargs=5, metavar=("NAME", "FILE1", "FILE2", "FROM", "TO"),
         help="the mean of two saved rows")
-    qualify("--from-token-idx", dest="from_idx", type=int, metavar="I",
+    qualify("--from-token-idx", dest="from_idx", type=int, metavar="I", after="--patch",
             help="FROM of the patch before, or the row of the --add before")
-    qualify("--to-token-idx", dest="to_idx", type=int, metavar="J", help="TO of the patch before")
+    qualify("--to-token-idx", dest="to_idx", type=int, metavar="J", after="--patch", help="TO of the patch before")
 
 
 def change_flags(g: Any) -> None:
@@ -107,7 +114,7 @@ def number(text: str, flag: str, kind: type = int) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise Error(f"--{flag.replace('_', '-')}: {text!r} is no {'whole ' if kind is int else ''}number") from None
+        raise Error(f"--{flag.replace('_', '-')}: {text!r} is not a {'whole ' if kind is int else ''}number") from None
 
 
 def actions_of(spec: Spec, model: Model, args: argparse.Namespace) -> list[tinymia.Action]:
@@ -155,7 +162,8 @@ def heads_of(spec: Spec, model: Model) -> dict[int, list[int]]:
             pairs.append((one, number(head, "ablate")) if dot else divmod(one, c.n_head))
     for layer, head in pairs:
         if not (0 <= layer < c.n_layer and 0 <= head < c.n_head):
-            raise Error(f"--{spec.flag}: no head {layer}.{head}: the model has {c.n_layer} layers of {c.n_head} heads")
+            raise Error(f"--{spec.flag}: no head {layer}.{head}: the model has {c.n_layer} layers of {c.n_head} heads: "
+                        f"layers 0 to {c.n_layer - 1}, heads 0 to {c.n_head - 1}")
         heads.setdefault(layer, []).append(head)
     if spec.flag == "select":
         return {layer: [h for h in range(c.n_head) if h not in kept] for layer, kept in heads.items()}

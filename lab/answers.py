@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -11,6 +10,7 @@ import numpy.typing as npt
 
 from tinymia import Error, Model
 from tinymia_engine import whole
+from tinymia_files import note
 
 Row = npt.NDArray[np.float32]   # logits of one position, [n_vocab]
 
@@ -72,7 +72,7 @@ def _ids(model: Model, text: str, bos: bool | None = None) -> list[int]:
 
 @lru_cache(maxsize=256)
 def _note(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr)
+    note(f"note: {line}")
 
 
 def logit_difference(row: Row, answer: int, against: int) -> float:

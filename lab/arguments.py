@@ -13,82 +13,72 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 import tinymia
 from tinymia import Error, Model
 from tinymia_engine import indices
-from tinymia_files import check_apart, check_target, place, read_text
+from tinymia_files import check_target, note, read_text
 from tinymia_models import DEFAULT
 
-from .action_flags import Input, Output, Spec
+from .action_flags import Input, Output
+from .chat import chat_flags, chat_of, check_chat
 from .heatmap import Heatmap, draw_png
+from .mistakes import find_model
 from .page import page, write_page
+from .parser import Parser, least
+from .prompt_notes import tell_of_prompt, tell_unknown
 from .result import Result, dumps
+from .streams import print_json
 
 RESULTS, PICTURES = (".npz", ".json"), (".png", ".html")    # what -o takes
 Writer = Callable[[Path], None]
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours, and which lets no output be an input or another output."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
-        found, rest = super().parse_known_args(args, namespace)
-        check_outputs(vars(found))
-        return found, rest
-
-    def error(self, message: str) -> NoReturn:
-        raise Error(f"{message} ({self.prog} --help shows the flags)")
-
-
-def model_flags(g: argparse._ActionsContainer) -> None:
-    """-m, -t, --numerics."""
+def model_flags(g: argparse._ActionsContainer, numerics: str = "ggml") -> None:
+    """-m, -t, --numerics and what holds without it."""
     g.add_argument("-m", "--model", type=Input, metavar="FILE",
-                   help=f"GGUF file (default: {DEFAULT}, which is bundled)")
-    g.add_argument("-t", "--threads", type=int, metavar="N", help="default: the physical cores")
-    g.add_argument("--numerics", choices=("ggml", "f32"), default="ggml",
-                   help="ggml: activations quantised as llama.cpp does (default); f32: float32 throughout")
+                   help=f"GGUF file, or a name: {DEFAULT} (bundled, the default), smollm2, ollama:NAME, lmstudio:NAME, "
+                        "hf:NAME (--list-models shows all)")
+    g.add_argument("-t", "--threads", type=least(1), metavar="N", help="default: the physical cores")
+    g.add_argument("--numerics", choices=("ggml", "f32"), default=numerics,
+                   help="ggml: activations quantised as llama.cpp does; f32: float32 throughout; "
+                        f"default: {numerics}")
 
 
 def prompt_flags(g: argparse._ActionsContainer) -> None:
-    """-p, -f, --no-bos, --no-special."""
+    """-p, -e, -f, --keep-line-end, --no-bos, --no-special, --chat, --system."""
     g.add_argument("-p", "--prompt", metavar="TEXT")
+    g.add_argument("-e", "--escapes", action="store_true", help=r"in -p, \n is a line end, \t a tab, \\ a backslash")
     g.add_argument("-f", "--file", type=Input, metavar="FILE",
                    help="read the prompt from a file (its last line end is dropped)")
+    g.add_argument("--keep-line-end", action="store_true", help="with -f: keep the last line end")
     g.add_argument("--no-bos", action="store_true", help="no BOS token before the prompt")
     g.add_argument("--no-special", action="store_true", help="take <s> and the like in the prompt as plain text")
+    chat_flags(g)
 
 
-def parser(command: str, description: str, epilog: str = "", pictures: Sequence[str] = PICTURES) -> Parser:
-    """The flags that every command of the lab has; `pictures` are the kinds that it draws."""
+def parser(
+    command: str, description: str, epilog: str = "", pictures: Sequence[str] = PICTURES, numerics: str = "f32"
+) -> Parser:
+    """The flags that every command of the lab has; `pictures` are the kinds that it draws.
+
+    The lab computes in float32 where nothing else is asked for: the rounding of ggml's numerics is as large as many
+    effects that are looked for.
+    """
     p = Parser(f"tinymia {command}", description=description, epilog=epilog, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.set_defaults(specs=[], kinds=(*RESULTS, *pictures))
-    model_flags(p)
+    model_flags(p, numerics)
     drawn = f"; {', '.join(pictures)} the picture" if pictures else ""
     p.add_argument("-o", "--out", action="append", type=Output, default=[], metavar="FILE",
                    help=f".npz or .json keeps the result, and long work goes on from there{drawn}; more than once")
     p.add_argument("--json", action="store_true", help="the result as one JSON object")
     p.add_argument("--debug", action="store_true", help="a traceback with errors")
     return p
-
-
-def check_outputs(given: Mapping[str, Any]) -> None:
-    """Raise Error for an output that is also read, or written twice; several --save may share a file."""
-    def of(kind: type[str], value: Any) -> list[str]:
-        if isinstance(value, (list, tuple)):
-            return [path for one in value for path in of(kind, one)]
-        return of(kind, value.args) if isinstance(value, Spec) else [value] if isinstance(value, kind) else []
-
-    saved = of(Output, given.get("specs", []))
-    written = [path for name, value in given.items() if name != "specs" for path in of(Output, value)]
-    for path in [*written, *saved]:
-        check_target(path, inputs=of(Input, list(given.values())))
-    check_apart([*written, *{place(path): path for path in saved}.values()])
 
 
 def check_file(flag: str, path: str, kinds: Sequence[str]) -> None:
@@ -109,28 +99,61 @@ def open_model(args: argparse.Namespace) -> Model:
     """The model of -m, after a look at where the results go."""
     for path in args.out:
         check_file("-o", path, args.kinds)
-    if args.model is None:
-        print(f"no -m: the bundled model {DEFAULT} runs", file=sys.stderr)
-    return tinymia.load(args.model, args.threads, args.numerics)
+    return load_model(args)
+
+
+def load_model(args: argparse.Namespace) -> Model:
+    """The model of -m; without it the bundled one, and a line that says so."""
+    path = find_model(args.model)
+    if path is None:
+        note(f"no -m: the bundled model {DEFAULT} runs")
+    return tinymia.load(path, args.threads, getattr(args, "numerics", "ggml"))
 
 
 def read_prompt(args: argparse.Namespace) -> str | None:
     """The text of -p or -f."""
-    if args.file is None and args.prompt is not None and sys.getfilesystemencoding() != "utf-8":
-        return os.fsencode(args.prompt).decode("utf-8", "surrogateescape")  # a C locale without Python's UTF-8 mode
+    check_chat(args)
+    escapes, keep = getattr(args, "escapes", False), getattr(args, "keep_line_end", False)  # verify has neither
+    if escapes and args.prompt is None:
+        raise Error("-e goes with -p: a file has its line ends already")
+    if keep and args.file is None:
+        raise Error("--keep-line-end goes with -f")
+    prompt = args.prompt
+    if args.file is None and prompt is not None and sys.getfilesystemencoding() != "utf-8":
+        prompt = os.fsencode(prompt).decode("utf-8", "surrogateescape")     # a C locale without Python's UTF-8 mode
     if args.file is None:
-        return args.prompt
+        if prompt is not None and escapes:
+            return unescape(prompt)
+        if prompt is not None:
+            tell_of_prompt(prompt)
+        return prompt
     if args.prompt is not None:
         raise Error("-p and -f: one prompt at a time")
     text = read_text(args.file, "the prompt")
+    if keep:
+        return text
     return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
 
 
-def prompt_ids(args: argparse.Namespace, model: Model) -> str | list[int]:
-    """The prompt that must be there: its text, or ids where --no-bos or --no-special say how it is cut."""
+def unescape(text: str) -> str:
+    r"""The text with \n as a line end, \t as a tab and \\ as a backslash. Raises Error for another escape."""
+    wrong = re.search(r"\\[^nt\\]|(?<!\\)(?:\\\\)*\\$", text)
+    if wrong:
+        raise Error(f"-e: {wrong[0]!r} is not an escape: there are \\n, \\t and \\\\")
+    return re.sub(r"\\(.)", lambda m: {"n": "\n", "t": "\t"}.get(m[1], m[1]), text)
+
+
+def prompt_ids(args: argparse.Namespace, model: Model, others: Sequence[str] = ()) -> str | list[int]:
+    """The prompt that must be there: its text, or ids where --no-bos or --no-special say how it is cut.
+
+    A note names the words of it, and of the other prompts of the command, that the bundled model does not know.
+    """
     prompt = read_prompt(args)
     if prompt is None:
         raise Error("no prompt: give one with -p or -f")
+    tell_unknown(model, [prompt, *others])
+    if args.chat:
+        return chat_of(args, model, prompt).ids
     if args.no_bos or args.no_special:
         return model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
     return prompt
@@ -168,5 +191,8 @@ def emit(args: argparse.Namespace, result: Result, text: str, picture: Heatmap |
     }
     for path in args.out:
         draw[Path(path).suffix](Path(path))
-    print(dumps(result.to_json()) if args.json else text)
+    if args.json:
+        print_json(dumps(result.to_json()))
+    else:
+        print(text)
     return 0

@@ -16,8 +16,8 @@ import numpy as np
 
 import tinymia
 from tinymia import Action, Context, Error, Model
+from tinymia_engine import best as best_of
 from tinymia_files.vocab import NORMAL
-from tinymia_kernels import best as best_of
 
 from .action_flags import Output, change_flags, patch_flags, read_actions
 from .arguments import check_file, chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
@@ -25,8 +25,10 @@ from .attention_page import check_size, viewer
 from .draw import draw
 from .heatmap import Heatmap, draw_png
 from .page import page, write_page
+from .parser import least
 from .progress import keeping
 from .result import Result, about, describe, resume
+from .sinks import tell_sink
 from .terminal import screen, table, visible
 
 RANDOM, COPIES = 25, 4      # tokens that repeat, and how often
@@ -215,7 +217,7 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--layers", metavar="LIST", help="whose patterns are kept and drawn: 0,3-5 (default: all)")
     p.add_argument("--heads", metavar="LIST", help="of these layers: 0,3-5 (default: all)")
     p.add_argument("--scores", type=Output, metavar="FILE.png", help="draw the heads' scores, layer x head, there")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random tokens that repeat (default 0)")
+    p.add_argument("--seed", type=least(0), default=0, metavar="N", help="of the random tokens that repeat (default 0)")
     patch_flags(p.add_argument_group("patch"))
     change_flags(p.add_argument_group("change"))
     args = p.parse_args(argv)
@@ -223,6 +225,7 @@ def command(argv: Sequence[str]) -> int:
         check_file("--scores", args.scores, [".png"])
     model = open_model(args)
     prompt = prompt_ids(args, model)
+    tell_sink(model, prompt)
     layers, heads = chosen(args.layers, model.config.n_layer, "layer"), chosen(args.heads, model.config.n_head, "head")
     if any(path.endswith(".html") for path in args.out):
         check_size(len(layers), len(heads), len(model.tokenize(prompt) if isinstance(prompt, str) else prompt))

@@ -35,9 +35,11 @@ from .action_flags import change_flags, patch_flags, read_actions
 from .answers import token_of
 from .arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
 from .heatmap import Heatmap, number
+from .parser import least
 from .progress import keeping
 from .result import Result, about, describe, resume
-from .terminal import screen, table, visible
+from .sinks import tell_sink
+from .terminal import screen, signed, table, visible
 
 TERMS = ("inp_embd", "kqv_merged", "ffn_out", "l_out", "result_norm")    # as actions left them
 COMPUTED = ("kqv_out", "result_output")                                 # before actions
@@ -225,10 +227,10 @@ def pictures(found: Attribution) -> list[Heatmap]:
 def largest(found: Attribution, top: int) -> str:
     """The parts of the largest size, and what the others sum up to."""
     parts = sorted(found.parts(), key=lambda part: -abs(part[1]))
-    rows = [[name, f"{v:+.4f}"] for name, v in parts[:top]]
+    rows = [[name, signed(v)] for name, v in parts[:top]]
     if parts[top:]:
-        rows.append([f"{len(parts) - top} smaller parts", f"{sum(v for _, v in parts[top:]):+.4f}"])
-    rows.append([title(found), f"{found.logit:+.4f}"])
+        rows.append([f"{len(parts) - top} smaller parts", signed(sum(v for _, v in parts[top:]))])
+    rows.append([title(found), signed(found.logit)])
     return f"parts by size, in logits\n{table(rows)}"
 
 
@@ -237,7 +239,7 @@ def kinds(found: Attribution) -> str:
     sums = {"embedding": found.embedding, "heads": found.heads.sum(), "FFNs": found.ffn.sum(),
             "biases": found.bias.sum() + found.output_bias, "rounding": found.rounding.sum() + found.output_rounding,
             "stream": found.stream.sum() + found.output_stream}
-    return ", ".join(f"{name} {v:+.4f}" for name, v in sums.items())
+    return ", ".join(f"{name} {signed(v)}" for name, v in sums.items())
 
 
 def top_neurons(found: Attribution, top: int) -> str:
@@ -246,10 +248,10 @@ def top_neurons(found: Attribution, top: int) -> str:
     rows = [["neuron", "ffn_gate_par", "a unit is worth", "logits"]]
     for i in order[:top].tolist():
         value, part = float(found.activations[i]), found.neurons[i]
-        rows.append([str(i), f"{value:+.4g}", f"{part / value if value else 0:+.4f}", f"{part:+.4f}"])
+        rows.append([str(i), f"{value:+.4g}", signed(part / value if value else 0), signed(part)])
     others, rest = found.neurons[order[top:]].sum(), found.ffn[il] - found.neurons.sum()
-    rows += [["others", "", "", f"{others:+.4f}"]] if len(order) > top else []
-    rows += [["rest", "", "", f"{rest:+.4f}"], [f"FFN {il}", "", "", f"{found.ffn[il]:+.4f}"]]
+    rows += [["others", "", "", signed(others)]] if len(order) > top else []
+    rows += [["rest", "", "", signed(rest)], [f"FFN {il}", "", "", signed(found.ffn[il])]]
     return f"neurons of FFN {il} (rest: rounding, bias, actions on ffn_out)\n{table(rows)}"
 
 
@@ -274,13 +276,13 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--against", metavar="TEXT", help="or #id: split the answer's logit less this one's")
     p.add_argument("--position", type=int, default=-1, metavar="POS", help="whose logits (default -1, the last)")
     p.add_argument("--neurons", type=int, metavar="LAYER", help="split the FFN of this layer by neuron")
-    p.add_argument("--top", type=int, default=20, metavar="N", help="lines of the lists (default 20)")
+    p.add_argument("--top", type=least(1), default=20, metavar="N", help="lines of the lists (default 20)")
     patch_flags(p.add_argument_group("patch"))
     change_flags(p.add_argument_group("change"))
     args = p.parse_args(argv)
-    if args.top < 1:
-        raise Error(f"--top {args.top}: it must be at least 1")
     model = open_model(args)
-    found = attribute(model, prompt_ids(args, model), args.answer, args.against, args.position, args.neurons,
+    prompt = prompt_ids(args, model)
+    tell_sink(model, prompt)
+    found = attribute(model, prompt, args.answer, args.against, args.position, args.neurons,
                       read_actions(args, model), out_file(args))
     return emit(args, found, text(found, args.top), pictures(found))

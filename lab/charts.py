@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinymia_files import Error, write_atomic
+from tinymia_files import Error, printable, write_atomic
 
 from .heatmap import Heatmap, number
 from .terminal import fit
@@ -93,7 +93,7 @@ class Chart:
         some = 1 if self.colours else -(-len(at) // 16)
         ax.set_xticks(at[::some], [self.places[j] for j in at[::some]], rotation=30 if self.colours else 0,
                       ha="right" if self.colours else "center")
-        ax.set(title=self.title, xlabel=self.x, ylabel=self.y, ylim=(-0.02, 1.02))
+        ax.set(title=printable(self.title), xlabel=self.x, ylabel=self.y, ylim=(-0.02, 1.02))
         ax.grid(axis="y", color="#dddddd")
         ax.set_axisbelow(True)
         ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
@@ -123,10 +123,8 @@ def draw_png(path: str | Path, panels: Sequence[Chart | Heatmap], title: str) ->
         from matplotlib.figure import Figure
     except ImportError as e:
         raise Error(f"{path}: drawing needs matplotlib: pip install 'tinymia[lab]'") from e
-    from .draw import clean
-
     figure = Figure(figsize=(6.5 * len(panels), 4.2), dpi=120, layout="constrained")
     for ax, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
         panel.draw(ax) if isinstance(panel, Chart) else draw_heatmap(ax, panel)
-    figure.suptitle(clean(title).replace("$", r"\$"), fontsize=10)
+    figure.suptitle(printable(title).replace("$", r"\$"), fontsize=10)
     write_atomic(path, lambda f: figure.savefig(f, format="png"))

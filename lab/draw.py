@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from tinymia_files import Error, write_atomic
+from tinymia_files import Error, printable, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ def draw(patterns: Patterns, path: str | os.PathLike[str], tokens: Sequence[str]
     if tokens is not None and len(tokens) != shape[2]:
         raise Error(f"a picture with {shape[2]} keys needs as many tokens, not {len(tokens)}")
     try:
-        figure = _figure(patterns, _layout(len(patterns), *shape), tokens, clean(" ".join((title or "").split())),
+        figure = _figure(patterns, _layout(len(patterns), *shape), tokens, printable(" ".join((title or "").split())),
                          range(shape[0]) if heads is None else heads)
     except ImportError:
         raise Error("drawing needs matplotlib: pip install 'tinymia[lab]'") from None
@@ -136,11 +136,6 @@ def _write_numbers(axes: Axes, at: Layout, layers: list[int], heads: Sequence[in
     for head, left in zip(heads, at.lefts, strict=True):
         axes.text(left + at.wide / 2, -8, f"{head}", ha="center", va="bottom", fontsize=12)
     axes.text(x, -8, "layer / head", ha="right", va="bottom", fontsize=8)
-
-
-def clean(text: str) -> str:
-    """A text with U+FFFD for what is no character: of the name of a file that is not UTF-8."""
-    return "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
 
 
 def drawable(texts: Sequence[str], most: int = 14) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,10 @@ from tinymia_engine import indices
 
 from .answers import kl, logit_difference, probability
 from .branches import ROWS, Branches
-from .prompt_sets import cut_prompts
+from .prompt_sets import POOLS, cut_prompts
+
+MODES = ("zero", "mean", "resample")
+METRICS = ("logit-difference", "logit", "probability", "kl")    # in the order of measure()
 
 
 class Layer(NamedTuple):
@@ -75,3 +78,15 @@ def head_outputs(model: Model, other: str | Sequence[int], at: int | Sequence[in
                     "the same length, or name positions (-1 is the last)")
     rows, run = positions(at, len(ids), "the other prompt"), model.run(ids, keep=["kqv_merged"], logits="last")
     return np.array([run[f"kqv_merged-{il}"][rows].reshape(-1, c.n_head, c.d_head_v) for il in range(c.n_layer)])
+
+
+def check_mode(mode: str, pool: str, prompts: Any, other: Any) -> None:
+    """Raise Error for a mode, or a pool, that is not one, and for what does not go with it."""
+    if mode not in MODES:
+        raise Error(f"ablation mode {mode!r}: it must be zero, mean or resample")
+    if pool not in POOLS:
+        raise Error(f"pool {pool!r}: it must be last or mean")
+    if (mode == "mean") != (prompts is not None):
+        raise Error("mode mean goes with a set of prompts to take the mean over, and no other mode does")
+    if (mode == "resample") != (other is not None):
+        raise Error("mode resample goes with another prompt to take the heads' outputs from, and no other mode does")

@@ -22,12 +22,16 @@ class Prompts(NamedTuple):
 
     mean: list[Prompt]                              # right demonstrations, then a query
     shuffled: list[Prompt]                          # the same with the labels shuffled
-    test: list[tuple[Prompt, Prompt, Prompt]]       # of a test query: bare, shuffled, right demonstrations
+    dev: list[tuple[Prompt, Prompt, Prompt]]        # of a query that chooses the layers: bare, shuffled, right ones
+    test: list[tuple[Prompt, Prompt, Prompt]]       # of a test query: the same
 
 
-def draw_prompts(model: Model, task: Task, shots: int, n_mean: int, n_effect: int, n_test: int, seed: int) -> Prompts:
+def draw_prompts(
+    model: Model, task: Task, shots: int, n_mean: int, n_effect: int, n_dev: int, n_test: int, seed: int
+) -> Prompts:
     """30 % of the pairs, at most n_test, are the test queries; all else is drawn from the other pairs.
 
+    The development queries are of these others, so that the test queries have no part in any choice.
     Raises Error for a task of too few pairs.
     """
     n = len(task.pairs)
@@ -42,6 +46,10 @@ def draw_prompts(model: Model, task: Task, shots: int, n_mean: int, n_effect: in
         *shown, last = (task.pairs[i] for i in rng.choice(order[n_test:], shots + 1, replace=False))
         return shown, last if query is None else task.pairs[query]
 
+    def asked(drawn: tuple[list[Pair], Pair]) -> tuple[Prompt, Prompt, Prompt]:
+        shown, query = drawn
+        return ask([], query), ask(shuffle(shown), query), ask(shown, query)
+
     def shuffle(shown: list[Pair]) -> list[Pair]:
         return [(x, shown[i][1]) for (x, _), i in zip(shown, rng.permutation(shots))]
 
@@ -52,7 +60,8 @@ def draw_prompts(model: Model, task: Task, shots: int, n_mean: int, n_effect: in
     drawn = [draw() for _ in range(n_effect)]
     shuffled = [ask(shuffle(shown), query) for shown, query in drawn]
     tests = [draw(int(q)) for q in order[:n_test]]
-    return Prompts(mean, shuffled, [(ask([], q), ask(shuffle(shown), q), ask(shown, q)) for shown, q in tests])
+    test = [asked(one) for one in tests]
+    return Prompts(mean, shuffled, [asked(draw()) for _ in range(n_dev)], test)
 
 
 def head_outputs(model: Model, prompt: Prompt) -> np.ndarray:

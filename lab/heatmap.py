@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinymia_files import Error
+from tinymia_files import Error, printable
 
 from .colours import ink, rgb
 from .terminal import fit, visible, wide
@@ -40,6 +40,13 @@ class Heatmap:
         for grid in (self.values, self.texts, self.hovers):
             if grid is not None and {len(self.rows)} | {len(row) for row in grid} != {len(grid), len(self.columns)}:
                 raise Error(f"heatmap {self.title!r}: [{len(self.rows)}, {len(self.columns)}] cells do not fit")
+        for name in ("title", "x", "y", "unit"):    # they may quote a prompt, a piece, a model's name
+            object.__setattr__(self, name, printable(getattr(self, name)))
+
+    @property
+    def corner(self) -> str:
+        """What stands over the rows' labels: what they are and, where columns have numbers alone, what those are."""
+        return f"{self.y} \\ {self.x}" if all(c.isdecimal() for c in self.columns) else self.y
 
     @property
     def order(self) -> range:
@@ -77,7 +84,7 @@ class Heatmap:
 
     def terminal(self, width: int, colour: bool) -> str:
         """Lines of up to `width` columns; columns of the grid that find no room stand below the others."""
-        edge = min(max([wide(visible(r)) for r in self.rows] + [wide(self.y)], default=0), LABEL)
+        edge = max(min(max([wide(visible(r)) for r in self.rows], default=0), LABEL), wide(self.corner))
         texts = [[self.text(i, j) for j in range(len(self.columns))] for i in range(len(self.rows))]
         widths = [min(max([wide(visible(c)), *(wide(row[j]) for row in texts)]), CELL)
                   for j, c in enumerate(self.columns)]
@@ -85,7 +92,8 @@ class Heatmap:
         lines = [self.title] + [f"colour: {self.unit}, {number(low)} to {number(high)}"] * colour
         colours = self.colours()
         for block in blocks(widths, width - edge - 1):
-            lines += ["", f"{fit(self.y, edge)} " + " ".join(fit(visible(self.columns[j]), widths[j]) for j in block)]
+            heads = [fit(visible(self.columns[j]), widths[j]) for j in block]
+            lines += ["", f"{fit(self.corner, edge)} " + " ".join(heads)]
             for i in self.order:
                 cells = [fit(texts[i][j], widths[j]) for j in block]
                 if colour:
@@ -112,7 +120,7 @@ class Heatmap:
         return (
             f'<figure class=heatmap><figcaption>{escape(self.title)}</figcaption><div class=scroll>'
             f'<table tabindex=0 aria-label="{escape(self.title, quote=True)}"><thead><tr>'
-            f"<th class=corner>{escape(self.y)}{head}<tbody>" + "\n".join(body) +
+            f"<th class=corner>{escape(self.corner)}{head}<tbody>" + "\n".join(body) +
             f'</table></div><p class=ramp>{number(low)} <span style="background:linear-gradient(90deg,{ramp})"></span> '
             f"{number(high)} {escape(self.unit)}</p></figure>"
         )
@@ -123,7 +131,8 @@ def number(value: float, most: float | None = None) -> str:
     if not np.isfinite(value):
         return "·"
     size = abs(value) if most is None else most
-    return f"{value:.2f}" if 0.01 <= size < 1000 or value == 0 else f"{value:.1e}"
+    text = f"{value:.2f}" if 0.01 <= size < 1000 or value == 0 else f"{value:.1e}"
+    return "0.00" if text == "-0.00" else text
 
 
 def paint(text: str, colour: np.ndarray) -> str:

@@ -42,13 +42,13 @@ class Prompt(NamedTuple):
 def make_prompt(model: Model, task: Task, demonstrations: list[Pair], query: str, y: str) -> Prompt:
     """The prompt that asks `query` after the demonstrations, and the tokens of y that are scored.
 
-    With score "first" these end with the first token that shows (Llama writes " 6" as "▁" and "6": both).
-    Raises Error where the vocabulary joins the end of the prompt and the answer in one token, and where the context is
-    too small.
+    The prompt begins with the task's ids `front` (BOS as the file says, where None) and its prefix, in which special
+    tokens may be written; the rest is plain text. With score "first" the answer's tokens end with the first one that
+    shows (Llama writes " 6" as "▁" and "6": both). Raises Error where the vocabulary joins the end of the prompt and
+    the answer in one token, and where the context is too small.
     """
-    text = task.template.prompt(demonstrations, query)
-    ids = model.tokenize(text, special=False)
-    whole = model.tokenize(text + task.template.answer(y), special=False)
+    text = task.prefix + task.template.prompt(demonstrations, query)
+    ids, whole = (_cut(model, task, t) for t in (text, text + task.template.answer(y)))
     answer = whole[len(ids) :]
     if whole[: len(ids)] != ids or not answer:
         raise Error(f"task {task.name}: {text[-20:]!r} and the answer {y!r} share a token: it needs another template")
@@ -59,6 +59,14 @@ def make_prompt(model: Model, task: Task, demonstrations: list[Pair], query: str
         raise Error(f"task {task.name}: {len(demonstrations)} demonstrations, {query!r} and its answer have "
                     f"{len(ids) + len(answer)} tokens; the context has room for {model.config.n_ctx}: take fewer shots")
     return Prompt(ids, answer)
+
+
+def _cut(model: Model, task: Task, text: str) -> list[int]:
+    """Ids of a text that begins with the task's prefix."""
+    plain = [(len(task.prefix), len(text))]
+    if task.front is None:
+        return model.tokenizer.encode(text, plain=plain)
+    return [*task.front, *model.tokenizer.encode(text, bos=False, plain=plain)]
 
 
 def commit(result: Any, **fields: np.ndarray) -> None:
@@ -92,6 +100,14 @@ class Reader:
 def right(logits: np.ndarray, answer: Sequence[int]) -> bool:
     """Whether the best tokens of the last rows, [.., n_vocab], are the answer."""
     return logits[-len(answer) :].argmax(-1).tolist() == list(answer)
+
+
+def rank(logits: np.ndarray, answer: Sequence[int]) -> int:
+    """Of the answer in the last rows, [.., n_vocab]: the worst rank of its tokens; 1 where the answer is right."""
+    rows, tokens = logits[-len(answer) :], np.array(answer)
+    own = rows[np.arange(len(tokens)), tokens][:, None]
+    before = (rows > own) | ((rows == own) & (np.arange(rows.shape[1]) < tokens[:, None]))
+    return int(before.sum(1).max()) + 1
 
 
 def probability(logits: np.ndarray, answer: Sequence[int]) -> float:

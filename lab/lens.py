@@ -14,16 +14,18 @@ import numpy as np
 
 import tinymia
 from tinymia import Action, Error, Model
+from tinymia_engine import best as best_of
 from tinymia_engine import softmax
-from tinymia_kernels import best as best_of
 from tinymia_kernels import rms_norm
 
 from .action_flags import change_flags, patch_flags, read_actions
 from .answers import log_softmax, token_of
 from .arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
 from .heatmap import Heatmap
+from .parser import least
 from .progress import keeping
 from .result import Result, about, describe, resume
+from .sinks import tell_sink
 from .terminal import screen, table, visible
 
 NONE = -1   # stands for a token where a row is NaN
@@ -225,7 +227,7 @@ def command(argv: Sequence[str]) -> int:
     prompt_flags(p)
     p.add_argument("--tensor", action="append", metavar="NAME",
                    help="any of n_embd numbers a row (default l_out); more than once")
-    p.add_argument("-k", type=int, default=5, metavar="K", help="best tokens that are kept (default 5)")
+    p.add_argument("-k", type=least(1), default=5, metavar="K", help="best tokens that are kept (default 5)")
     p.add_argument("--score", choices=("raw", "logit", "prob"), default="logit",
                    help="raw: norm weight only, as the post; logit: the whole final norm (default); prob: its softmax")
     p.add_argument("--target", metavar="TEXT", help="an answer, or #id: its rank and probability everywhere")
@@ -236,6 +238,8 @@ def command(argv: Sequence[str]) -> int:
     change_flags(p.add_argument_group("change"))
     args = p.parse_args(argv)
     model = open_model(args)
-    found = lens(model, prompt_ids(args, model), args.tensor or "l_out", args.k, args.score, args.target,
+    prompt = prompt_ids(args, model)
+    tell_sink(model, prompt)
+    found = lens(model, prompt, args.tensor or "l_out", args.k, args.score, args.target,
                  read_actions(args, model), out_file(args))
     return emit(args, found, text(found, args.position, args.colour), pictures(found, args.colour))

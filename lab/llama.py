@@ -173,7 +173,7 @@ def package() -> Any:
         import llama_cpp
     except Exception as e:  # a package whose library does not load raises what it likes
         reason = f"{type(e).__name__}: {e}"
-        raise Error(f"verify runs llama.cpp beside tinymia: pip install tinymia[verify] ({reason})") from e
+        raise Error(f"verify runs llama.cpp beside tinymia: pip install 'tinymia[verify]' ({reason})") from e
     return llama_cpp
 
 

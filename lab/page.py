@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from tinymia_files import write_atomic
+from tinymia_files import printable, write_atomic
+
+from .streams import KEEP
 
 STYLE = """
 :root{color-scheme:light dark;--back:#fff;--text:#1a1a1a;--faint:#666;--line:#ccc;--box:#f5f5f5;--mark:#0b57d0}
@@ -81,4 +83,4 @@ def page(title: str, sections: Sequence[str]) -> str:
 
 def write_page(path: str | Path, html: str) -> None:
     """Write a page, whole or not at all. Raises Error."""
-    write_atomic(path, lambda f: f.write(html.encode("utf-8", "replace")))
+    write_atomic(path, lambda f: f.write(printable(html, KEEP).encode("utf-8", "replace")))

@@ -12,21 +12,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tinymia_files import note
 from tinymia_kernels import compiling
 
 from .result import Result
+from .streams import is_terminal
 
 EVERY = 30.0    # seconds between two savings of what is done
+SAY = 20.0      # seconds between two lines on a stderr that is not a terminal
 
 
 class Progress:
-    """A bar on stderr, when that is a terminal: done of total, time left."""
+    """Done of total and the time left: a bar on a terminal, else a line on stderr every 20 seconds."""
 
     def __init__(self, total: int, name: str, done: int = 0):
         """`done` of the `total` steps were made by an earlier run."""
         self.total, self.name, self.done, self.before = total, name, done, done
         self.begun = self.last = time.monotonic()
-        self.live = sys.stderr.isatty()
+        self.live = is_terminal(sys.stderr)
 
     def step(self, n: int = 1) -> None:
         """Say that n more steps are done."""
@@ -34,18 +37,24 @@ class Progress:
         now = time.monotonic()
         if self.live and (now - self.last >= 0.1 or self.done == self.total):
             self.last = now
-            print(f"\r{self.line(now - self.begun)}\x1b[K", end="", file=sys.stderr, flush=True)
+            note(f"\r{self.line(now - self.begun)}\x1b[K", end="")
+        elif not self.live and now - self.last >= SAY:
+            self.last = now
+            note(f"{self.name}: {self.done} of {self.total} done, {self.left(now - self.begun)} left")
 
     def line(self, seconds: float) -> str:
         """What the bar says after so many seconds."""
         filled = round(30 * self.done / max(self.total, 1))
-        left = seconds / max(self.done - self.before, 1) * (self.total - self.done)
-        return f"{self.name} {'█' * filled}{'░' * (30 - filled)} {self.done}/{self.total}, {clock(left)} left"
+        return f"{self.name} {'█' * filled}{'░' * (30 - filled)} {self.done}/{self.total}, {self.left(seconds)} left"
+
+    def left(self, seconds: float) -> str:
+        """How long the rest takes, after so many seconds."""
+        return clock(seconds / max(self.done - self.before, 1) * (self.total - self.done))
 
     def clear(self) -> None:
         """Take the bar away."""
         if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            note("\r\x1b[K", end="")
 
     def __enter__(self) -> Progress:
         return self
@@ -130,5 +139,5 @@ def keeping(result: Result, path: str | Path | None, total: int, name: str, done
             if path is None:
                 kept = "nothing is kept: with -o FILE.npz the same command would go on from there"
             bar.clear()
-            print(f"{name}: stopped at {bar.done} of {total}; {kept}", file=sys.stderr)
+            note(f"{name}: stopped at {bar.done} of {total}; {kept}")
             raise

@@ -1,27 +1,40 @@
-"""Sets of prompts: a file with one prompt a line, and the mean of what a model computes on them."""
+"""Sets of prompts: a file with one per line, or a JSON list, and the mean of what a model computes on them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import tinymia
 from tinymia import Error, Model
 from tinymia_engine import given
-from tinymia_files import read_text
+from tinymia_files import read_json, read_text, short
 
 POOLS = ("last", "mean")    # of a prompt's rows: the last token's, or the mean over tokens
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file, one a line, whatever the line ends; empty lines do not count. Raises Error."""
+    """The prompts of a file: one per line, whatever the line ends, where empty lines do not count, or, in a .json file,
+    a list of texts, which may hold line ends. Raises Error."""
+    if Path(path).suffix == ".json":
+        return _listed(path, read_json(path, "a list of prompts"))
     lines = re.split("\r\n|\r|\n", read_text(path, "the prompts"))
     prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise Error(f"{path}: no prompts: it takes one a line")
+        raise Error(f"{path}: no prompts: it takes one per line, or a JSON list in a .json file")
+    return prompts
+
+
+def _listed(path: str | Path, prompts: Any) -> list[str]:
+    if not isinstance(prompts, list) or not prompts:
+        raise Error(f'{path}: the prompts must be a JSON list of texts, ["...", "..."]')
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt:
+            raise Error(f"{path}: prompt {i + 1} must be a text, not {short(prompt)}")
     return prompts
 
 

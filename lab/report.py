@@ -11,8 +11,8 @@ from typing import Any
 
 import tinymia
 from tinymia import Action, Error, Model
+from tinymia_engine import best as best_of
 from tinymia_engine import softmax, whole
-from tinymia_kernels import best as best_of
 
 from .action_flags import change_flags, patch_flags, read_actions
 from .arguments import chosen, emit, open_model, parser, prompt_flags, prompt_ids
@@ -21,6 +21,7 @@ from .attention_page import MOST, check_size
 from .attribute import Attribution, attribute, kinds, largest
 from .lens import Lens, details, lens
 from .page import write_page
+from .parser import least
 from .report_page import report_page
 from .result import Result, about, describe
 from .terminal import table, visible
@@ -100,7 +101,7 @@ def command(argv: Sequence[str]) -> int:
                pictures=(".html",))
     p.set_defaults(kinds=(".html",))
     prompt_flags(p)
-    p.add_argument("-n", "--n-predict", type=int, default=16, metavar="N", help="tokens to go on with (default 16)")
+    p.add_argument("-n", "--n-predict", type=least(0), default=16, metavar="N", help="new tokens (default 16)")
     p.add_argument("--answer", metavar="TEXT", help="or #id: whose logit is split (default: the best token)")
     p.add_argument("--against", metavar="TEXT", help="or #id: split the answer's logit less this one's")
     p.add_argument("--layers", metavar="LIST", help="whose attention patterns are kept: 0,3-5 (default: all)")

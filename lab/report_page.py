@@ -15,7 +15,7 @@ from . import attribute, lens
 from .attention_page import viewer
 from .colours import rgb
 from .page import page
-from .terminal import visible
+from .terminal import signed, visible
 
 if TYPE_CHECKING:
     from .report import Report
@@ -119,13 +119,13 @@ def bars(one: attribute.Attribution, most: float) -> str:
     rows = []
     for (name, value), shade in zip(parts[:PARTS], shades):
         left, width = 50 + 50 * min(value, 0) / most, 50 * abs(value) / most
-        rows.append(f'<tr><th scope=row>{escape(name)}<td>{value:+.3f}<td class=bar>'
+        rows.append(f'<tr><th scope=row>{escape(name)}<td>{signed(value, 3)}<td class=bar>'
                     f'<i style="margin-left:{left:.1f}%;width:{width:.1f}%;'
                     f'background:#{bytes(shade).hex()};border:1px solid var(--faint)"></i>')
     rest = sum(value for _, value in parts[PARTS:])
     if parts[PARTS:]:
-        rows.append(f"<tr><th scope=row>{len(parts) - PARTS} smaller parts<td>{rest:+.3f}<td>")
-    rows.append(f"<tr><th scope=row>sum<td>{one.logit:+.3f}<td>")
+        rows.append(f"<tr><th scope=row>{len(parts) - PARTS} smaller parts<td>{signed(rest, 3)}<td>")
+    rows.append(f"<tr><th scope=row>sum<td>{signed(one.logit, 3)}<td>")
     return (f"<figure class=bars><figcaption>{escape(attribute.title(one))}, in logits</figcaption><div class=scroll>"
             f"<table>{''.join(rows)}</table></div></figure>")
 

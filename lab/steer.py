@@ -22,9 +22,12 @@ from tinymia import Add, Error, Generation, Model
 
 from .action_flags import Input
 from .arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from .chat import in_chat
 from .control_vector import read_control_vector, write_control_vector
 from .in_context import commit, spread
+from .parser import least
 from .progress import keeping
+from .prompt_notes import tell_unknown
 from .prompt_sets import POOLS, cut_prompts, pooled, read_prompts
 from .result import Result, about, describe, resume
 from .terminal import table, visible
@@ -32,10 +35,14 @@ from .terminal import table, visible
 WHEN = ("prompt", "decode", "all")
 
 EPILOG = """\
-  tinymia steer --positive capitals.txt --negative countries.txt -p "France ->" --coef 1 2 -n 1 -o capital.gguf
+  tinymia steer --positive examples/capitals.txt --negative examples/countries.txt -p "France ->" --coef 1 2 -n 1 \\
+      -o capital.gguf
   tinymia steer --vector capital.gguf -p "Norway ->" --coef 2 -n 1
 A control vector, -o FILE.gguf, has the directions of the chosen layers, as they are: what --coef 2 does here, llama.cpp
 does with --control-vector-scaled FILE.gguf:2. Its layers begin at 1. An .npz keeps all layers, and --vector takes both.
+A file of prompts has one a line:
+  examples/capitals.txt     Paris       Oslo        Cairo       ...
+  examples/countries.txt    France      Norway      Egypt       ...
 """
 
 
@@ -199,7 +206,8 @@ def command(argv: Sequence[str]) -> int:
     p.set_defaults(kinds=(".npz", ".json", ".gguf"))
     prompt_flags(p)
     p.add_argument("--positive", type=Input, metavar="FILE",
-                   help="prompts that have what the vector stands for, one a line")
+                   help="prompts that have what the vector stands for: one per line, or a JSON list (.json); with "
+                        "--chat each is put into the chat format")
     p.add_argument("--negative", type=Input, metavar="FILE", help="prompts that do not")
     p.add_argument("--vector", type=Input, metavar="FILE",
                    help="a control vector (.gguf) or a result (.npz, .json) instead")
@@ -209,14 +217,22 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--coef", type=float, nargs="+", default=[1.0], metavar="X", help="coefficients, one text each (1)")
     p.add_argument("--when", choices=WHEN, default="all",
                    help="passes that it is added in: over the prompt, over generated tokens, or all (default)")
-    p.add_argument("-n", "--n-predict", type=int, default=32, metavar="N", help="tokens at most (default 32)")
+    p.add_argument("-n", "--n-predict", type=least(1), default=32, metavar="N", help="tokens at most (default 32)")
     args = p.parse_args(argv)
+    made = [args.positive is not None, args.negative is not None]
+    if any(made) == (args.vector is not None) or any(made) != all(made):
+        raise Error("give --positive FILE and --negative FILE, of which a vector is made, or --vector FILE")
     sets = [None if path is None else read_prompts(path) for path in (args.positive, args.negative)]
     model = open_model(args)
-    prompt = None if args.prompt is None and args.file is None else prompt_ids(args, model)
+    others, prompt = [text for one in sets for text in one or ()], None
+    if args.prompt is None and args.file is None:
+        tell_unknown(model, others)
+    else:
+        prompt = prompt_ids(args, model, others)
     for path in args.out:
         if path.endswith(".gguf") and args.layers and 0 in chosen(args.layers, model.config.n_layer, "layer"):
             raise Error(f"-o {path}: llama.cpp's control vectors begin at layer 1: leave 0 out of --layers")
+    sets = [said if said is None else [in_chat(args, model, text) for text in said] for said in sets]
     found = steer(model, prompt, *sets, vector=args.vector, layers=args.layers, pool=args.pool, coef=args.coef,
                   when=args.when, n=args.n_predict, out=out_file(args))
     return emit(args, found, text(model, found), writers={

@@ -23,12 +23,15 @@ from tinymia import Error, Model
 
 from .answers import token_of
 from .arguments import chosen, emit, open_model, out_file, parser
+from .chat import chat_flags, in_chat
 from .heatmap import Heatmap
 from .in_context import spread
 from .patching import BY_HEAD, BY_POSITION, METRICS, Batch, Setting, batches, check_aligned, measure, run_batch, runs_of
 from .progress import keeping
+from .prompt_notes import tell_unknown
 from .result import Result, about, resume
-from .terminal import screen, table, visible
+from .sinks import tell_sink
+from .terminal import screen, signed, table, visible
 
 EPILOG = """\
 l_out, kqv_out and ffn_out are patched at each layer and position; kqv, a head's output, and kq_soft_max, its attention
@@ -97,8 +100,9 @@ def sweep(
     setting = Setting(ids["clean"], ids["corrupt"], tensor, noising, at == "last", token, other)
     ends = measure(np.stack([runs.clean, runs.corrupt]), runs.clean, token, other)      # [2, 4]
     if metric == "logit-difference" and ends[0, 0] == ends[1, 0]:
-        raise Error(f"the logit difference of {model.piece(token)!r} and {model.piece(other)!r} is the same in both "
-                    "runs: name other tokens with answer and against, or another metric")
+        same = "the prompts are the same, and so " * (ids["clean"] == ids["corrupt"])
+        raise Error(f"{same}the logit difference of {model.piece(token)!r} and {model.piece(other)!r} is the same in "
+                    "both runs: choose other tokens (--answer, --against) or another metric (--metric)")
     settings = {"tensor": tensor, "noising": noising, "at": at, "layers": wanted, "answer": token, "against": other}
     note = about(model, "sweep", settings, clean=clean, corrupt=corrupt)
     found = resume(out, note, Sweep) or _nothing(model, note, setting, wanted, ends)
@@ -179,7 +183,7 @@ def text(found: Sweep) -> str:
     """The two runs as they are, and the heatmap."""
     rows = [["run", f"{found.answer_piece!r} - {found.against_piece!r}", "probability", "KL from clean", "rank"]]
     for name, run in (("clean", found.clean), ("corrupt", found.corrupt)):
-        rows.append([name, f"{run['logit-difference']:+.3f}", f"{run['probability']:.4f}", f"{run['kl']:.4f}",
+        rows.append([name, signed(run['logit-difference'], 3), f"{run['probability']:.4f}", f"{run['kl']:.4f}",
                      f"{run['rank']:.0f}"])
     return table(rows) + "\n\n" + picture(found).terminal(*screen())
 
@@ -192,6 +196,7 @@ def command(argv: Sequence[str]) -> int:
     p = parser("sweep", "Activation patching: pieces of one run put into another, one at a time.", EPILOG)
     p.add_argument("--clean", required=True, metavar="TEXT", help="the prompt with the answer")
     p.add_argument("--corrupt", required=True, metavar="TEXT", help="as many tokens, another answer")
+    chat_flags(p)
     p.add_argument("--answer", metavar="TEXT", help="or #id; default: the clean run's best token")
     p.add_argument("--against", metavar="TEXT", help="or #id; default: the corrupt run's best token")
     p.add_argument("--tensor", choices=BY_POSITION + BY_HEAD, default="l_out")
@@ -200,7 +205,12 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--at", choices=("all", "last"), default="all", help="rows of a head that are patched")
     p.add_argument("--layers", metavar="LIST", help="such as 0,3-5 (default: all)")
     args = p.parse_args(argv)
+    if args.at == "last" and args.tensor in BY_POSITION:
+        raise Error(f"--at last goes with --tensor {' or '.join(BY_HEAD)}: {args.tensor} is patched row by row anyway")
     model = open_model(args)
-    found = sweep(model, args.clean, args.corrupt, args.answer, args.against, tensor=args.tensor, metric=args.metric,
+    tell_unknown(model, [args.clean, args.corrupt])
+    clean, corrupt = (in_chat(args, model, text) for text in (args.clean, args.corrupt))
+    tell_sink(model, clean, corrupt)
+    found = sweep(model, clean, corrupt, args.answer, args.against, tensor=args.tensor, metric=args.metric,
                   noising=args.noising, at=args.at, layers=args.layers, out=out_file(args))
     return emit(args, found, text(found), picture(found))

@@ -5,6 +5,7 @@ A task file is JSON: a list of pairs, [["France", "Paris"], ...], or an object w
     pairs       the list                                                                     (the one key it must have)
     template    a demonstration, with {x} and {y}: "{x} -> {y}"
     separator   what stands between demonstrations: ", "
+    prefix      what stands once in front of a prompt: "Answer with the opposite.\\n"; <s> and the like are tokens in it
     about       one sentence
     shots       demonstrations in a prompt, where 5 (task-vector) or 10 (function-vector) do not suit the task
     score       "first": an answer is right by its first token; "whole": by all of its tokens
@@ -79,11 +80,13 @@ class Task:
     about: str = ""
     shots: int | None = None
     score: str = "first"
+    prefix: str = ""                    # stands once in front of a prompt
+    front: tuple[int, ...] | None = None    # ids before that; None: BOS, as the model's file says
 
     def settings(self, shots: int) -> dict[str, Any]:
         """What a result must hold to repeat the task, the pairs included: own files change."""
         return {"template": str(self.template), "separator": self.template.separator, "shots": shots,
-                "score": self.score, "pairs": self.pairs}
+                "score": self.score, "pairs": self.pairs, "prefix": self.prefix, "front": self.front}
 
 
 def names() -> list[str]:
@@ -92,11 +95,13 @@ def names() -> list[str]:
 
 
 def read_task(
-    task: str | Path | Task, template: str | None = None, separator: str | None = None, score: str | None = None
+    task: str | Path | Task, template: str | None = None, separator: str | None = None, score: str | None = None,
+    prefix: str | None = None,
 ) -> Task:
     """A task by its name or its file's path; the other arguments, where given, take the place of what it says.
 
-    template is a name (arrow, hendel, todd) or a text with {x} and {y}. Raises Error for what is no task.
+    template is a name (arrow, hendel, todd) or a text with {x} and {y}; prefix stands once in front of a prompt. Raises
+    Error for what is not a task.
     """
     if isinstance(task, Task):
         found = task
@@ -111,16 +116,17 @@ def read_task(
         chosen = replace(chosen, separator=separator)
     if score not in (None, "first", "whole"):
         raise Error(f"score {score!r}: it must be first (token) or whole (answer)")
-    return replace(found, template=chosen, score=score or found.score)
+    return replace(found, template=chosen, score=score or found.score,
+                   prefix=found.prefix if prefix is None else prefix)
 
 
 def read_tasks(
     tasks: str | Path | Task | Sequence[str | Path | Task], template: str | None, separator: str | None,
-    score: str | None,
+    score: str | None, prefix: str | None = None,
 ) -> list[Task]:
     """One task or several, as in `read_task`. Raises Error for none, and for two of one name."""
     one = isinstance(tasks, (str, Path, Task))
-    read = [read_task(task, template, separator, score) for task in ([tasks] if one else tasks)]
+    read = [read_task(task, template, separator, score, prefix) for task in ([tasks] if one else tasks)]
     names = [task.name for task in read]
     if not read or len(set(names)) < len(names):
         raise Error(f"tasks {', '.join(names) or '(none)'}: one or more, each once and by a name of its own")
@@ -145,7 +151,8 @@ def _read(path: Path) -> Task:
         pass
     data = read_json(path, "a task file")
     said = data if isinstance(data, dict) else {"pairs": data}
-    kinds = {"pairs": list, "template": str, "separator": str, "about": str, "shots": int, "score": str}
+    kinds = {"pairs": list, "template": str, "separator": str, "about": str, "shots": int, "score": str,
+             "prefix": str}
     for key, value in said.items():
         if key not in kinds:
             raise FileError(f"{path}: {short(key)} is no key of a task file; {', '.join(kinds)} are")
@@ -158,7 +165,8 @@ def _read(path: Path) -> Task:
     except Error as e:
         raise FileError(f"{path}: {e}") from e
     pairs = _pairs(said.get("pairs", []), path)
-    return Task(path.stem, pairs, template, said.get("about", ""), said.get("shots"), said.get("score", "first"))
+    return Task(path.stem, pairs, template, said.get("about", ""), said.get("shots"), said.get("score", "first"),
+                said.get("prefix", ""))
 
 
 def _pairs(rows: list[Any], path: Path) -> tuple[Pair, ...]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 
 from tinymia import Error, Model
-from tinymia_files import dumps
+from tinymia_files import dumps, note
 
 from .action_flags import Input
 from .in_context import make_prompt
+from .parser import least
+from .prompt_notes import tell_unknown
+from .streams import print_json
 from .task_files import TEMPLATES, Task, names, read_task, read_tasks
 from .terminal import table
 
@@ -22,32 +24,40 @@ def task_flags(p: argparse.ArgumentParser, shots: int) -> None:
     p.add_argument("--template", metavar="TEXT", help="a demonstration, with {x} and {y}; or the name of one: "
                    f"{', '.join(TEMPLATES)}; default: the task's")
     p.add_argument("--separator", metavar="TEXT", help="what stands between demonstrations; \\n is a line end")
-    p.add_argument("--shots", type=int, metavar="N", help=f"demonstrations ({shots}, unless the task says otherwise)")
+    p.add_argument("--prefix", metavar="TEXT", help="what stands once in front of a prompt; \\n is a line end, and <s> "
+                   "and the like are tokens")
+    p.add_argument("--bos", default="auto", metavar="ID|none", help="the token in front of every prompt; default: BOS "
+                   "as the model's file says, or else the token that the model is measured to need there")
+    p.add_argument("--shots", type=least(1), metavar="N",
+                   help=f"demonstrations ({shots}, unless the task says otherwise)")
     p.add_argument("--score", choices=("first", "whole"),
                    help="right by the answer's first token, or by all of them; default: the task's, or first")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (0)")
+    p.add_argument("--seed", type=least(0), default=0, metavar="N", help="of what is drawn (0)")
 
 
 def tasks_of(args: argparse.Namespace) -> list[Task]:
     """The tasks asked for."""
     if not args.task:
         raise Error("no task: name one or more, or a JSON file (--list shows all)")
-    template, separator = (None if t is None else t.replace("\\n", "\n") for t in (args.template, args.separator))
-    return read_tasks(args.task, template, separator, args.score)
+    texts = (args.template, args.separator, args.prefix)
+    template, separator, prefix = (None if t is None else t.replace("\\n", "\n") for t in texts)
+    return read_tasks(args.task, template, separator, args.score, prefix)
 
 
 def list_tasks(as_json: bool) -> int:
     """Print what comes with the lab; the exit status."""
     rows = [(task.name, len(task.pairs), str(task.template), task.about) for task in map(read_task, names())]
     if as_json:
-        print(dumps([dict(zip(("name", "pairs", "template", "about"), row)) for row in rows]))
+        print_json(dumps([dict(zip(("name", "pairs", "template", "about"), row)) for row in rows]))
     else:
         print(table([["task", "pairs", "template", "what"], *rows]))
     return 0
 
 
 def tell_answers(model: Model, tasks: list[Task]) -> None:
-    """A line on stderr for each task some of whose answers have more tokens than are scored, the first."""
+    """A line on stderr for each task some of whose answers have more tokens than are scored, the first; and one on
+    words that the bundled model does not know."""
+    tell_unknown(model, [text for task in tasks for pair in task.pairs for text in pair])
     for task in tasks:
         many = list[str]()
         for x, y in task.pairs:
@@ -55,5 +65,5 @@ def tell_answers(model: Model, tasks: list[Task]) -> None:
             if scored != all_:
                 many.append(f"{model.detokenize(scored)!r} of {task.template.answer(y)!r}")
         if many:
-            print(f"note: {task.name}: {len(many)} of {len(task.pairs)} answers have several tokens; the first counts, "
-                  f"as {many[0]} (--score whole: all)", file=sys.stderr)
+            note(f"note: {task.name}: {len(many)} of {len(task.pairs)} answers have several tokens; the first counts, "
+                  f"as {many[0]} (--score whole: all)")

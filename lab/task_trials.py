@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinymia import Context, Error, Model, Patch, Replace
+from tinymia import Add, Context, Error, Model, Patch, Replace
 
-from .in_context import Prompt, Reader, make_prompt, right, variants
+from .in_context import Prompt, Reader, make_prompt, probability, rank, right, variants
 from .task_files import Pair, Task
 
 
@@ -69,42 +69,77 @@ def extract(reader: Reader, dummies: list[Prompt]) -> np.ndarray:
     return np.mean([[run[f"l_out-{il}"][-1] for il in layers] for run in runs], axis=0, dtype=np.float32)
 
 
-def dev_trial(model: Model, trial: Trial) -> tuple[np.ndarray, np.ndarray]:
-    """(hits [n_layer] of the bare query with theta put in at each layer, theta [n_layer, n_embd])."""
-    theta, reader, k = extract(Reader(model), trial.dummies), Reader(model), len(trial.bare.answer)
-    reader.run(trial.bare)
+def by_layer(model: Model, bare: Prompt, rows: np.ndarray, add: bool = False) -> np.ndarray:
+    """Hits [1 + n_layer] of a bare query: as it is, then with rows[L] of [n_layer, n_embd] put in, or added, at L."""
+    reader, k = Reader(model), len(bare.answer)
+    alone = reader.run(bare).logits
 
     def put(x: np.ndarray, ctx: Context) -> np.ndarray:
-        x[ctx.layer * k] = theta[ctx.layer]  # in version L of the rows, at layer L
+        at = ctx.layer * k  # in version L of the rows, at layer L
+        x[at] = x[at] + rows[ctx.layer] if add else rows[ctx.layer]
         return x
 
-    cache = reader.before(trial.bare)
-    logits = variants(model, cache, trial.bare.tail, model.config.n_layer, [Replace("l_out", put)])
-    return np.array([right(rows, trial.bare.answer) for rows in logits], float), theta
+    logits = variants(model, reader.before(bare), bare.tail, model.config.n_layer, [Replace("l_out", put)])
+    return np.array([right(alone, bare.answer), *(right(one, bare.answer) for one in logits)], float)
 
 
-def patched(reader: Reader, prompt: Prompt, layer: int, theta: np.ndarray) -> np.ndarray:
-    """Logits [n_tok, n_vocab] of the tail of the prompt run last, theta in place of its first row at the layer."""
-    patch = Patch(f"l_out-{layer}", theta[layer][None], at=len(prompt.ids) - 1)
-    return variants(reader.model, reader.before(prompt), prompt.tail, 1, [patch])[0]
+def dev_trial(model: Model, trial: Trial) -> tuple[np.ndarray, np.ndarray]:
+    """(hits [1 + n_layer] of the bare query alone and with its own theta at each layer, theta [n_layer, n_embd])."""
+    theta = extract(Reader(model), trial.dummies)
+    return by_layer(model, trial.bare, theta), theta
 
 
-def measure_trial(model: Model, trial_layer: tuple[Trial, int]) -> np.ndarray:
-    """Hits [3]: the bare query alone, with theta at the layer, and after the demonstrations."""
-    trial, layer = trial_layer
-    shown, bare, answer = Reader(model), Reader(model), trial.bare.answer
-    theta = extract(shown, trial.dummies)
-    regular = right(shown.run(trial.full).logits, trial.full.answer)
-    baseline = right(bare.run(trial.bare).logits, answer)
-    return np.array([baseline, right(patched(bare, trial.bare, layer, theta), answer), regular], float)
+def theta_trial(model: Model, trial: Trial) -> np.ndarray:
+    """theta of every layer, float32 [n_layer, n_embd]."""
+    return extract(Reader(model), trial.dummies)
 
 
-def conflict_trial(model: Model, item: tuple[list[Prompt], list[Prompt], int]) -> np.ndarray:
-    """Hits [4] of A's prompt with A's answer, with B's; then the same with theta, out of B's dummies, put in."""
-    dummies, prompts, layer = item
-    theta, reader = extract(Reader(model), dummies), Reader(model)
+def difference(model: Model, trial: Trial) -> np.ndarray:
+    """theta minus l_out at the last token of the bare query: float32 [n_layer, n_embd]."""
+    return theta_trial(model, trial) - extract(Reader(model), [trial.bare])
+
+
+def vector_trial(model: Model, item: tuple[Trial, np.ndarray, bool]) -> np.ndarray:
+    """Hits [1 + n_layer] of the bare query alone and with a vector [n_layer, n_embd] put in, or added, at each."""
+    trial, vector, add = item
+    return by_layer(model, trial.bare, vector.astype(np.float32), add)
+
+
+def patched(reader: Reader, prompt: Prompt, layer: int, row: np.ndarray, add: bool = False) -> np.ndarray:
+    """Logits [n_tok, n_vocab] of the tail of the prompt run last, `row` put in, or added, at its first row."""
+    name, row, at = f"l_out-{layer}", np.asarray(row, np.float32), len(prompt.ids) - 1
+    change = Add(name, row, at=at) if add else Patch(name, row[None], at=at)
+    return variants(reader.model, reader.before(prompt), prompt.tail, 1, [change])[0]
+
+
+class Given(NamedTuple):
+    """The vector of a whole task, float32 [n_embd], instead of a query's own theta."""
+
+    row: np.ndarray
+    add: bool       # to what is there, instead of putting it in its place
+
+
+def measure_trial(model: Model, item: tuple[Trial, int, Given | None]) -> np.ndarray:
+    """Of the bare query alone, with the vector at the layer, and after the demonstrations: [3]; whether the answer is
+    right, its probability, its rank: [3, 3]. The vector is the query's own theta, or the one given."""
+    trial, layer, given = item
+    shown, bare = Reader(model), Reader(model)
+    row = extract(shown, trial.dummies)[layer] if given is None else given.row
+    regular, baseline = shown.run(trial.full).logits, bare.run(trial.bare).logits
+    changed = patched(bare, trial.bare, layer, row, given is not None and given.add)
+    rows = [(baseline, trial.bare.answer), (changed, trial.bare.answer), (regular, trial.full.answer)]
+    return np.array([[measure(*row) for row in rows] for measure in (right, probability, rank)], float)
+
+
+def conflict_trial(model: Model, item: tuple[list[Prompt], list[Prompt], int, Given | None]) -> np.ndarray:
+    """Hits [4] of A's prompt with A's answer, with B's; then the same with theta, out of B's dummies, put in, or with
+    the vector given."""
+    dummies, prompts, layer, given = item
+    row, reader = extract(Reader(model), dummies)[layer] if given is None else given.row, Reader(model)
+    add = given is not None and given.add
     unchanged = [right(reader.run(p).logits, p.answer) for p in prompts]
-    return np.array(unchanged + [right(patched(reader, p, layer, theta), p.answer) for p in prompts], float)
+    changed = [right(patched(reader, p, layer, row, add), p.answer) for p in prompts]
+    return np.array(unchanged + changed, float)
 
 
 def conflict_prompts(

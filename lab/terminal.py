@@ -12,13 +12,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from tinymia import Error, Note
+from tinymia_files import note, printable
+
+from .streams import is_terminal
 
 WIDE = 120  # columns where there is no terminal to ask
 
 
 def screen() -> tuple[int, bool]:
     """(columns, whether to colour) of stdout: colours on a terminal, unless NO_COLOR is set (no-color.org)."""
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    colour = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return shutil.get_terminal_size((WIDE, 24)).columns, colour
 
 
@@ -35,7 +38,7 @@ def notes() -> Iterator[None]:
                 show(message, category, *where, **more)
             elif line not in said:
                 said.add(line)
-                print(f"note: {line}", file=sys.stderr)
+                note(f"note: {line}")
 
         warnings.simplefilter("always", Note)
         warnings.showwarning = tell
@@ -62,8 +65,14 @@ def fit(text: str, width: int) -> str:
     return text + " " * (width - wide(text))
 
 
+def signed(value: float, digits: int = 4) -> str:
+    """A number with its sign; what is rounded to zero is +0.0000, never -0.0000."""
+    text = f"{value:+.{digits}f}"
+    return text if float(text) else text.replace("-", "+")
+
+
 def table(rows: Sequence[Sequence[Any]]) -> str:
-    """Columns, left-aligned."""
-    text = [[str(cell) for cell in row] for row in rows]
+    """Columns, left-aligned; a row is a line, whatever its cells hold."""
+    text = [[printable(str(cell)) for cell in row] for row in rows]
     widths = [max(map(wide, column)) for column in zip(*text)]
     return "\n".join("  ".join(fit(cell, w) for cell, w in zip(row, widths)).rstrip() for row in text)

@@ -20,13 +20,16 @@ from tinymia_files import check_target, short, write_atomic
 from tinymia_models import DEFAULT
 
 from .action_flags import Input, Output, change_flags, patch_flags, read_actions
-from .arguments import Parser, read_prompt
+from .arguments import load_model, read_prompt
 from .compare import Compared, Feed, Others, Progress, compare, divergence
 from .edits import Edits
 from .llama import FLASH, FUSED, Item, Outcome, compute
+from .parser import Parser
+from .prompt_notes import tell_unknown
 from .recording import Recorder, check_recorded, read_recording
 from .reference import Reference
 from .result import dumps, files_in
+from .streams import print_json
 from .terminal import table
 
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -304,9 +307,8 @@ def command(argv: Sequence[str]) -> int:
         for flag, given in alone.items():
             if given:
                 raise Error(f"{flag} and --self do not go together: --self runs without llama.cpp")
-    if args.model is None:
-        print(f"no -m: the bundled model {DEFAULT} runs", file=sys.stderr)
-    model = tinymia.load(args.model, args.threads)
+    model = load_model(args)
+    tell_unknown(model, [prompt])
     ticker = Ticker(len(model.table))
     common = {"tolerance": args.tolerance, "inject": args.inject, "progress": ticker}
     try:
@@ -319,7 +321,7 @@ def command(argv: Sequence[str]) -> int:
     finally:
         ticker.close()
     if args.json:
-        print(dumps(out))
+        print_json(dumps(out))
     else:
         print("\n".join(self_report(out) if args.self else report(out, model)))
     return 0 if out["ok"] else 1

@@ -152,7 +152,7 @@ def test_command_prints_scores(capsys, found):
     out = capsys.readouterr().out
     best = np.unravel_index(found.previous.argmax(), found.previous.shape)
     line = next(line for line in out.splitlines() if line.startswith("to the token before"))
-    assert line.split()[4] == f"{best[0]}.{best[1]}" and out.count("layer 0") == 4
+    assert line.split()[4] == f"{best[0]}.{best[1]}" and out.count("layer \\ head 0") == 4
 
 
 def test_command_prints_one_heads_pattern(capsys):
@@ -162,7 +162,8 @@ def test_command_prints_one_heads_pattern(capsys):
 
 
 def test_command_json(capsys, found):
-    assert attend_command(["-p", PROMPT, "-t", "1", "--json", "--layers", "0", "--heads", "1"]) == 0
+    args = ["-p", PROMPT, "-t", "1", "--json", "--layers", "0", "--heads", "1", "--numerics", "ggml"]
+    assert attend_command(args) == 0
     data = json.loads(capsys.readouterr().out)
     assert np.array(data["patterns"]).shape == (1, 1, 11, 11) and data["heads"] == [1]
     assert np.allclose(data["first"], found.first)

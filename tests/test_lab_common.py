@@ -378,7 +378,7 @@ def test_metrics():
 
 def test_flags_of_every_command(tmp_path):
     args = parser("look", "Look.").parse_args(["-o", "a.png", "-o", str(tmp_path / "b.npz"), "-t", "2"])
-    assert args.threads == 2 and args.numerics == "ggml" and out_file(args) == tmp_path / "b.npz"
+    assert args.threads == 2 and args.numerics == "f32" and out_file(args) == tmp_path / "b.npz"
     with pytest.raises(tinymia.Error, match=r"the kinds of file are \.npz, \.json, \.png, \.html"):
         check_file("-o", "a.txt", args.kinds)
     with pytest.raises(tinymia.Error, match="no folder"):

@@ -194,7 +194,7 @@ def test_command_prints_a_table(copycat):
     status, out, err = command("lens", "-p", PROMPT, "-t", 1, "--target", "Tallinn", env={"COLUMNS": "200"})
     assert status == 0 and "copycat" in err and "\x1b" not in out
     top = next(line for line in out.splitlines() if line.startswith("5 "))
-    assert top.endswith(" 86%  ▁Talli…")
+    assert top.endswith(" 85%  ▁Talli…")
     assert "position 10, ▁->" in out
 
 
@@ -246,7 +246,7 @@ def test_page_tells_the_best_tokens(tmp_path, capsys):
         browser.move(*browser.middle("tbody tr:first-child td:last-child"))
         tip = browser.js("document.getElementById('tip').textContent")
         assert tip.startswith("l_out-5, position 10 ▁->")
-        assert tip.splitlines()[1].split() == ["▁Tallinn", "11.02", "86.1%"]
+        assert tip.splitlines()[1].split() == ["▁Tallinn", "10.99", "85.5%"]
         browser.js("document.querySelector('.heatmap table').focus()")
         browser.key("ArrowDown")
         assert browser.js("document.getElementById('tip').textContent").startswith("l_out-4, position 10")

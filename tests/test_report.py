@@ -201,7 +201,8 @@ def test_command_json(capsys, found):
 
 @pytest.mark.parametrize("args,words", [
     ([], "-p or -f"), (["-p", "x", "-o", "x.npz"], "the kinds of file are .html"),
-    (["-p", "x", "-n", "-1"], "-1 tokens"), (["-p", "x", "--scale", "lout-1", "0"], "closest"),
+    (["-p", "x", "-n", "-1"], "-n -1: it must be a whole number, 0 or more"),
+    (["-p", "x", "--scale", "lout-1", "0"], "closest"),
 ])
 def test_command_errors(args, words):
     status, out, err = command("report", "-t", 1, *args)

@@ -284,7 +284,7 @@ def test_the_command(tmp_path, capsys):
     (tmp_path / "empty").write_text(" \n")
     for args, says in ((["--layers", "0,2", "-o", made], "begin at layer 1: leave 0 out"),
                        (["-o", "x.png"], "the kinds of file are .npz, .json, .gguf"),
-                       (["--negative", tmp_path / "empty"], "no prompts: it takes one a line"),
+                       (["--negative", tmp_path / "empty"], "no prompts: it takes one per line"),
                        (["--negative", tmp_path / "none"], "No such file")):
         assert tinymia.main(["steer", *map(str, [*sets, *args])]) == 2
         out, err = capsys.readouterr()

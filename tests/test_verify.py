@@ -320,7 +320,7 @@ def test_refusals(tiny, recording, tmp_path, main):
 def test_without_llama_cpp(tiny, monkeypatch, main):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     status, out, err = main("-m", tiny(), "-p", TEXT)
-    assert status == 2 and out == "" and "pip install tinymia[verify]" in err
+    assert status == 2 and out == "" and "pip install 'tinymia[verify]'" in err
 
 
 def test_the_table(recording, main):
