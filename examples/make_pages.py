@@ -1,4 +1,4 @@
-"""Run every command of the pages beside this file, and write what they print into the pages.
+"""Run every command of the pages in this folder and of the model card, and write what they print into the pages.
 
     python examples/make_pages.py            # run all, write the outputs
     python examples/make_pages.py --check    # run all, compare; exit status 1 when an output differs
@@ -22,20 +22,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PAGES = ("task_vectors.md", "task_vectors.ipynb")
+PAGES = ("task_vectors.md", "task_vectors.ipynb", "../models/README.md")
 RUN = re.compile(r"(```bash\n(.*?)```\n\n```text\n)(.*?)(```\n)", re.S)
 SCORE = re.compile(r"\d+\.\d+(?:e[+-]\d+)?|\d+e[+-]\d+|(?<= )\d+(?=\|)")
 
 
 @contextlib.contextmanager
 def workplace() -> Iterator[dict[str, str]]:
-    """An empty folder to run in; the environment, in which `tinymia` is the one that this Python sees."""
+    """An empty folder to run in; the environment, in which `python` is this Python and `tinymia` the one it sees."""
     with tempfile.TemporaryDirectory() as folder:
         bin = Path(folder, ".bin")
         bin.mkdir()
-        command = bin / "tinymia"
-        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tinymia "$@"\n')
-        command.chmod(0o755)
+        for name, args in (("python", ""), ("tinymia", " -m tinymia")):
+            command = bin / name
+            command.write_text(f'#!/bin/sh\nexec "{sys.executable}"{args} "$@"\n')
+            command.chmod(0o755)
         path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         before = os.getcwd()
         os.chdir(folder)
