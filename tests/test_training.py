@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_nothing_that_is_installed_imports_torch_or_the_training():
-    files = [ROOT / "tinymia.py", *(path for folder in ("files", "kernels", "lab", "models")
+    files = [ROOT / "tinymia.py", *(path for folder in ("engine", "files", "kernels", "lab", "models")
                                     for path in (ROOT / folder).rglob("*.py"))]
     for path in files:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
