@@ -16,8 +16,8 @@ import numpy as np
 
 import tinymia
 from tinymia import Action, Context, Error, Model
-from tinymia_files.vocab import NORMAL
 from tinymia_engine import best as best_of
+from tinymia_files.vocab import NORMAL
 
 from .action_flags import Output, change_flags, patch_flags, read_actions
 from .arguments import check_file, chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids

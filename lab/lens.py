@@ -14,8 +14,8 @@ import numpy as np
 
 import tinymia
 from tinymia import Action, Error, Model
-from tinymia_engine import softmax
 from tinymia_engine import best as best_of
+from tinymia_engine import softmax
 from tinymia_kernels import rms_norm
 
 from .action_flags import change_flags, patch_flags, read_actions

@@ -11,8 +11,8 @@ from typing import Any
 
 import tinymia
 from tinymia import Action, Error, Model
-from tinymia_engine import softmax, whole
 from tinymia_engine import best as best_of
+from tinymia_engine import softmax, whole
 
 from .action_flags import change_flags, patch_flags, read_actions
 from .arguments import chosen, emit, open_model, parser, prompt_flags, prompt_ids
