@@ -75,7 +75,7 @@ def page(path: Path, write: bool) -> str:
 
 
 def shown(lines: list[str], old: list[str]) -> list[str]:
-    """The lines of an output that a page shows: as many at the start and at the end as the old text around its "..."."""
+    """The lines of an output that a page shows: as many before and after as the old text has around its "..."."""
     if "..." not in old:
         return lines
     first, last = old.index("..."), len(old) - old.index("...") - 1
