@@ -19,7 +19,6 @@ from numba.extending import intrinsic
 import tinymia_kernels as tk
 from tinymia_kernels.machine import cpu, jit, simd, vectors
 from tinymia_kernels.machine.jit import kernel
-from tinymia_kernels.machine.threads import Job
 from tinymia_kernels.products import activations
 
 FORMATS = list(tk.FORMATS.values())
@@ -569,7 +568,7 @@ def test_chunks_of_several_jobs_cover_their_items_once():
     for sizes in ((1, 1), (1000, 10), (5, 0, 2000, 30), (7,), (100,) * 8, (3,) * 9, ()):
         for _ in range(20):
             visits = [np.zeros(n, np.int64) for n in sizes]
-            pool.run_several([Job(1000 * n, count_visits, n, (v, v.copy())) for n, v in zip(sizes, visits)])
+            pool.run_several([(1000 * n, count_visits, n, (v, v.copy())) for n, v in zip(sizes, visits)])
             assert all((v == 1).all() for v in visits)
 
 
@@ -593,7 +592,7 @@ def note_references(x, out, i0, i1):
 def test_jobs_borrow_their_arrays():
     """What writes a job down ends before the job runs, and numba's own count of references with it."""
     x, out, pool = np.zeros(9), np.ones((2, 200), np.int64), tk.Pool(2)
-    pool.run_several([Job(10**6, note_references, 200, (x, row)) for row in out])
+    pool.run_several([(10**6, note_references, 200, (x, row)) for row in out])
     assert (out == 0).all()
     note_references(x, out[0], 0, 200)
     assert (out[0] != 0).all()
@@ -626,8 +625,8 @@ def test_errors_of_a_chunk_reach_the_caller():
         with pytest.raises(OverflowError, match="in the last chunk"):
             pool.run(fail_late, 200, 200)
         with pytest.raises(OverflowError, match="in the last chunk"):
-            pool.run_several([Job(10**6, count_visits, 9, (np.zeros(9, np.int64), np.zeros(9, np.int64))),
-                              Job(10**6, fail_late, 200, (200,))])
+            pool.run_several([(10**6, count_visits, 9, (np.zeros(9, np.int64), np.zeros(9, np.int64))),
+                              (10**6, fail_late, 200, (200,))])
     visits = np.zeros(200, np.int64)
     pool.run(count_visits, 200, visits, visits.copy())
     assert (visits == 1).all()
