@@ -24,8 +24,8 @@ value (Log, Save, or Lens, which shows what the model would say if it stopped he
 What patching means. Run the model on a clean prompt, "The capital of France is", and keep its stream. Run it on a
 corrupt prompt that differs in one thing, "The capital of Italy is", and in that run put one row of the clean stream in
 place of its own: one token, after one layer. If the answer changes from Rome to Paris, then this row carried the
-country. Repeat this for each layer and token, and you see where the model keeps the fact, and in which layer it moves to
-the last token.
+country. Repeat this for each layer and token, and you see where the model keeps the fact, and in which layer the fact
+moves to the last token.
 
 Where this comes from. In January 2024 the post "Task vectors & analogy making in LLMs" (https://grgv.xyz/blog) used a
 program called mia, made from llama.cpp, to find such a row: saved from a prompt with examples of a task, it makes a

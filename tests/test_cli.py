@@ -303,7 +303,7 @@ def test_when(cli, model):
 
 
 def test_draw(cli, tmp_path):
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'tinymia[draw]'")
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'tinymia[lab]'")
     assert cli("-p", PROMPT, "-d", tmp_path / "a.png")[0] == 0
     assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     status, _, err = cli("-p", PROMPT, "--draw", tmp_path / "absent" / "a.png")

@@ -8,9 +8,10 @@ import pytest
 from conftest import command
 
 import tinymia
-from tinymia_lab import function_vector, head_effects
-from tinymia_lab.in_context import Prompt
-from tinymia_lab.task_files import Task, read_task
+from tinymia_lab.commands import function_vector
+from tinymia_lab.measure import head_effects
+from tinymia_lab.measure.in_context import Prompt
+from tinymia_lab.measure.task_files import Task, read_task
 
 TASKS = ["copycat-next-letters", "copycat-first-letters"]
 SMALL = {"n_mean": 8, "n_effect": 4, "n_dev": 5, "n_test": 6, "top": 5}

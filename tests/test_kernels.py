@@ -13,6 +13,8 @@ import gguf
 import numpy as np
 import pytest
 from formats import MANY, as_activation, lengths, quantise, random_weights, to_bf16, to_f16
+from numba.core import types
+from numba.extending import intrinsic
 
 import tinymia_kernels as tk
 from tinymia_kernels.machine import cpu, jit, simd, vectors
@@ -569,6 +571,32 @@ def test_chunks_of_several_jobs_cover_their_items_once():
             visits = [np.zeros(n, np.int64) for n in sizes]
             pool.run_several([Job(1000 * n, count_visits, n, (v, v.copy())) for n, v in zip(sizes, visits)])
             assert all((v == 1).all() for v in visits)
+
+
+@intrinsic
+def references(_, array):
+    """The address of numba's count of references to an array; 0 where there is none."""
+
+    def codegen(context, builder, sig, args):
+        counted = context.make_array(sig.args[0])(context, builder, args[0]).meminfo
+        return builder.ptrtoint(counted, context.get_value_type(types.intp))
+
+    return types.intp(array), codegen
+
+
+@kernel
+def note_references(x, out, i0, i1):
+    for i in range(i0, i1):
+        out[i] = references(x)
+
+
+def test_jobs_borrow_their_arrays():
+    """What writes a job down ends before the job runs, and numba's own count of references with it."""
+    x, out, pool = np.zeros(9), np.ones((2, 200), np.int64), tk.Pool(2)
+    pool.run_several([Job(10**6, note_references, 200, (x, row)) for row in out])
+    assert (out == 0).all()
+    note_references(x, out[0], 0, 200)
+    assert (out[0] != 0).all()
 
 
 def test_unequal_chunks_and_sleeping_threads():

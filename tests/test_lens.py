@@ -9,8 +9,8 @@ from browser import Browser
 from conftest import command
 
 import tinymia
-from tinymia_lab.lens import Lens, details, lens, pictures
-from tinymia_lab.lens import command as lens_command
+from tinymia_lab.commands.lens import Lens, details, lens, pictures
+from tinymia_lab.commands.lens import command as lens_command
 
 PROMPT = "Egypt -> Cairo, Norway -> Oslo, Estonia ->"
 
@@ -69,7 +69,7 @@ def test_against_float64(stories):
 
 def test_many_rows_go_in_parts(copycat, monkeypatch):
     whole = lens(copycat, PROMPT, target="Tallinn")
-    monkeypatch.setattr("tinymia_lab.lens.ROWS", 3)
+    monkeypatch.setattr("tinymia_lab.commands.lens.ROWS", 3)
     parts = lens(copycat, PROMPT, target="Tallinn")
     for name, array in whole.arrays().items():
         assert np.array_equal(array, getattr(parts, name)), name
@@ -95,7 +95,7 @@ def test_saved_and_gone_on_with(copycat, found, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         output(result, i, *how)
 
-    monkeypatch.setattr("tinymia_lab.lens._fill", stops)
+    monkeypatch.setattr("tinymia_lab.commands.lens._fill", stops)
     with pytest.raises(KeyboardInterrupt):
         lens(copycat, PROMPT, k=4, target="Tallinn", out=path)
     assert "stopped at 3 of 6" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from conftest import command, real_model
 import tinymia
 from tinymia import Replace
 from tinymia_files.vocab import CONTROL
-from tinymia_lab import sinks
+from tinymia_lab.measure import sinks
 
 
 class Sinking:

@@ -10,8 +10,10 @@ from naive import nmse
 from rawgguf import Raw
 
 import tinymia
-from tinymia_lab import llama, prompt_sets, steer
-from tinymia_lab.control_vector import ABOUT, read_control_vector, write_control_vector
+from tinymia_lab.commands import steer
+from tinymia_lab.comparison import llama
+from tinymia_lab.measure import prompt_sets
+from tinymia_lab.measure.control_vector import ABOUT, read_control_vector, write_control_vector
 
 POSITIVE = ["Egypt -> Cairo, Norway -> Oslo, Estonia ->", "Peru -> Lima, Italy -> Rome, Japan ->", "Spain -> Madrid ->"]
 NEGATIVE = ["Estonia ->", "Japan ->"]

@@ -9,9 +9,10 @@ import pytest
 from conftest import command, shared
 
 import tinymia
-from tinymia_lab import in_context, task_trials, task_vector
-from tinymia_lab.in_context import Prompt, Reader, variants
-from tinymia_lab.task_files import Task, read_task
+from tinymia_lab.commands import task_vector
+from tinymia_lab.measure import in_context, task_trials
+from tinymia_lab.measure.in_context import Prompt, Reader, variants
+from tinymia_lab.measure.task_files import Task, read_task
 
 TASKS = ["copycat-next-letters", "copycat-first-letters"]
 SMALL = {"n_dev": 6, "n_test": 5}

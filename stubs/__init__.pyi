@@ -1,1 +1,0 @@
-../tinymia.py
