@@ -111,7 +111,7 @@ def test_runs_go_on_from_a_file(model, tmp_path):
 @pytest.mark.parametrize(("group", "says"), [
     ("", "'' is not a part"), ("2", "'2' is not a part"), ("2.1,", "'' is not a part"), ("ffn", "'ffn' is not a part"),
     ("ffn-1@2:1", "is not a part"), ("2.9", "head 9 is out of range"), ("9.1", "layer 9 is out of range"),
-    ("attn-4-9", "layer 6 is out of range"), ("ffn-6", "layer 6 is out of range"), ("3-2.1", "no layer is chosen"),
+    ("attn-4-9", "layer 6 is out of range"), ("ffn-6", "layer 6 is out of range"), ("3-2.1", "chooses no layer"),
     ("2.1@99:1", "position 99 is out of range"), ("2.1@3:-99", "position -99 is out of range"),
     ("2.1@3:0-3", "head 2.1 at position 3 would see nothing"), ("@0:0", "would see nothing"),
     ("2.1@3:0-1,2.1@3:2-3", "head 2.1 at position 3 would see nothing"), ("2.1@3:5", "does not see later positions"),

@@ -96,8 +96,8 @@ def test_a_note_names_the_word_in_the_sink_its_norm_and_the_attention(copycat, c
     shares = [run[f"kq_soft_max-{il}"][:, 1:, 0].mean() for il in range(copycat.config.n_layer)]
     assert found.attention == pytest.approx(np.mean(shares), abs=1e-6)
     sinks.tell_sink(model, ids)
-    said = capsys.readouterr().err
-    assert said.startswith("note: ' France' stands at position 0") and said.count("\n") == 1
+    said = capsys.readouterr().err.splitlines()[-1]     # kernels may have been compiled before
+    assert said.startswith("note: ' France' stands at position 0")
     assert f"{found.attention:.0%}" in said and f"{found.norm:.0f}" in said
 
 
