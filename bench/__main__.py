@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tinymia import Error
-from tinymia_kernels import physical_cores
 from tinymia_files import check_target
+from tinymia_kernels import physical_cores
 from tinymia_models import DEFAULT, bundled
 
 from . import machine, report, theirs

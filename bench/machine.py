@@ -19,8 +19,8 @@ import numba
 import numpy as np
 
 import tinymia
-from tinymia_kernels import physical_cores
 from tinymia import Error
+from tinymia_kernels import physical_cores
 
 ROOT = Path(__file__).parents[1]
 
