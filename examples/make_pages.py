@@ -60,10 +60,12 @@ def page(path: Path, write: bool) -> str:
             before, language, commands, old, end = match.groups()
             run = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
             p = subprocess.run([*run, SET_UP.sub("", commands)], env=env, capture_output=True, text=True)
-            if p.returncode and not old.startswith("error: "):
-                raise SystemExit(f"{commands}exit status {p.returncode}: {p.stderr}")
-            printed = (p.stdout + p.stderr * old.startswith("error: ")).splitlines()
-            lines = [line.rstrip() for line in printed if not line.startswith("tinymia: compil")]
+            if old.startswith("error: "):       # a page that shows an error: that line of stderr
+                lines = [line for line in p.stderr.splitlines() if line.startswith("error: ")]
+            elif p.returncode:
+                raise SystemExit(f"{path}: {commands}exit status {p.returncode}: {p.stderr}")
+            else:
+                lines = [x.rstrip() for x in p.stdout.splitlines() if not x.startswith("tinymia: compil")]
             return before + "".join(f"{line}\n" for line in shown(lines, old.splitlines())) + end
 
         new = RUN.sub(block, text)
@@ -75,7 +77,7 @@ def page(path: Path, write: bool) -> str:
 
 
 def shown(lines: list[str], old: list[str]) -> list[str]:
-    """The lines of an output that a page shows: as many before and after as the old text has around its "..."."""
+    """The lines of an output that a page shows: as many at both ends as the old text has around its "..."."""
     if "..." not in old:
         return lines
     first, last = old.index("..."), len(old) - old.index("...") - 1
