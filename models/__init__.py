@@ -24,7 +24,7 @@ def known_words(pieces: Iterable[str]) -> set[str]:
     starts = sorted(p[1:] for p in pieces if p.startswith("▁") and len(p) > 2)
     words = {a for a, b in zip(starts, [*starts[1:], ""])   # sorted: a longer piece would be the next one
              if a in facts or (a.isupper() and a.lower() in facts) or not b.startswith(a)}
-    return words | {chr(c) for c in range(128) if chr(c).isalnum()}
+    return words | {"to"} | {chr(c) for c in range(128) if chr(c).isalnum()}     # "to" is one of its arrows
 
 
 @lru_cache(maxsize=1)

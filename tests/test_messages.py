@@ -170,7 +170,7 @@ def test_closest():
 def test_copycat_knows_its_words(copycat):
     words = known_words(copycat.tokenizer.ids)
     assert 640 <= sum(len(w) > 1 for w in words) <= 670
-    assert {"France", "Italy", "Italian", "dog", "dogs", "DOG", "reverse", "capital", "7", "b"} <= words
+    assert {"France", "Italy", "Italian", "dog", "dogs", "DOG", "reverse", "capital", "to", "7", "b"} <= words
     assert not {"The", "of", "is", "Trip", "Eston", "france", "13"} & words
 
 
@@ -178,7 +178,7 @@ def test_unknown_words_are_named_in_one_note(told, tmp_path):
     status, _, err = told("-p", "The capital of France is", "-n", "1")
     assert status == 0 and err.count("note:") == 1
     assert "copycat knows some 650 words; not among them: The, of, is. A real model: -m FILE.gguf" in err
-    assert "note:" not in told("-p", "<s>Egypt -> Cairo, 7 b reverse ->", "-n", "1")[2]
+    assert "note:" not in told("-p", "Egypt -> Cairo, 7 b to reverse ->", "-n", "1")[2]
     many = " ".join(f"word{i}" for i in range(20))
     assert "word7 and 12 more." in told("-p", many, "-n", "1")[2]
     (tmp_path / "p.txt").write_text("My ->\nFrance ->\n")
@@ -204,7 +204,7 @@ def test_another_model_gets_no_such_note(told, tiny):
 
 
 def test_a_backslash_n_that_was_typed(told, tmp_path):
-    assert "for a line end use -f FILE" in told("-p", "France\\n->", "-n", "1")[2]
+    assert "for a line end add -e" in told("-p", "France\\n->", "-n", "1")[2]
     (tmp_path / "p").write_text("France\\n->")     # a file may say what it likes
     assert "line end" not in told("-f", "p", "-n", "1")[2]
 
