@@ -191,7 +191,7 @@ class StackedWithOneApart(StackedByFour):
         if n % 2:
             j = n - 1
             whole_numbers = sum_of_rows(fmt.add_group(no_sums(), row, stride, j, record, f32x16(1)))
-            sums = fma(fmt.stacked_scales(row, stride, j) * scale_at(record, j), whole_numbers, sums)
+            sums = sums + fmt.stacked_scales(row, stride, j) * scale_at(record, j) * whole_numbers
         return numbers(sums)
 
 
