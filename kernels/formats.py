@@ -89,11 +89,12 @@ def register_floats(name: str, type: int, size: int, weights, weight, pairs: boo
 
 def register_quants(
     name: str, type: int, block_size: int, type_size: int, activation: str, bias: int, quants, scale, minimum=None,
-    sums=None, fours: stacks.Fours | None = None,
+    sums=None, fours: stacks.Fours | None = None, one=None,
 ) -> Format:  # fmt: skip
     """Enter a quantised format, see rows.py for quants, scale, minimum and bias, and for sums other than usual.
 
-    fours: the same of four rows, see stacks.py, for formats whose rows share vectors when a single token comes.
+    fours: the same of four rows, see stacks.py, for formats whose rows share vectors when a single token comes. one: a
+    template of stacks.py in place of the usual, where ggml adds up a single token in another order than several.
     """
     nothing, step, whole = sums or (rows.SCALE_MINIMUM if minimum else rows.SCALE)
     parts = {"quants": quants, "scale": scale, "minimum": minimum or rows.no_minimum, "BIAS": np.float32(bias)}
@@ -109,7 +110,9 @@ def register_quants(
         template = stacks.stack_scale_by_four if fours.scales_of_four else stacks.stack_scale
         template = stacks.stack_scale_minimum if minimum else template
         stack = specialise(template, f"stack_{name}", part=True, **four)
+        alone = one and specialise(one, f"stack_one_{name}", part=True, **four)
     else:
+        alone = None
         stack = specialise(stacks.stack_quantised, f"stack_{name}", part=True, **groups)
     unpack_template = unpacking.unpack_quantised_minimum if minimum else unpacking.unpack_quantised
     unpack = specialise(unpack_template, f"unpack_{name}", part=True, **parts)
@@ -119,7 +122,10 @@ def register_quants(
     panel["tile"] = specialise(block_panels.tile_template, f"panel_tile_{name}", part=True, **panel)
     panel["unpack_row"] = specialise(block_panels.unpack_row_template, f"unpack_row_{name}", part=True, **parts)
     matmul_many = specialise(block_panels.matmul_panels, f"matmul_many_{name}", **panel)
-    fmt = Format(name, type, block_size, type_size, activation, bias, MANY, matmul_many=matmul_many)
+    single = {"stack": alone, "start": first_record, "FAR": True}
+    matmul_one = alone and specialise(products.matmul_one, f"matmul_one_{name}", **single)
+    made = {"matmul_one": matmul_one, "matmul_many": matmul_many}
+    fmt = Format(name, type, block_size, type_size, activation, bias, MANY, **made)
     return register(_with_kernels(fmt, stack, tile, unpack))
 
 

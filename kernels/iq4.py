@@ -19,7 +19,7 @@ from .formats import register_quants, register_superblocks
 from .jit import inline
 from .lanes import constant, shuffle
 from .simd import Vec
-from .stacks import Fours, four_halves, four_halves_of_18, four_loads
+from .stacks import Fours, four_halves, four_halves_of_18, four_loads, stack_two_sums
 from .superblocks import BIAS_BY_LANE
 from .vectors import half_at, load_u8x16, load_u8x32, load_u16x1, load_u32x1, nibbles, to_i32
 
@@ -79,5 +79,5 @@ def scales_xs(block):
 
 
 FOURS_NL = Fours(four_nl, scales_nl, scales_of_four=scales_of_four_nl)
-IQ4_NL = register_quants("IQ4_NL", 20, 32, 18, "Q8_0", 128, quants_nl, scale_nl, fours=FOURS_NL)
+IQ4_NL = register_quants("IQ4_NL", 20, 32, 18, "Q8_0", 128, quants_nl, scale_nl, fours=FOURS_NL, one=stack_two_sums)
 IQ4_XS = register_superblocks("IQ4_XS", 23, 136, 128, 32, BIAS_BY_LANE, quants_xs, scales_xs, half_at)

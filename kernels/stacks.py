@@ -152,6 +152,27 @@ def stack_scale_by_four(row, stride, n, record):
     return numbers(of_rows(acc))
 
 
+def stack_two_sums(row, stride, n, record):
+    """The same in the order of ggml_vec_dot_iq4_nl_q8_0: even and odd groups by themselves, then one that is left."""
+    a = b = no_sums()
+    for j in range(0, n - 3, 4):
+        at = record + 128 * j + 128
+        s = scales_of_four(row, stride, j) * scales_apart(load_f32x16(at), load_f32x16(at + 256))
+        a = add_group(a, row, stride, j, record, group0(s))
+        b = add_group(b, row, stride, j + 1, record, group1(s))
+        a = add_group(a, row, stride, j + 2, record, group2(s))
+        b = add_group(b, row, stride, j + 3, record, group3(s))
+    for j in range(n & -4, n - 1, 2):
+        a = add_group(a, row, stride, j, record, scales(row, stride, j) * scale_of(record, j))
+        b = add_group(b, row, stride, j + 1, record, scales(row, stride, j + 1) * scale_of(record, j + 1))
+    sums = of_rows((a[0] + b[0], a[1] + b[1]))
+    if n % 2:
+        j = n - 1
+        whole_numbers = of_rows(add_group(no_sums(), row, stride, j, record, f32x16(1)))
+        sums = sums + scales(row, stride, j) * scale_of(record, j) * whole_numbers
+    return numbers(sums)
+
+
 def stack_scale_minimum(row, stride, n, record):
     acc, lowest = no_sums(), f32x16(0)
     for j in range(n):
