@@ -24,8 +24,8 @@ value (Log, Save, or Lens, which shows what the model would say if it stopped he
 What patching means. Run the model on a clean prompt, "The capital of France is", and keep its stream. Run it on a
 corrupt prompt that differs in one thing, "The capital of Italy is", and in that run put one row of the clean stream in
 place of its own: one token, after one layer. If the answer changes from Rome to Paris, then this row carried the
-country. Repeat this for each layer and token, and you see where the model keeps the fact, and in which layer it moves to
-the last token.
+country. Repeat this for each layer and token, and you see where the model keeps the fact, and in which layer the fact
+moves to the last token.
 
 Where this comes from. In January 2024 the post "Task vectors & analogy making in LLMs" (https://grgv.xyz/blog) used a
 program called mia, made from llama.cpp, to find such a row: saved from a prompt with examples of a task, it makes a
@@ -589,6 +589,7 @@ class Model:
         self.weights = Weights(tensors, self.config, self.path, decode=numerics != "plain")
         self.files = tensors.files
         self.tokenizer = read_tokenizer(meta, self.path)
+        self.template = meta.get("tokenizer.chat_template")
         self.dtype = np.dtype(dtype)
         self.ops: Any = plain(self.dtype) if numerics == "plain" else fast(threads, numerics)
         self.threads = self.ops.threads
@@ -618,6 +619,16 @@ class Model:
             warnings.warn(f"the text begins with {self.piece(ids[0])}, and gets another one before it; bos=False "
                           "(--no-bos) adds none", Note, stacklevel=2)
         return ids
+
+    def chat(self, messages: str | Sequence[Mapping[str, str]], system: str | None = None) -> list[int]:
+        """Ids of a chat, ready for the assistant's answer, in the form that the template in the file gives it.
+
+        messages: what the user says, or [{"role": "user", "content": text}, {"role": "assistant", ...}, ...]; system: a
+        system message in front. Special tokens are only those of the template. Raises Error.
+        """
+        from tinymia_files.chat import format_chat
+
+        return format_chat(self.template, self.tokenizer, messages, system).ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of ids, without the blank that tokenize puts before the first word. Raises Error."""
@@ -795,16 +806,16 @@ class Model:
 def load(
     path: str | Path | None = None, threads: int | None = None, numerics: str = "ggml", dtype: str = "float32"
 ) -> Model:
-    """Map a GGUF file, by default the bundled one, and check it; threads: the physical cores. Raises GGUFError.
+    """Map a GGUF file, by its path or a name such as "smollm2" (tinymia_models.stores), by default the bundled one, and
+    check it; threads: the physical cores. Raises Error.
 
     numerics: "ggml" rounds as llama.cpp does, "f32" keeps float32 throughout, "plain" runs the arithmetic of this file
     in NumPy, in float32 or, with dtype="float64", in float64.
     """
-    if path is None:
-        from tinymia_models import DEFAULT, bundled
+    from tinymia_models import DEFAULT
+    from tinymia_models.stores import find
 
-        path = bundled()[DEFAULT]
-    return Model(path, threads, numerics, dtype)
+    return Model(find(DEFAULT if path is None else path), threads, numerics, dtype)
 
 
 # ---------------------------------------------------------------------------------------- command line

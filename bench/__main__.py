@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinymia import Error, kernels
+from tinymia import Error
 from tinymia_files import check_target
+from tinymia_kernels import physical_cores
 from tinymia_models import DEFAULT, bundled
 
 from . import machine, report, theirs
@@ -67,7 +68,7 @@ class Bench:
 
     def read_threads(self, text: str | None) -> list[int]:
         if text is None:
-            return sorted({1, kernels.physical_cores()})
+            return sorted({1, physical_cores()})
         good = []
         for part in text.split(","):
             if part.strip().isdecimal() and 1 <= int(part) <= machine.cpus():

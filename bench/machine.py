@@ -20,6 +20,7 @@ import numpy as np
 
 import tinymia
 from tinymia import Error
+from tinymia_kernels import physical_cores
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,7 +56,7 @@ def about(command: str) -> dict[str, Any]:
     """Date, command, machine and versions."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "command": command, "cpu": cpu(),
-        "cores": tinymia.kernels.physical_cores(), "cpus": cpus(), "memory": memory()[0], "os": platform.platform(),
+        "cores": physical_cores(), "cpus": cpus(), "memory": memory()[0], "os": platform.platform(),
         "python": platform.python_version(), "tinymia": tinymia.__version__, "commit": commit(),
         "numba": numba.__version__, "llvmlite": llvmlite.__version__, "numpy": np.__version__,
     }  # fmt: skip

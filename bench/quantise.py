@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tinymia import Error
-from tinymia_lab.llama import quiet, why
+from tinymia_lab.comparison.llama import quiet, why
 
 from .theirs import llama_cpp
 

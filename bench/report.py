@@ -12,7 +12,7 @@ import numpy as np
 
 from tinymia import Error
 from tinymia_files import write_atomic
-from tinymia_lab.charts import BLUE, GREY
+from tinymia_lab.pictures.charts import BLUE, GREY
 
 from .measure import Goal, Row
 

@@ -11,6 +11,7 @@ are held against the sweep's. TransformerLens runs all cells, in float32, on the
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,9 +19,9 @@ from typing import Any
 import numpy as np
 
 import tinymia
-from tinymia import Model, Patch
-from tinymia_lab.arguments import chosen
-from tinymia_lab.sweep import Sweep, sweep
+from tinymia import Error, Model, Patch
+from tinymia_lab.commands.sweep import Sweep, sweep
+from tinymia_lab.flags.arguments import chosen
 
 ANSWER, AGAINST = 300, 301      # ids whose logits are compared
 
@@ -107,9 +108,12 @@ def hooked(model: Model) -> Any:
 
 def beside_transformer_lens(args: argparse.Namespace) -> None:
     """Print a row of the table."""
-    import torch
-    from transformer_lens import patching
-
+    try:
+        import torch
+        from transformer_lens import patching
+    except Exception as e:  # a package whose library does not load raises what it likes
+        raise Error("--transformer-lens needs two packages: pip install torch 'transformer-lens<4' "
+                    f"({type(e).__name__}: {e})") from e
     model = tinymia.load(args.model, args.threads, "f32")
     torch.set_num_threads(model.threads)
     torch.set_grad_enabled(False)
@@ -138,7 +142,8 @@ def beside_transformer_lens(args: argparse.Namespace) -> None:
           f"{min(seconds):.2f} s | {min(seconds) / mine:.0f} x | {worst:.1e} (logits {error:.1e}) |")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", metavar="FILE")
     p.add_argument("--tokens", type=int, default=64, metavar="N")
@@ -151,8 +156,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--transformer-lens", action="store_true")
     args = p.parse_args(argv)
     args.at = args.tokens // 2 if args.at is None else args.at
-    (beside_transformer_lens if args.transformer_lens else beside_plain_runs)(args)
+    try:
+        (beside_transformer_lens if args.transformer_lens else beside_plain_runs)(args)
+    except Error as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

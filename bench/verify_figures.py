@@ -18,11 +18,15 @@ import numpy as np
 from tiny import write_gguf
 
 import tinymia
-from tinymia_lab.verify import verify
+import tinymia_kernels
+from tinymia_lab.comparison.verify import verify
 
 FORMATS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S",
            "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "IQ3_S", "IQ3_M"]
 WEIGHED = ["Q2_K_S", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"]  # want an importance matrix
+# A format that has kernels and that llama-quantize makes is measured, also when it is new.
+FORMATS += [fmt.name for fmt in tinymia_kernels.FORMATS.values()
+            if fmt.name not in FORMATS and hasattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{fmt.name}")]
 # d_head 64, 80, 128; 1, 2, 3, 4, 8 query heads a KV head; rope base 1e4, 5e5; linear scaling; tied or not. Rows of
 # attn_output are no multiple of 256 where d_head is 80: llama-quantize then takes another type.
 SHAPES: dict[str, dict] = {

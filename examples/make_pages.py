@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = ("verify.md", "one-numbers-journey.md")
-PAGES = ("README.md", "examples/task_vectors.md", "examples/task_vectors.ipynb",
+PAGES = ("README.md", "examples/task_vectors.md", "examples/task_vectors.ipynb", "models/README.md",
          *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in ELSEWHERE))
 RUN = re.compile(r"(```(bash|python)\n((?:(?!```).)*?)```\n\n```text\n)(.*?)(```\n)", re.S)
 SET_UP = re.compile(r"^(python3 -m venv|\. |pip install).*\n", re.M)
@@ -34,13 +34,14 @@ SCORE = re.compile(r"\d+\.\d+(?:e[+-]\d+)?|\d+e[+-]\d+|(?<= )\d+(?=\|)")
 
 @contextlib.contextmanager
 def workplace() -> Iterator[dict[str, str]]:
-    """An empty folder to run in; the environment, in which `tinymia` is the one that this Python sees."""
+    """An empty folder to run in; the environment, in which `python` is this Python and `tinymia` the one it sees."""
     with tempfile.TemporaryDirectory() as folder:
         bin = Path(folder, ".bin")
         bin.mkdir()
-        command = bin / "tinymia"
-        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tinymia "$@"\n')
-        command.chmod(0o755)
+        for name, args in (("python", ""), ("tinymia", " -m tinymia")):
+            command = bin / name
+            command.write_text(f'#!/bin/sh\nexec "{sys.executable}"{args} "$@"\n')
+            command.chmod(0o755)
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         before = os.getcwd()
         os.chdir(folder)

@@ -7,8 +7,8 @@
     disk.py        how a file is read, text and JSON of any kind; outputs.py how one is written
 """
 
-from .disk import dumps, expand, plain, read_json, read_text, reading
-from .errors import ActionError, Error, FileError, GGUFError, Note, UnknownName, short
+from .disk import dumps, expand, note, plain, read_json, read_text, reading
+from .errors import ActionError, Error, FileError, GGUFError, Note, UnknownName, printable, short
 from .gguf import Tensor, decode_now
 from .hparams import read_hparams
 from .outputs import check_apart, check_target, place, write_atomic
@@ -35,8 +35,10 @@ __all__ = [
     "decode_now",
     "dumps",
     "expand",
+    "note",
     "place",
     "plain",
+    "printable",
     "read_gguf",
     "read_hparams",
     "read_json",

@@ -107,7 +107,7 @@ class BytePairs(Tokenizer):
             from tokenizers import Regex, models, pre_tokenizers
             from tokenizers import Tokenizer as Library
         except ImportError as e:
-            raise Error(f"{self.path}: its text needs the tokenizers library: pip install tinymia[bpe]") from e
+            raise Error(f"{self.path}: its text needs the tokenizers library: pip install 'tinymia[bpe]'") from e
         merges = [(m[:i], m[i + 1 :]) for m in dict.fromkeys(self.merges) if (i := m.find(" ", 1)) > 0]
         words, nothing = self.pre.whole_words, {"\0": len(self.pieces)}  # what no token spells: _encode leaves it out
         try:

@@ -9,7 +9,6 @@ weights, Q8_0 beside smaller ones. Source: ggml-cpu.c, type_traits_cpu (vec_dot_
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 
 import tinymia_kernels as kernels
 
+from .disk import note
 from .types import BlockType, dequantize
 
 F32, F16, EXPANDED = kernels.FORMATS[0], kernels.FORMATS[1], kernels.EXPANDED
@@ -91,5 +91,5 @@ def say_cost(path: Path, weights: list[tuple[BlockType, int]]) -> None:
     types = ", ".join(sorted({fmt.name for fmt, _ in weights}))
     to = " and ".join(sorted({"bytes" if _target(fmt) is EXPANDED else "F16" for fmt, _ in weights}))
     size = sum(n * _target(fmt).type_size // _target(fmt).block_size for fmt, n in weights)
-    print(f"tinymia: {path}: decoding {len(weights)} tensors of type {types} to {to}: {size / 1e6:.1f} MB of memory",
-          file=sys.stderr, flush=True)
+    note(f"tinymia: {path}: decoding {len(weights)} tensors of type {types} to {to}: "
+         f"{size / 1e6:.1f} MB of memory")

@@ -15,7 +15,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -60,10 +60,12 @@ def reading(path: object, what: str, kind: type[FileError] = FileError) -> Itera
         raise kind(f"{path}: not {what}: {short(str(e) or type(e).__name__)}") from e
 
 
-def say(line: str) -> None:
-    """A line on stderr, where there is one."""
-    if sys.stderr is not None:
-        print(line, file=sys.stderr, flush=True)
+def note(text: str, end: str = "\n") -> None:
+    """Write a line for the user on stderr, at once. Where there is no stderr, or it takes nothing, the line is lost:
+    never does it stand among the results on stdout, and never does it stop the work."""
+    with suppress(OSError, ValueError, AttributeError):     # full, closed, no stream at all
+        sys.stderr.write(text + end)
+        sys.stderr.flush()
 
 
 # ---------------------------------------------------------------------------------------- text and JSON
@@ -83,7 +85,7 @@ def read_text(path: str | os.PathLike[str], what: str) -> str:
         raise FileError(f"{path}: {what} must be UTF-8, and this looks like UTF-16: save it as UTF-8, or "
                         f"`iconv -f UTF-16 -t UTF-8`")
     if data.startswith(b"\xef\xbb\xbf"):
-        say(f"note: {path}: the byte order mark at its beginning is not taken as text")
+        note(f"note: {path}: the byte order mark at its beginning is not taken as text")
         data = data[3:]
     try:
         return data.decode("utf-8")

@@ -1,12 +1,25 @@
 """The errors that a user can cause; each is one line that says what, where and what would be right."""
 
+import unicodedata
+from collections.abc import Callable
+
+UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}     # categories: controls, invisible marks, half characters, line ends
+
+
+def printable(text: str, keep: str = "", instead: Callable[[str], str] = lambda c: "\ufffd") -> str:
+    """Return a text that a terminal can show: control characters, escape sequences and marks that turn the direction
+    of writing are replaced, by U+FFFD unless `instead` says by what. Characters in `keep` stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c in keep or unicodedata.category(c) not in UNSAFE else instead(c) for c in text)
+
 
 class Error(Exception):
     """Something wrong with a file, a name, an index or a flag."""
 
     def __init__(self, message: str, limit: int = 400):
         """Names from a hostile file may stand in the message: it stays one line that a terminal can show."""
-        line = "".join(c if c.isprintable() else "\ufffd" for c in message)
+        line = printable(message)
         super().__init__(line if len(line) <= limit else line[: limit - 3] + "...")
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import GGUFError
+from .disk import note
+from .errors import GGUFError, printable
 from .gguf import Tensor
 
 # Tensors without which the numbers are the same, beside a matrix that the model has or in one of its layers.
@@ -98,5 +98,4 @@ def note_keys(meta: dict[str, Any], arch: str, path: Path) -> None:
 
 def warn(path: Path, what: str) -> None:
     """One line on stderr, fit for a terminal whatever the file says."""
-    print("".join(c if c.isprintable() else "\ufffd" for c in f"tinymia: {path}: note: {what}")[:400], file=sys.stderr,
-          flush=True)
+    note(printable(f"tinymia: {path}: note: {what}")[:400])

@@ -119,9 +119,13 @@ class Tokenizer:
             self.types[self.ids["</s>"]] = NORMAL
         return end
 
-    def encode(self, text: str, bos: bool | None = None, special: bool = True, follows: bool = False) -> list[int]:
-        """Ids of a text; special pieces written in it, such as <s>, become their own ids (without `special`: only
-        those that the file calls user-defined). With `follows` it goes on with another text: no blank is put first."""
+    def encode(
+        self, text: str, bos: bool | None = None, special: bool = True, follows: bool = False,
+        plain: Sequence[tuple[int, int]] = (),
+    ) -> list[int]:
+        """Ids of a text; special pieces written in it, such as <s>, become their own ids (without `special`, and where
+        they touch one of the character ranges `plain`: only those that the file calls user-defined). With `follows` it
+        goes on with another text: no blank is put first."""
         if not isinstance(text, str):
             raise Error(f"a text is a str, not {short(text)}")
         try:
@@ -129,25 +133,35 @@ class Tokenizer:
         except UnicodeEncodeError as e:
             raise Error(f"the text is not valid UTF-8 at character {e.start}") from e
         ids = [self.bos] if (self.add_bos if bos is None else bos) and self.bos is not None else []
-        for i, part in enumerate(self._split(text, special)):
+        for i, part in enumerate(self._split(text, special, plain)):
             encode = self._encode_following if follows and i == 0 else self._encode
             ids += [part] if isinstance(part, int) else encode(part) if part else []
         return [*ids, self.eos] if self.add_eos and self.eos is not None else ids
 
-    def _split(self, text: str, special: bool) -> list[str | int]:
+    def _split(self, text: str, special: bool, plain: Sequence[tuple[int, int]] = ()) -> list[str | int]:
         """Cut a text at its special pieces, the longest first, as llama.cpp does."""
-        parts: list[str | int] = [text]
+        parts: list[tuple[int, str] | int] = [(0, text)]    # (where it begins, what is not cut yet) or an id
         for piece in self.special:
-            if piece in text and (special or self.types[self.ids[piece]] == USER_DEFINED):
-                cut: list[str | int] = []
-                for part in parts:
-                    if isinstance(part, int):
-                        cut.append(part)
-                    else:
-                        first, *rest = part.split(piece)
-                        cut += [first] + [x for r in rest for x in (self.ids[piece], r)]
-                parts = cut
-        return parts
+            defined = self.types[self.ids[piece]] == USER_DEFINED
+            if piece not in text or not (special or defined):
+                continue
+            cut: list[tuple[int, str] | int] = []
+            for part in parts:
+                if isinstance(part, int):
+                    cut.append(part)
+                    continue
+                (start, rest), begin, at = part, 0, part[1].find(piece)
+                while at >= 0:
+                    first, last = start + at, start + at + len(piece)
+                    if not defined and any(a < last and first < b for a, b in plain):
+                        at = rest.find(piece, at + 1)
+                        continue
+                    cut += [(start + begin, rest[begin:at]), self.ids[piece]]
+                    begin = at + len(piece)
+                    at = rest.find(piece, begin)
+                cut.append((start + begin, rest[begin:]))
+            parts = cut
+        return [part if isinstance(part, int) else part[1] for part in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without the BOS and the blank that encode puts first; bytes that are no UTF-8 become U+FFFD."""

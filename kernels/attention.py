@@ -113,7 +113,7 @@ def attention(
 ) -> np.ndarray:  # fmt: skip
     """kqv(soft_max(kq(q, k, n_past + n_tok), scale, n_past), v) with the heads side by side.
 
-    Returns float32 [n_tok, n_head * d_v]. Each thread needs memory for 4 n_kv scores. ValueError when shapes do not fit.
+    Returns float32 [n_tok, n_head * d_v]. Each thread needs memory for 4 n_kv scores. ValueError if shapes do not fit.
     """
     _like("q", q, k.shape[-1])
     n_tok, n_head = q.shape[:2]

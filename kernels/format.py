@@ -19,7 +19,6 @@ class Format:
     block_size: int
     type_size: int
     activation: str  # F32, F16, BF16, Q8_0, Q8_1 or Q8_K: how activations are rounded before a product
-    decoded: bool = False  # there are no kernels: the weights are decoded into another format when they are loaded
     bias: int = field(default=0, repr=False)  # weight = scale * (quant - bias) + minimum
     many_from: int = field(default=0, repr=False)  # matmul_many is taken from so many tokens on; 0: never
     matmul: Callable[..., None] | None = field(default=None, repr=False, compare=False)

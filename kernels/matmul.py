@@ -94,25 +94,24 @@ def _product(
         kernel, y, stride, n = fmt.matmul_f32, x, 4 * n_in, n_in
     else:
         raise ValueError(f"numerics is 'ggml' or 'f32', not {numerics!r}")
-    return out, Job(raw.size * n_tok, kernel, n_out, (y, stride, raw, row_bytes, n, out))
+    return out, (raw.size * n_tok, kernel, n_out, (y, stride, raw, row_bytes, n, out))
 
 
 def matmul(
-    x: np.ndarray, raw: np.ndarray, fmt: Format, n_out: int, numerics: str = "ggml", pool: Pool | None = None,
-    forms: Forms | None = None,
-) -> np.ndarray:  # fmt: skip
+    x: np.ndarray, raw: np.ndarray, fmt: Format, n_out: int, numerics: str = "ggml", pool: Pool | None = None
+) -> np.ndarray:
     """out[t, i] = sum over j of x[t, j] * weight[i, j].
 
     x: float32 [n_tok, n_in], contiguous. raw: uint8, the n_out rows of n_in weights as they lie in a file.
     Returns float32 [n_tok, n_out]. numerics "ggml": activations are rounded or quantised as fmt.activation says, bytes
     are multiplied as integers, sums are float32, in ggml's order, which for some formats is another one for a single
-    token. "f32": float32 weights times float32 activations; one token and several are summed alike. Products of the
-    same x may share `forms`, an empty dict at first, in which x is kept as it was prepared; see also matmul_several.
+    token. "f32": float32 weights times float32 activations; one token and several are summed alike. For several
+    products of the same x see matmul_several.
     ValueError when shapes, types or lengths do not fit.
     Source: ggml-cpu.c, ggml_compute_forward_mul_mat and type_traits_cpu (vec_dot_type).
     """
-    out, job = _product(x, raw, fmt, n_out, numerics, pool, {} if forms is None else forms)
-    run(pool, job.n_bytes, job.kernel, job.n_items, *job.args)
+    out, (n_bytes, kernel, n_items, args) = _product(x, raw, fmt, n_out, numerics, pool, {})
+    run(pool, n_bytes, kernel, n_items, *args)
     return out
 
 
@@ -125,6 +124,8 @@ def matmul_several(
     per matrix. x is rounded or quantised once per kind of activation; the threads get all the products at once.
     """
     forms: Forms = {}
+    if len(weights) == 1:
+        return [matmul(x, *weights[0], numerics, pool)]
     made = [_product(x, raw, fmt, n_out, numerics, pool, forms) for raw, fmt, n_out in weights]
     run_several(pool, [job for _, job in made])
     return [out for out, _ in made]

@@ -1,1 +1,59 @@
-"""Experiments and pictures on top of the engine, which imports this only for a command that needs it."""
+"""Experiments and pictures on top of the engine: one function per command, and the result that it gives.
+
+    from tinymia_lab import sweep
+
+    cli.py         the command `tinymia`: it runs a prompt, or hands over to one of the commands
+    commands/      a file per command: its Result, its function, its pictures, its words and its flags
+    measure/       what they measure
+    pictures/      tables, pictures and pages
+    flags/         flags that commands share
+    runs/          results, progress, executors, streams
+    comparison/    verify
+    tasks/         tasks as JSON files
+
+The engine imports this package only for a command that needs it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .commands.ablate import Ablation, ablate
+    from .commands.attend import Attention, attend
+    from .commands.attribute import Attribution, attribute
+    from .commands.function_vector import FunctionVector, function_vector
+    from .commands.lens import Lens, lens
+    from .commands.report import Report, report
+    from .commands.steer import Steering, steer
+    from .commands.sweep import Sweep, sweep
+    from .commands.task_vector import TaskVector, task_vector
+    from .commands.trace import Trace, trace
+    from .comparison.verify import verify, verify_self
+
+WHERE = {
+    "commands.ablate": ("Ablation", "ablate"), "commands.attend": ("Attention", "attend"),
+    "commands.attribute": ("Attribution", "attribute"), "commands.lens": ("Lens", "lens"),
+    "commands.function_vector": ("FunctionVector", "function_vector"), "commands.report": ("Report", "report"),
+    "commands.steer": ("Steering", "steer"), "commands.sweep": ("Sweep", "sweep"),
+    "commands.task_vector": ("TaskVector", "task_vector"), "commands.trace": ("Trace", "trace"),
+    "comparison.verify": ("verify", "verify_self"),
+}
+MODULES = {name: module for module, names in WHERE.items() for name in names}
+
+__all__ = [
+    "Ablation", "Attention", "Attribution", "FunctionVector", "Lens", "Report", "Steering", "Sweep", "TaskVector",
+    "Trace",
+    "ablate", "attend", "attribute", "function_vector", "lens", "report", "steer", "sweep", "task_vector", "trace",
+    "verify", "verify_self",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """A function or a result, imported when it is asked for, so that a command loads only what it needs."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(MODULES)

@@ -9,24 +9,25 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import os
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
-
-import numpy as np
 
 import tinymia
-from tinymia import Error, Model, Record
-from tinymia_files import check_target, dumps, read_gguf
-from tinymia_models import DEFAULT, bundled
+from tinymia import Error, Model
+from tinymia_files import check_target, dumps, note
+from tinymia_models.stores import listed
 
-from .action_flags import Act, Output, change_flags, patch_flags, read_actions
-from .arguments import Parser, model_flags, prompt_flags, read_prompt
-from .progress import interruptible
-from .terminal import notes, table
+from .flags.action_flags import Act, Output, change_flags, integers, patch_flags, read_actions
+from .flags.arguments import load_model, model_flags, prompt_flags, read_prompt
+from .flags.chat import chat_of
+from .flags.parser import Parser, least
+from .flags.prompt_notes import tell_unknown
+from .pictures.terminal import notes, table, visible
+from .runs.printer import Printer, cgraph
+from .runs.progress import interruptible
+from .runs.streams import Stream, is_terminal, print_generated, print_json, streams
 
 EXAMPLES = """\
 the post's commands (https://grgv.xyz/blog; any Llama in GGUF will do for llama2.gguf):
@@ -60,20 +61,23 @@ def parser() -> Parser:
     p = Parser("tinymia", description="Run a Llama from a GGUF file and look at, save or change any tensor on the way.",
                epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.set_defaults(specs=[])
+    p.commands = SUBCOMMANDS
 
     g = p.add_argument_group("model and prompt")
     model_flags(g)
     prompt_flags(g)
-    g.add_argument("--list-models", action="store_true", help="the bundled models: name, bytes, what it is, path")
+    g.add_argument("--list-models", action="store_true",
+                   help="every model that has a name here: bundled, of packages, of ollama, LM Studio and the Hugging "
+                        "Face cache; does tinymia run it, and where it is")
 
     g = p.add_argument_group("generation")
-    g.add_argument("-n", "--n-predict", type=int, default=32, metavar="N", help="tokens at most (default 32)")
+    g.add_argument("-n", "--n-predict", type=least(0), default=32, metavar="N", help="tokens at most (default 32)")
     g.add_argument("--temp", type=float, default=0.0, metavar="T", help="temperature; 0, the default, is greedy")
-    g.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K best tokens")
+    g.add_argument("--top-k", type=least(0), default=0, metavar="K", help="draw from the K best tokens")
     g.add_argument("--top-p", type=float, default=1.0, metavar="P", help="... from the best that together have P")
     g.add_argument("--min-p", type=float, default=0.0, metavar="P", help="... from those P times as likely as the best")
     g.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="weaken the last 64 tokens; 1: not")
-    g.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    g.add_argument("--seed", type=least(0), metavar="N", help="the same seed gives the same text")
     g.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
 
     g = p.add_argument_group("look")
@@ -82,6 +86,8 @@ def parser() -> Parser:
         help="the K best tokens for each row of each matching tensor")
     g.add_argument("--lens-score", choices=("raw", "logit", "prob"),
                    help="raw: norm weight only, as the post (default); logit: the whole final norm; prob: its softmax")
+    g.add_argument("--lens-position", type=integers, metavar="POS",
+                   help="the rows that --logit-lens shows: 3 or 3,5 or -1, the last (default: all)")
     act("--log", nargs=1, metavar="NAME", help="shape, mean, rms, range and first values")
     g.add_argument("-d", "--draw", type=Output, metavar="FILE.png", help="attention patterns, a row of panels a layer")
     g.add_argument("--print-cgraph", action="store_true", help="every op in order: name, op, shape, inputs, weight")
@@ -103,95 +109,35 @@ def parser() -> Parser:
     return p
 
 
-def cgraph(model: Model, n_tok: int | None) -> list[dict[str, Any]]:
-    """Every op in the order of computation: name, op, shape, inputs, weight and its type."""
-    sizes = {**model.config.sizes(), "n_tok": n_tok or "n_tok", "n_kv": n_tok or "n_kv"}
-    rows = []
-    for name, (op, il) in model.table.items():
-        below = (model.config.n_layer if il is None else il) - 1
-        before = f"l_out-{below}" if below >= 0 else "inp_embd"
-        inputs = [before if i == "x" else i if il is None else f"{i}-{il}" for i in op.inputs]
-        weight = op.weight and f"{op.weight}.weight" if il is None else op.weight and f"blk.{il}.{op.weight}.weight"
-        if weight and weight not in model.weights:  # output tied to the embedding
-            weight = "token_embd.weight"
-        tensor = model.weights[weight] if weight else None
-        rows.append({
-            "name": name, "op": op.op, "shape": [sizes[d] for d in op.dims], "inputs": inputs, "weight": weight,
-            "type": tensor and tensor.type_name, "weight_shape": tensor and list(tensor.shape),
-        })
-    return rows
-
-
-class Printer:
-    """Prints what the actions found as it comes, or gathers it for --json."""
-
-    def __init__(self, args: argparse.Namespace, model: Model):
-        self.args, self.model = args, model
-        self.out: dict[str, Any] = {
-            "tinymia": tinymia.__version__, "model": str(model.path), "numerics": model.numerics,
-            "lens": [], "log": [], "saved": [],
-        }
-        self.patterns: dict[int, np.ndarray] = {}
-
-    def line(self, text: str) -> None:
-        if not self.args.json:
-            print(text)
-
-    def record(self, r: Record) -> None:
-        """Called for each thing that an action kept."""
-        about = {"tensor": r.name, "layer": r.layer, "phase": r.phase}
-        if isinstance(r.action, tinymia.Lens):
-            self.line(f"Layer #{r.layer} {r.name}:" if r.layer is not None else f"{r.name}:")
-            for position, best in zip(r.positions.tolist(), r.value):
-                shown = "".join(f"{piece} {score:.2g}|" for piece, score in best)
-                self.line(f"{position}: {shown or 'NaN: no tokens'}")
-            rows = [{"position": p, "best": best} for p, best in zip(r.positions.tolist(), r.value)]
-            self.out["lens"].append({**about, "rows": rows})
-        elif isinstance(r.action, tinymia.Log):
-            first = " ".join(f"{v:.4g}" for v in r.value["first"])
-            numbers = " ".join(f"{k} {r.value[k]:.4g}" for k in ("mean", "rms", "min", "max"))
-            self.line(f"{r.name} {r.value['shape']} {numbers} first {first}")
-            self.out["log"].append({**about, **r.value})
-        elif r.action.path is not None:
-            self.out["saved"].append({**about, "file": str(r.action.path), "shape": list(r.value.shape)})
-        else:
-            self.patterns[r.layer] = r.value
-
-
-def list_models() -> list[dict[str, Any]]:
-    """The bundled models, described by the first sentence of their metadata."""
-    found = []
-    for name, path in bundled().items():
-        about = str(read_gguf(path)[0].get("general.description", ""))
-        found.append({"name": name, "bytes": path.stat().st_size, "about": about.split(". ")[0], "path": str(path)})
-    return found
-
-
 def run(args: argparse.Namespace) -> int:
     """What main does once the flags are read."""
     if args.list_models:
-        models = list_models()
-        print(dumps(models) if args.json else table([list(m.values()) for m in models]))
+        models = listed()
+        if args.json:
+            print_json(dumps(models))
+        else:
+            print(table([list(models[0]), *(list(m.values()) for m in models)]))
         return 0
-    if args.n_predict < 0:
-        raise Error(f"-n {args.n_predict}: it must be 0 or more")
     if args.draw and importlib.util.find_spec("matplotlib") is None:
-        raise Error("--draw needs matplotlib: pip install tinymia[lab]")
+        raise Error("--draw needs matplotlib: pip install 'tinymia[lab]'")
     if args.draw and not args.draw.endswith(".png"):
         raise Error(f"--draw {args.draw}: it draws .png files")
-    if args.lens_score and all(spec.flag != "lens" for spec in args.specs):
-        raise Error("--lens-score goes with --logit-lens")
+    for flag, given in (("--lens-score", args.lens_score), ("--lens-position", args.lens_position)):
+        if given and all(spec.flag != "lens" for spec in args.specs):
+            raise Error(f"{flag} goes with --logit-lens")
     if not args.temp and (args.top_k or args.top_p != 1 or args.min_p):
         raise Error("--top-k, --top-p and --min-p choose among tokens to draw from: they need --temp above 0")
     prompt, clock = read_prompt(args), time.perf_counter()
-    if args.model is None:
-        print(f"no -m: the bundled model {DEFAULT} runs", file=sys.stderr)
-    model = tinymia.load(args.model, args.threads, args.numerics)
+    model = load_model(args)
     if args.verbose:
         for key, value in vars(model.config).items():
-            print(f"{key:10s}  {value:.6g}" if isinstance(value, float) else f"{key:10s}  {value}", file=sys.stderr)
-        print(f"loaded in {time.perf_counter() - clock:.2f} s, {model.threads} threads", file=sys.stderr)
-    ids = None if prompt is None else model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
+            note(f"{key:10s}  {value:.6g}" if isinstance(value, float) else f"{key:10s}  {visible(str(value))}")
+        note(f"loaded in {time.perf_counter() - clock:.2f} s, {model.threads} threads")
+    if prompt is not None and args.chat:
+        _, prompt, _ = chat = chat_of(args, model, prompt)
+        ids = chat.ids
+    else:
+        ids = None if prompt is None else model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
     printer = Printer(args, model)
     if args.print_cgraph:
         printer.out["cgraph"] = rows = cgraph(model, ids and len(ids))
@@ -207,11 +153,12 @@ def run(args: argparse.Namespace) -> int:
         ]
         printer.line(table([list(w.values()) for w in printer.out["tensors"]]))
     if ids is not None:
+        tell_unknown(model, [prompt])
         generate(args, model, prompt, ids, printer)
     elif not (args.print_cgraph or args.list_tensors):
         raise Error("no prompt: give one with -p or -f")
     if args.json:
-        print(dumps(printer.out))
+        print_json(dumps(printer.out))
     return 130 if printer.out.get("stop") == "interrupted" else 0
 
 
@@ -222,8 +169,9 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
         check_target(args.draw)
         actions.append(tinymia.Save("kq_soft_max"))
     rows = [[i, token, model.piece(token).replace(" ", "▁")] for i, token in enumerate(ids)]
-    print(table([["index", "id", "piece"], *rows]), file=sys.stderr, flush=True)
-    live = sys.stdout.isatty() and not args.json
+    printer.begin(len(ids))
+    note(table([["index", "id", "piece"], *rows]))
+    live = is_terminal(sys.stdout) and not args.json
     live = live and all(a.when == "prompt" for a in actions if isinstance(a, (tinymia.Lens, tinymia.Log)))
     begun = False
 
@@ -232,59 +180,67 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
         check_interrupt()
         if not live:
             return
-        print(text if begun else f'output: "{text}', end="", flush=True)
+        print_generated(text if begun else f'output: "{text}')
         begun = True
 
     with interruptible() as check_interrupt:
         gen = model.generate(
-            prompt, args.n_predict, actions, temp=args.temp, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-            repeat_penalty=args.repeat_penalty, seed=args.seed, stop=args.stop, bos=False if args.no_bos else None,
-            special=not args.no_special, on_text=show, on_record=printer.record,
+            ids if args.chat else prompt, args.n_predict, actions, temp=args.temp, top_k=args.top_k, top_p=args.top_p,
+            min_p=args.min_p, repeat_penalty=args.repeat_penalty, seed=args.seed, stop=args.stop,
+            bos=False if args.no_bos else None, special=not args.no_special, on_text=show, on_record=printer.record,
         )
     if not args.json:
-        print('"' if begun else f'output: "{gen.text}"', flush=True)
+        print_generated('"' if begun else f'output: "{gen.text}"', end="\n")
     if args.draw:
-        from .draw import draw
+        from .pictures.draw import draw
 
         draw(printer.patterns, args.draw, [model.piece(i) for i in ids], f"{model.path.name}: {prompt}")
     printer.out |= {"prompt": prompt, "output": gen.text, "stop": gen.stop_reason, "output_tokens": gen.tokens,
                     "tokens": [{"index": i, "id": token, "piece": piece} for i, token, piece in rows]}
+    if gen.stop_reason == "eos" and not gen.text and model.template and not args.chat:
+        note(f"note: the model ended the text at once, with {model.piece(gen.tokens[-1])}. It is trained for chats: "
+              "--chat puts the prompt into the form that it knows")
     if gen.stop_reason == "context":
-        print(f"the context is full: {model.config.n_ctx} tokens", file=sys.stderr)
+        note(f"the context is full: {model.config.n_ctx} tokens")
     if gen.stop_reason == "interrupted":
-        print("interrupted", file=sys.stderr)
+        note("interrupted")
     if args.verbose:
         first, rest = gen.seconds
         rates = len(ids) / max(first, 1e-9), max(len(gen.tokens) - 1, 0) / max(rest, 1e-9)
-        print(f"prompt: {len(ids)} tokens in {first:.3f} s, {rates[0]:.1f} a second\n"
-              f"generation: {len(gen.tokens)} tokens in {rest:.3f} s, {rates[1]:.1f} a second", file=sys.stderr)
+        note(f"prompt: {len(ids)} tokens in {first:.3f} s, {rates[0]:.1f} a second\n"
+              f"generation: {len(gen.tokens)} tokens in {rest:.3f} s, {rates[1]:.1f} a second")
+
+
+def module_of(command: str) -> str:
+    """The module of a command."""
+    room = "comparison" if command == "verify" else "commands"
+    return f"tinymia_lab.{room}.{command.replace('-', '_')}"
 
 
 @notes()
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0, 2 for an error, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(encoding="utf-8", errors="replace")
-        if argv and argv[0] in SUBCOMMANDS:
-            status = importlib.import_module(f"tinymia_lab.{argv[0].replace('-', '_')}").command(argv[1:])
-        else:
-            status = run(parser().parse_args(argv))
-        sys.stdout.flush()
-        return status
-    except OSError as e:  # of stdout: files have errors of their own
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush would fail again
-        if isinstance(e, BrokenPipeError):  # `| head` has seen enough
-            return 0
-        print(f"error: the output cannot be written: {e.strerror or e}", file=sys.stderr)
-        return 2
-    except (Error, MemoryError) as e:
-        if "--debug" in argv:
-            raise
-        print(f"error: {e or 'out of memory'}".replace("\n", " "), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    with streams():
+        try:
+            if argv and argv[0] in SUBCOMMANDS:
+                status = importlib.import_module(module_of(argv[0])).command(argv[1:])
+            else:
+                status = run(parser().parse_args(argv))
+            sys.stdout.flush()
+            return status
+        except OSError as e:  # of stdout: files have errors of their own
+            if isinstance(sys.stdout, Stream):
+                sys.stdout.drop()
+            if isinstance(e, BrokenPipeError):  # `| head` has seen enough
+                return 0
+            note(f"error: the output cannot be written: {e.strerror or e}")
+            return 2
+        except (Error, MemoryError) as e:
+            if "--debug" in argv:
+                raise
+            note(f"error: {e or 'out of memory'}".replace("\n", " "))
+            return 2
+        except KeyboardInterrupt:
+            note("interrupted")
+            return 130

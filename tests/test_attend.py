@@ -9,9 +9,17 @@ from browser import Browser
 from conftest import command
 
 import tinymia
-from tinymia_lab.attend import Attention, attend, first_score, induction_score, previous_score, repeated_tokens, text
-from tinymia_lab.attend import command as attend_command
-from tinymia_lab.attention_page import pack
+from tinymia_lab.commands.attend import (
+    Attention,
+    attend,
+    first_score,
+    induction_score,
+    previous_score,
+    repeated_tokens,
+    text,
+)
+from tinymia_lab.commands.attend import command as attend_command
+from tinymia_lab.pictures.attention_page import pack
 
 PROMPT = "Egypt -> Cairo, Norway -> Oslo, Estonia ->"
 
@@ -130,7 +138,7 @@ def test_saved_and_gone_on_with(copycat, found, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return induction_score(*args)
 
-    monkeypatch.setattr("tinymia_lab.attend.induction_score", stops)
+    monkeypatch.setattr("tinymia_lab.commands.attend.induction_score", stops)
     with pytest.raises(KeyboardInterrupt):
         attend(copycat, PROMPT, out=path)
     assert "attend: stopped at 7 of 12" in capsys.readouterr().err
@@ -152,7 +160,7 @@ def test_command_prints_scores(capsys, found):
     out = capsys.readouterr().out
     best = np.unravel_index(found.previous.argmax(), found.previous.shape)
     line = next(line for line in out.splitlines() if line.startswith("to the token before"))
-    assert line.split()[4] == f"{best[0]}.{best[1]}" and out.count("layer 0") == 4
+    assert line.split()[4] == f"{best[0]}.{best[1]}" and out.count("layer \\ head 0") == 4
 
 
 def test_command_prints_one_heads_pattern(capsys):
@@ -162,7 +170,8 @@ def test_command_prints_one_heads_pattern(capsys):
 
 
 def test_command_json(capsys, found):
-    assert attend_command(["-p", PROMPT, "-t", "1", "--json", "--layers", "0", "--heads", "1"]) == 0
+    args = ["-p", PROMPT, "-t", "1", "--json", "--layers", "0", "--heads", "1", "--numerics", "ggml"]
+    assert attend_command(args) == 0
     data = json.loads(capsys.readouterr().out)
     assert np.array(data["patterns"]).shape == (1, 1, 11, 11) and data["heads"] == [1]
     assert np.allclose(data["first"], found.first)

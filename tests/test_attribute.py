@@ -7,8 +7,8 @@ import pytest
 from conftest import command, prompt
 
 import tinymia
-from tinymia_lab.attribute import Attribution, attribute, pictures
-from tinymia_lab.attribute import command as attribute_command
+from tinymia_lab.commands.attribute import Attribution, attribute, pictures
+from tinymia_lab.commands.attribute import command as attribute_command
 
 PROMPT = "Egypt -> Cairo, Norway -> Oslo, France ->"
 
@@ -136,7 +136,7 @@ def test_what_actions_put_in_has_a_part_of_its_own(copycat):
 
 
 def test_saved_and_gone_on_with(copycat, found, tmp_path, monkeypatch, capsys):
-    import tinymia_lab.attribute as module
+    import tinymia_lab.commands.attribute as module
 
     path, layer, calls = tmp_path / "x.npz", module._layer, []
 
@@ -183,7 +183,8 @@ def test_what_is_wrong_is_said(copycat, how, words):
 
 
 def test_command_prints_the_parts_by_size(capsys, found):
-    args = ["-p", PROMPT, "-t", "1", "--answer", "Paris", "--against", "Italy", "--neurons", "3", "--top", "5"]
+    args = ["-p", PROMPT, "-t", "1", "--answer", "Paris", "--against", "Italy", "--neurons", "3", "--top", "5",
+            "--numerics", "ggml"]
     assert attribute_command(args) == 0
     out = capsys.readouterr().out
     lines = out.split("parts by size, in logits\n")[1].split("\n\n")[0].splitlines()
@@ -196,7 +197,8 @@ def test_command_prints_the_parts_by_size(capsys, found):
 
 
 def test_command_json(capsys, found):
-    assert attribute_command(["-p", PROMPT, "-t", "1", "--answer", "Paris", "--against", "Italy", "--json"]) == 0
+    args = ["-p", PROMPT, "-t", "1", "--answer", "Paris", "--against", "Italy", "--json"]
+    assert attribute_command([*args, "--numerics", "ggml"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert np.allclose(data["heads"], found.heads) and data["logit"] == found.logit and data["neurons"] == []
 

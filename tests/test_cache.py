@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tinymia_kernels import jit
+from tinymia_kernels.machine import jit
 
 ROOT = Path(__file__).parents[1]
 CODE = """
-import numba, numpy as np, tinymia_kernels.jit as jit
+import numba, numpy as np, tinymia_kernels.machine.jit as jit
 @jit.kernel
 def twice(x):
     return x + x

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 import tinymia
 from tinymia_files import read_gguf, read_text, write_tensors
 from tinymia_files.tensors import read_tensors
-from tinymia_lab.control_vector import read_control_vector, write_control_vector
-from tinymia_lab.prompt_sets import read_prompts
-from tinymia_lab.recording import fingerprint, read_recording
-from tinymia_lab.steer import Steering, steer
-from tinymia_lab.task_files import read_task
+from tinymia_lab.commands.steer import Steering, steer
+from tinymia_lab.comparison.recording import fingerprint, read_recording
+from tinymia_lab.measure.control_vector import read_control_vector, write_control_vector
+from tinymia_lab.measure.prompt_sets import read_prompts
+from tinymia_lab.measure.task_files import read_task
 
 ODD = Path(__file__).parents[2] / "shared" / "odd-files"
 HOW = {"flash": False, "repack": False, "actions": []}
@@ -207,7 +207,7 @@ def test_a_byte_order_mark_is_dropped_and_told(tmp_path, capsys):
 def test_line_ends_stay_in_a_prompt_and_are_equal_in_a_set(tmp_path):
     from argparse import Namespace
 
-    from tinymia_lab.arguments import read_prompt
+    from tinymia_lab.flags.arguments import read_prompt
 
     path = tmp_path / "p.txt"
     for data, text in ((b"a\r\nb\r\n", "a\r\nb"), (b"a\rb\n", "a\rb"), (b"a\n\n", "a\n"), (b"a\r", "a\r")):

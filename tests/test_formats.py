@@ -232,7 +232,7 @@ def test_activations_equal_ggml_bit_for_bit(rng):
 @pytest.mark.parametrize("fmt", [*SUPERBLOCKS, tk.FORMATS[39], *DECODED[2:7]], **names)
 def test_dot_products_equal_ggml_bit_for_bit(fmt, rng):
     lib, n_in, n_out = ggml(), 1280, 11
-    name = fmt.name.lower().replace("_k", "_K") + ("_q8_K" if fmt.activation == "Q8_K" else "_q8_0")
+    name = fmt.name.lower().replace("_k", "_K") + ("_q8_K" if fmt.block_size == 256 else "_q8_0")
     dot, quantise = getattr(lib, "ggml_vec_dot_" + name), getattr(lib, "quantize_row_" + name[-4:])
     raw, _ = random_weights(fmt, rng, n_out, n_in)
     x = rng.standard_normal((MANY - 1, n_in)).astype(np.float32)
@@ -243,9 +243,23 @@ def test_dot_products_equal_ggml_bit_for_bit(fmt, rng):
             row = np.ascontiguousarray(raw.reshape(n_out, -1)[i])
             dot(n_in, ctypes.byref(one), ctypes.c_size_t(0), at(row), ctypes.c_size_t(0), at(y), ctypes.c_size_t(0), 1)
             want[t, i] = one.value
-    if fmt.decoded:
+    if not isinstance(fmt, tk.Format):
         fmt, raw = decode.decode(raw, fmt, n_out, n_in)
     assert np.array_equal(tk.matmul(x, raw, fmt, n_out), want)
+
+
+@pytest.mark.skipif(not cpu.HAS_VNNI, reason="sums are taken in the order of ggml's code for AVX-512")
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 8, 10, 11, 13])
+def test_iq4_nl_with_one_token_equals_ggml_bit_for_bit(groups, rng):
+    lib, fmt, n_in, one = ggml(), tk.FORMATS[20], 32 * groups, ctypes.c_float()
+    raw, _ = random_weights(fmt, rng, 11, n_in)
+    x, y, want = rng.standard_normal((1, n_in)).astype(np.float32), np.zeros(2048, np.uint8), []
+    lib.quantize_row_q8_0(at(x), at(y), ctypes.c_int64(n_in))
+    for row in raw.reshape(11, -1):
+        args = ctypes.byref(one), ctypes.c_size_t(0), at(row.copy()), ctypes.c_size_t(0), at(y), ctypes.c_size_t(0), 1
+        lib.ggml_vec_dot_iq4_nl_q8_0(n_in, *args)
+        want.append(one.value)
+    assert tk.matmul(x, raw, fmt, 11)[0].tolist() == want
 
 
 # Other CPUs.

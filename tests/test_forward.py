@@ -172,14 +172,15 @@ def test_fused_equals_materialised(load, how, numerics):
 @pytest.mark.parametrize("wtype", ["F32", "BF16", "Q5_1"])
 @pytest.mark.parametrize("parts", [[1] * 12, [5, 1, 1, 5], [11, 1], [1, 11], [3, 9]], ids=str)
 def test_decode_equals_prompt(load, wtype, numerics, parts):
+    """To the bit with f32. With ggml a token alone is summed otherwise than one of several, as in llama.cpp."""
     model, ids = load(numerics, wtype=wtype), prompt(12)
     whole = model.run(ids, keep=["l_out", "Kcur", "kqv_merged", "result_norm"])
-    cache, at = model.cache(), 0
+    cache, at, tolerance = model.cache(), 0, 0 if numerics == "f32" else 1e-12
     for n in parts:
         part = model.run(ids[at:at + n], keep=whole.names, cache=cache)
         for name in whole.names:
-            assert nmse(part[name], whole[name][at:at + n]) <= 1e-12, (name, at)
-        assert nmse(part.logits, whole.logits[at:at + n]) <= 1e-12
+            assert nmse(part[name], whole[name][at:at + n]) <= tolerance, (name, at)
+        assert nmse(part.logits, whole.logits[at:at + n]) <= tolerance
         at += n
 
 
@@ -294,8 +295,16 @@ def test_a_cache_survives_a_failure(model):
 
 
 def test_a_long_generation_grows_the_cache(load):
-    """Capacity doubles on the way; what was stored before stays."""
-    model, cache = load(n_ctx=512), tinymia.load(load(n_ctx=512).path, threads=1).cache()
-    ids = prompt(200)
+    """Capacity doubles on the way; what was stored before stays. With f32, bit for bit."""
+    model = load("f32", n_ctx=512)
+    cache, ids = model.cache(), prompt(200)
     rows = [model.run([i], cache=cache).logits[0] for i in ids]
-    assert nmse(np.stack(rows), model.run(ids).logits) <= 1e-10
+    np.testing.assert_array_equal(np.stack(rows), model.run(ids).logits)
+
+
+def test_a_long_generation_with_ggml_is_one_pass_up_to_rounding(load):
+    """A last bit of a key or value can tip over a rounding step of the F16 cache, in llama.cpp as well."""
+    model = load(n_ctx=512)
+    cache, ids = model.cache(), prompt(200)
+    rows = [model.run([i], cache=cache).logits[0] for i in ids]
+    assert 0 < nmse(np.stack(rows), model.run(ids).logits) <= 1e-8

@@ -1,18 +1,20 @@
 """Function vectors against plain runs of whole prompts: no cache, no batch, a head at a time."""
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import command
 
 import tinymia
-from tinymia_lab import function_vector, head_effects
-from tinymia_lab.in_context import Prompt
-from tinymia_lab.task_files import Task, read_task
+from tinymia_lab.commands import function_vector
+from tinymia_lab.measure import head_effects
+from tinymia_lab.measure.in_context import Prompt
+from tinymia_lab.measure.task_files import Task, read_task
 
 TASKS = ["copycat-next-letters", "copycat-first-letters"]
-SMALL = {"n_mean": 8, "n_effect": 4, "n_test": 6, "top": 5}
+SMALL = {"n_mean": 8, "n_effect": 4, "n_dev": 5, "n_test": 6, "top": 5}
 
 
 @pytest.fixture(scope="module", params=["ggml", "f32"])
@@ -98,11 +100,11 @@ def test_the_tables_equal_plain_runs(plain, found):
     c = plain.config
     np.testing.assert_allclose(found.effects, found.prompt_effects.mean(axis=(0, 1)))
     best = sorted(found.effects.ravel(), reverse=True)[: SMALL["top"]]
-    assert [found.effects[il, h] for il, h in found.heads] == best
+    assert all([found.effects[il, h] for il, h in heads] == best for heads in found.heads)
     for i, name in enumerate(TASKS):
         prompts = prompts_of(plain, name)
         assert found.hits[i].shape == (6, 2, c.n_layer + 2)
-        np.testing.assert_allclose(found.vectors[i], head_effects.written(plain, found.means[i], found.heads))
+        np.testing.assert_allclose(found.vectors[i], head_effects.written(plain, found.means[i], found.heads[i]))
         for hits, (bare, shuffled, shown) in zip(found.hits[i, :3], prompts.test):
             for row, prompt in zip(hits, (bare, shuffled)):
                 adds = [[], *([tinymia.Add(f"l_out-{il}", found.vectors[i], at=len(prompt.ids) - 1)]
@@ -133,9 +135,38 @@ def test_what_is_drawn(plain):
 
 
 def test_copycat_has_one_head_that_carries_the_task(found):
-    assert found.heads[0] == [3, 3] and found.effects[3, 3] > 0.2
+    assert found.heads[0][0] == [3, 3] and found.effects[3, 3] > 0.2
     assert np.sort(found.effects.ravel())[-2] < 0.1
     assert found.accuracy[:, 0, 0].max() <= 0.2 and found.accuracy[:, 0, 1].min() >= 0.5
+
+
+def test_each_layer_is_chosen_on_development_queries_for_bare_and_shuffled(plain, found):
+    """Where the vector does nothing on one of the two, that takes nothing from the other, and a - stands there."""
+    for i, name in enumerate(TASKS):
+        prompts = prompts_of(plain, name)
+        tests = {tuple(bare.ids) for bare, _, _ in prompts.test}
+        assert len(prompts.dev) == 5 and not tests & {tuple(bare.ids) for bare, _, _ in prompts.dev}
+        for hits, query in zip(found.dev_hits[i, :2], prompts.dev):
+            np.testing.assert_array_equal(hits, head_effects.measure_query(plain, (query, found.vectors[i])))
+        np.testing.assert_array_equal(found.dev_accuracy[i], found.dev_hits[i].mean(0))
+    told = replace(found, dev_accuracy=np.zeros_like(found.dev_accuracy), accuracy=np.zeros_like(found.accuracy))
+    told.dev_accuracy[0, 1, [1 + 2, 1 + 4]], told.accuracy[0, :, 1:-1] = 0.5, np.arange(6) / 10
+    assert told.layers.tolist() == [[-1, 2], [-1, -1]]
+    table, why, *_ = function_vector.tables(told)
+    assert table.splitlines()[1].split()[3:9] == ["0.00", "-", "-", "0.00", "2", "0.20"]
+    assert why.startswith(f"-: {TASKS[0]} (bare), {TASKS[1]} (bare), {TASKS[1]} (shuffled): ")
+
+
+def test_own_heads_are_the_tasks_own_and_coef_makes_the_vector_longer(plain, found):
+    own = function_vector.function_vector(plain, TASKS, heads="own", coef=-1.5, **SMALL)
+    np.testing.assert_array_equal(own.prompt_effects, found.prompt_effects)
+    for i, heads in enumerate(own.heads):
+        effects = own.prompt_effects[i].mean(0)
+        assert [effects[il, h] for il, h in heads] == sorted(effects.ravel(), reverse=True)[: SMALL["top"]]
+        np.testing.assert_allclose(own.vectors[i], -1.5 * head_effects.written(plain, own.means[i], heads), rtol=1e-6)
+    assert own.heads[0] != own.heads[1]
+    text = function_vector.tables(own)[-1]
+    assert all(f"{name}: head, effect" in text for name in TASKS)
 
 
 def same(a, b):
@@ -166,7 +197,7 @@ def test_a_stopped_run_goes_on_where_it_was(plain, found, monkeypatch, tmp_path,
         function_vector.function_vector(plain, TASKS, out=out, **SMALL)
     before = len(calls)
     whole = function_vector.function_vector(plain, TASKS, out=out, **SMALL)
-    assert len(calls) - before == {"head_outputs": 16, "head_effects": 8, "measure_query": 12}[name] - (n - 1)
+    assert len(calls) - before == {"head_outputs": 16, "head_effects": 8, "measure_query": 22}[name] - (n - 1)
     assert same(found, whole) and same(whole, function_vector.FunctionVector.load(out))
     with pytest.raises(tinymia.Error, match="settings top is 5, not 6"):
         function_vector.function_vector(plain, TASKS, out=out, **SMALL | {"top": 6})
@@ -188,7 +219,7 @@ def test_the_command(tmp_path):
     small = ["--n-mean", "8", "--n-effect", "4", "--n-test", "6", "--top", "5"]
     status, out, err = command("function-vector", *TASKS, "copycat-capital", *small, "-o", png, "-o", html, "-o", npz)
     assert status == 0, err
-    assert out.startswith("task") and "heads of the vector\nhead  effect\n3.3 " in out
+    assert out.startswith("task") and "heads of the vector\nhead, effect\n3.3 " in out
     assert "copycat-capital: answered with shuffled examples as well as with right ones" in out
     assert png.read_bytes()[:4] == b"\x89PNG" and "causal indirect effect" in html.read_text("utf-8")
     status, text, _ = command("function-vector", *TASKS, "copycat-capital", *small, "-o", npz, "--json")

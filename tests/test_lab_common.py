@@ -15,12 +15,11 @@ import pytest
 from test_split import cut
 
 import tinymia
-from tinymia_lab import (
+from tinymia_lab.commands import (
     ablate,
     attend,
     attribute,
     function_vector,
-    head_ablation,
     lens,
     report,
     steer,
@@ -28,14 +27,15 @@ from tinymia_lab import (
     task_vector,
     trace,
 )
-from tinymia_lab.answers import answer_token, kl, logit_difference, probability, rank
-from tinymia_lab.arguments import check_file, chosen, emit, out_file, parser
-from tinymia_lab.colours import ink, rgb
-from tinymia_lab.heatmap import Heatmap, draw_png, paint
-from tinymia_lab.page import page
-from tinymia_lab.progress import Progress, clock, keeping
-from tinymia_lab.result import Result, about, model_hash, resume
-from tinymia_lab.terminal import fit, table, visible, wide
+from tinymia_lab.flags.arguments import check_file, chosen, emit, out_file, parser
+from tinymia_lab.measure import head_ablation
+from tinymia_lab.measure.answers import answer_token, kl, logit_difference, probability, rank
+from tinymia_lab.pictures.colours import ink, rgb
+from tinymia_lab.pictures.heatmap import Heatmap, draw_png, paint
+from tinymia_lab.pictures.page import page
+from tinymia_lab.pictures.terminal import fit, table, visible, wide
+from tinymia_lab.runs.progress import Progress, clock, keeping
+from tinymia_lab.runs.result import Result, about, model_hash, resume
 
 
 @dataclass
@@ -172,14 +172,14 @@ sys.argv = ["tinymia", "look"]
 import tinymia, tinymia_lab.cli as cli
 from tests_stopped import command
 cli.SUBCOMMANDS += ("look",)
-sys.modules["tinymia_lab.look"] = sys.modules["tests_stopped"]
+sys.modules["tinymia_lab.commands.look"] = sys.modules["tests_stopped"]
 raise SystemExit(tinymia.main())
 """
 COMMAND = """
 import time, numpy as np
 from dataclasses import dataclass
-from tinymia_lab.progress import keeping
-from tinymia_lab.result import Result
+from tinymia_lab.runs.progress import keeping
+from tinymia_lab.runs.result import Result
 
 @dataclass
 class Slow(Result):
@@ -211,7 +211,7 @@ def test_control_c_leaves_a_file_and_status_130(tmp_path):
 
 
 def test_saved_now_and_then(found, tmp_path, monkeypatch):
-    monkeypatch.setattr("tinymia_lab.progress.EVERY", 0.01)
+    monkeypatch.setattr("tinymia_lab.runs.progress.EVERY", 0.01)
     with keeping(found, tmp_path / "x.npz", 2, "look") as bar:
         bar.step()
         time.sleep(0.02)
@@ -378,7 +378,7 @@ def test_metrics():
 
 def test_flags_of_every_command(tmp_path):
     args = parser("look", "Look.").parse_args(["-o", "a.png", "-o", str(tmp_path / "b.npz"), "-t", "2"])
-    assert args.threads == 2 and args.numerics == "ggml" and out_file(args) == tmp_path / "b.npz"
+    assert args.threads == 2 and args.numerics == "f32" and out_file(args) == tmp_path / "b.npz"
     with pytest.raises(tinymia.Error, match=r"the kinds of file are \.npz, \.json, \.png, \.html"):
         check_file("-o", "a.txt", args.kinds)
     with pytest.raises(tinymia.Error, match="no folder"):

@@ -9,8 +9,8 @@ from browser import Browser
 from conftest import command
 
 import tinymia
-from tinymia_lab.lens import Lens, details, lens, pictures
-from tinymia_lab.lens import command as lens_command
+from tinymia_lab.commands.lens import Lens, details, lens, pictures
+from tinymia_lab.commands.lens import command as lens_command
 
 PROMPT = "Egypt -> Cairo, Norway -> Oslo, Estonia ->"
 
@@ -69,7 +69,7 @@ def test_against_float64(stories):
 
 def test_many_rows_go_in_parts(copycat, monkeypatch):
     whole = lens(copycat, PROMPT, target="Tallinn")
-    monkeypatch.setattr("tinymia_lab.lens.ROWS", 3)
+    monkeypatch.setattr("tinymia_lab.commands.lens.ROWS", 3)
     parts = lens(copycat, PROMPT, target="Tallinn")
     for name, array in whole.arrays().items():
         assert np.array_equal(array, getattr(parts, name)), name
@@ -95,7 +95,7 @@ def test_saved_and_gone_on_with(copycat, found, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         output(result, i, *how)
 
-    monkeypatch.setattr("tinymia_lab.lens._fill", stops)
+    monkeypatch.setattr("tinymia_lab.commands.lens._fill", stops)
     with pytest.raises(KeyboardInterrupt):
         lens(copycat, PROMPT, k=4, target="Tallinn", out=path)
     assert "stopped at 3 of 6" in capsys.readouterr().err
@@ -194,7 +194,7 @@ def test_command_prints_a_table(copycat):
     status, out, err = command("lens", "-p", PROMPT, "-t", 1, "--target", "Tallinn", env={"COLUMNS": "200"})
     assert status == 0 and "copycat" in err and "\x1b" not in out
     top = next(line for line in out.splitlines() if line.startswith("5 "))
-    assert top.endswith(" 86%  ▁Talli…")
+    assert top.endswith(" 85%  ▁Talli…")
     assert "position 10, ▁->" in out
 
 
@@ -246,7 +246,7 @@ def test_page_tells_the_best_tokens(tmp_path, capsys):
         browser.move(*browser.middle("tbody tr:first-child td:last-child"))
         tip = browser.js("document.getElementById('tip').textContent")
         assert tip.startswith("l_out-5, position 10 ▁->")
-        assert tip.splitlines()[1].split() == ["▁Tallinn", "11.02", "86.1%"]
+        assert tip.splitlines()[1].split() == ["▁Tallinn", "10.99", "85.5%"]
         browser.js("document.querySelector('.heatmap table').focus()")
         browser.key("ArrowDown")
         assert browser.js("document.getElementById('tip').textContent").startswith("l_out-4, position 10")

@@ -202,7 +202,7 @@ def test_computed_as_it_means_or_refused_by_name(raw, model, tmp_path, name):
     assert np.array_equal(logits, model.run(IDS).logits) == (verdict == SAME)
 
 
-@pytest.mark.parametrize("numerics", ["ggml", "f32"])
+@pytest.mark.parametrize("numerics", ["ggml", "f32", "plain"])
 @pytest.mark.parametrize("wtype", ["F32", "Q8_0"])
 @pytest.mark.parametrize("name", ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"])
 def test_a_scale_of_2_is_a_weight_twice_as_large(tiny, tmp_path, name, wtype, numerics):

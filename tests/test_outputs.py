@@ -13,9 +13,9 @@ from conftest import command, nobody
 
 import tinymia
 from tinymia_files import check_apart, check_target, write_atomic, write_tensors
-from tinymia_lab.result import model_hash
-from tinymia_lab.steer import steer
-from tinymia_lab.trace import trace
+from tinymia_lab.commands.steer import steer
+from tinymia_lab.commands.trace import trace
+from tinymia_lab.runs.result import model_hash
 
 LINKS = {"itself": lambda a, b: a, "hard link": lambda a, b: (os.link(a, b), b)[1],
          "symlink": lambda a, b: (b.symlink_to(a), b)[1]}
@@ -277,7 +277,7 @@ def test_a_model_whose_name_is_not_utf8(tiny, tmp_path):
     model, out = tinymia.load(os.fsdecode(path), threads=1), tmp_path / "r.json"
     trace(model, [1, 5]).save(out)
     assert json.loads(out.read_bytes().decode("utf-8"))["about"]["model"]["path"].endswith("m\ufffd.gguf")
-    from tinymia_lab.draw import draw
+    from tinymia_lab.pictures.draw import draw
 
     draw({0: np.ones((1, 2, 2), np.float32)}, tmp_path / "x.png", ["a", "b"], model.path.name)
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
@@ -310,7 +310,7 @@ def test_a_prompt_is_utf8_in_every_locale(tiny):
 
 
 def test_attention_pages_have_a_limit_that_is_told_before_the_run(tiny, tmp_path):
-    from tinymia_lab.attention_page import MOST, check_size
+    from tinymia_lab.pictures.attention_page import MOST, check_size
 
     check_size(30, 9, 300)
     with pytest.raises(tinymia.Error, match=r"30 layers and 9 heads on 1191 tokens .* choose layers, 3 or so"):
@@ -321,7 +321,7 @@ def test_attention_pages_have_a_limit_that_is_told_before_the_run(tiny, tmp_path
 
 
 def test_patterns_are_kept_as_small_as_their_use_allows(model):
-    from tinymia_lab.attend import attend
+    from tinymia_lab.commands.attend import attend
 
     whole, half, none = (attend(model, [1, 5, 6, 5], kept=kept) for kept in ("float32", "float16", None))
     assert whole.patterns.dtype == np.float32 and half.patterns.dtype == np.float16 and not none.patterns.size
@@ -333,7 +333,7 @@ def test_patterns_are_kept_as_small_as_their_use_allows(model):
 
 def test_a_saved_result_makes_no_lists_of_its_arrays(model, tmp_path, monkeypatch):
     import tinymia_files.disk as disk
-    from tinymia_lab.attend import attend
+    from tinymia_lab.commands.attend import attend
 
     found, plain = attend(model, [1, 5, 6]), disk.plain
 
@@ -342,6 +342,6 @@ def test_a_saved_result_makes_no_lists_of_its_arrays(model, tmp_path, monkeypatc
         return plain(value)
 
     monkeypatch.setattr(disk, "plain", watched)
-    monkeypatch.setattr("tinymia_lab.result.plain", watched)
+    monkeypatch.setattr("tinymia_lab.runs.result.plain", watched)
     found.save(tmp_path / "x.npz")
     np.testing.assert_array_equal(type(found).load(tmp_path / "x.npz").patterns, found.patterns)

@@ -8,11 +8,11 @@ from browser import Browser
 from conftest import command, prompt
 
 import tinymia
-from tinymia_lab.attribute import attribute
-from tinymia_lab.lens import lens
-from tinymia_lab.report import command as report_command
-from tinymia_lab.report import report
-from tinymia_lab.report_page import bars, report_page, words
+from tinymia_lab.commands.attribute import attribute
+from tinymia_lab.commands.lens import lens
+from tinymia_lab.commands.report import command as report_command
+from tinymia_lab.commands.report import report
+from tinymia_lab.commands.report_page import bars, report_page, words
 
 PROMPT = "Egypt -> Cairo, Norway -> Oslo, Estonia ->"
 CHANGES = [tinymia.Ablate("kqv_merged-1", heads=[1]), tinymia.Scale("kqv_out-4", 0.0, at=-1)]
@@ -100,7 +100,7 @@ def test_what_is_wrong_is_said(copycat, how, words):
 
 
 def test_too_long_for_a_page(copycat, monkeypatch):
-    monkeypatch.setattr("tinymia_lab.report.MOST", 800)
+    monkeypatch.setattr("tinymia_lab.commands.report.MOST", 800)
     with pytest.raises(tinymia.Error, match="choose layers, 3 or so"):
         report(copycat, PROMPT, n=1)
     assert report(copycat, PROMPT, n=1, layers="0,3-4").attention.layers == [0, 3, 4]
@@ -201,7 +201,8 @@ def test_command_json(capsys, found):
 
 @pytest.mark.parametrize("args,words", [
     ([], "-p or -f"), (["-p", "x", "-o", "x.npz"], "the kinds of file are .html"),
-    (["-p", "x", "-n", "-1"], "-1 tokens"), (["-p", "x", "--scale", "lout-1", "0"], "closest"),
+    (["-p", "x", "-n", "-1"], "-n -1: it must be a whole number, 0 or more"),
+    (["-p", "x", "--scale", "lout-1", "0"], "closest"),
 ])
 def test_command_errors(args, words):
     status, out, err = command("report", "-t", 1, *args)

@@ -10,8 +10,10 @@ from naive import nmse
 from rawgguf import Raw
 
 import tinymia
-from tinymia_lab import llama, prompt_sets, steer
-from tinymia_lab.control_vector import ABOUT, read_control_vector, write_control_vector
+from tinymia_lab.commands import steer
+from tinymia_lab.comparison import llama
+from tinymia_lab.measure import prompt_sets
+from tinymia_lab.measure.control_vector import ABOUT, read_control_vector, write_control_vector
 
 POSITIVE = ["Egypt -> Cairo, Norway -> Oslo, Estonia ->", "Peru -> Lima, Italy -> Rome, Japan ->", "Spain -> Madrid ->"]
 NEGATIVE = ["Estonia ->", "Japan ->"]
@@ -284,7 +286,7 @@ def test_the_command(tmp_path, capsys):
     (tmp_path / "empty").write_text(" \n")
     for args, says in ((["--layers", "0,2", "-o", made], "begin at layer 1: leave 0 out"),
                        (["-o", "x.png"], "the kinds of file are .npz, .json, .gguf"),
-                       (["--negative", tmp_path / "empty"], "no prompts: it takes one a line"),
+                       (["--negative", tmp_path / "empty"], "no prompts: it takes one per line"),
                        (["--negative", tmp_path / "none"], "No such file")):
         assert tinymia.main(["steer", *map(str, [*sets, *args])]) == 2
         out, err = capsys.readouterr()

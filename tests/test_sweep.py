@@ -7,9 +7,9 @@ import pytest
 from conftest import command, prompt, shared
 
 import tinymia
-from tinymia_lab import in_context, patching
-from tinymia_lab.branches import Branches
-from tinymia_lab.sweep import Sweep, picture, sweep
+from tinymia_lab.commands.sweep import Sweep, picture, sweep
+from tinymia_lab.measure import in_context, patching
+from tinymia_lab.measure.branches import Branches
 
 CLEAN, CORRUPT = "Egypt -> Cairo, France ->", "Egypt -> Cairo, Norway ->"
 POSITIONS, HEADS = ["l_out", "kqv_out", "ffn_out"], ["kqv", "kq_soft_max"]
@@ -251,13 +251,13 @@ def test_a_stopped_sweep_goes_on(copycat, tmp_path, monkeypatch):
         done.append(batch.layer)
         return run(model, batch)
 
-    monkeypatch.setattr("tinymia_lab.sweep.run_batch", stop)
+    monkeypatch.setattr("tinymia_lab.commands.sweep.run_batch", stop)
     with pytest.raises(KeyboardInterrupt):
         sweep(copycat, CLEAN, CORRUPT, out=path)
     kept = Sweep.load(path)
     assert not np.isnan(kept.kl[done]).any() and np.isnan(kept.kl).any()
-    monkeypatch.setattr("tinymia_lab.sweep.run_batch", lambda model, batch: run(model, batch) if batch.layer not in done
-                        else pytest.fail("done twice"))
+    monkeypatch.setattr("tinymia_lab.commands.sweep.run_batch", lambda model, batch: (
+        run(model, batch) if batch.layer not in done else pytest.fail("done twice")))
     again = sweep(copycat, CLEAN, CORRUPT, out=path, metric="kl")
     for name in METRICS:
         np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))

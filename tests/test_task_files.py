@@ -6,8 +6,8 @@ import pytest
 from conftest import command
 
 import tinymia
-from tinymia_lab import in_context, task_files
-from tinymia_lab.task_files import TEMPLATES, Task, Template, names, read_task, read_tasks
+from tinymia_lab.measure import in_context, task_files
+from tinymia_lab.measure.task_files import TEMPLATES, Task, Template, names, read_task, read_tasks
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,6 +1,7 @@
 """Task vectors against plain runs of whole prompts: no cache, no batch, an action at a time."""
 import json
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from conftest import command, shared
 
 import tinymia
-from tinymia_lab import task_trials, task_vector
-from tinymia_lab.in_context import Prompt, Reader, variants
-from tinymia_lab.task_files import Task, read_task
+from tinymia_lab.commands import task_vector
+from tinymia_lab.measure import in_context, task_trials
+from tinymia_lab.measure.in_context import Prompt, Reader, variants
+from tinymia_lab.measure.task_files import Task, read_task
 
 TASKS = ["copycat-next-letters", "copycat-first-letters"]
 SMALL = {"n_dev": 6, "n_test": 5}
@@ -28,7 +30,7 @@ def plain():
 
 @pytest.fixture(scope="module")
 def found(plain):
-    return task_vector.task_vector(plain, TASKS, conflict=True, **SMALL)
+    return task_vector.task_vector(plain, TASKS, vector="own", conflict=True, **SMALL)
 
 
 def theta_of(model, task, drawn, layer):
@@ -51,8 +53,9 @@ def test_every_layer_equals_plain_runs(copycat, name):
     drawn = task_trials.draw(task, task.shots, 2, 4, 4, seed=3)[0]
     results = []
     for one in drawn:
-        hits, theta = task_trials.dev_trial(copycat, task_trials.make_trial(copycat, task, one))
+        (alone, *hits), theta = task_trials.dev_trial(copycat, task_trials.make_trial(copycat, task, one))
         x, y = one.query
+        assert alone == says(copycat, task, task.template.prompt([], x), y)
         for layer in range(copycat.config.n_layer):
             want = theta_of(copycat, task, one, layer)
             np.testing.assert_allclose(theta[layer], want, rtol=0, atol=1e-4 * np.abs(want).max())
@@ -65,10 +68,10 @@ def test_the_tables_equal_plain_runs(plain, found):
     for i, name in enumerate(TASKS):
         task = read_task(name)
         dev, test = task_trials.draw(task, task.shots, 2, **SMALL, seed=0)
-        assert found.dev_hits.shape == (2, 6, 6) and found.test_hits.shape == (2, 5, 3)
+        assert found.dev_hits.shape == (2, 6, 7) and found.tests.shape == (2, 5, 3, 3)
         assert not {d.query for d in dev} & {d.query for d in test}
         layer = int(found.layer[i])
-        np.testing.assert_array_equal(found.by_layer[i], found.dev_hits[i].mean(0))
+        np.testing.assert_array_equal([found.baseline[i], *found.by_layer[i]], found.dev_hits[i].mean(0))
         assert found.by_layer[i, layer] == found.by_layer[i].max() > found.by_layer[i, :layer].max(initial=-1)
         want = []
         for one in test:
@@ -77,7 +80,7 @@ def test_the_tables_equal_plain_runs(plain, found):
             theta = theta_of(plain, task, one, layer)
             want.append([says(plain, task, bare, y), says(plain, task, bare, y, layer, theta),
                          says(plain, task, full, y)])
-        np.testing.assert_array_equal(found.test_hits[i], want)
+        np.testing.assert_array_equal(found.tests[i, :, 0], want)
         np.testing.assert_array_equal(found.accuracy[i], np.mean(want, axis=0))
         mean = np.mean([theta_of(plain, task, one, layer) for one in dev], axis=0)
         np.testing.assert_allclose(found.vectors[i, layer], mean, rtol=0, atol=1e-4 * np.abs(mean).max())
@@ -162,19 +165,114 @@ def test_a_reader_gives_what_a_fresh_run_gives(plain):
         reader.before(Prompt(ids, [7]))
 
 
+def scores(model, ids, answer, actions=()):
+    """Probability and worst rank of an answer, from one pass over prompt and answer."""
+    rows = model.run([*ids, *answer[:-1]], actions=actions).logits[len(ids) - 1 :].astype(np.float64)
+    shares = np.exp(rows - rows.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    ranks = [1 + int((row > row[i]).sum()) for row, i in zip(rows, answer)]
+    return np.prod([share[i] for share, i in zip(shares, answer)]), max(ranks)
+
+
+def test_probability_and_rank_equal_plain_runs(plain, found):
+    task = read_task(TASKS[0])
+    layer, (_, test) = int(found.layer[0]), task_trials.draw(task, task.shots, 2, **SMALL, seed=0)
+    for one, got in zip(test, found.tests[0]):
+        trial, theta = task_trials.make_trial(plain, task, one), theta_of(plain, task, one, layer)
+        patch = tinymia.Patch(f"l_out-{layer}", theta[None], at=len(trial.bare.ids) - 1)
+        want = [scores(plain, *trial.bare), scores(plain, *trial.bare, [patch]), scores(plain, *trial.full)]
+        np.testing.assert_allclose(got[1], [p for p, _ in want], atol=1e-4)
+        assert [rank == 1 for _, rank in want] == got[0].tolist() == (got[2] == 1).tolist()
+    np.testing.assert_allclose(found.probability, found.tests[:, :, 1].mean(1))
+    np.testing.assert_array_equal(found.rank, np.median(found.tests[:, :, 2], axis=1))
+
+
+def test_a_rank_counts_what_is_better_and_of_ties_what_comes_before():
+    logits = np.array([[0, 3, 2, 3, 1], [5, 0, 0, 0, 0]], np.float32)
+    assert [in_context.rank(logits[:1], [i]) for i in range(5)] == [5, 1, 3, 2, 4]
+    assert in_context.rank(logits, [1, 0]) == 1 and in_context.rank(logits, [3, 0]) == 2
+    assert in_context.rank(logits, [1, 4]) == 5
+
+
+def test_added_difference_of_means_equals_plain_runs(plain, tmp_path):
+    """theta minus the bare query's own row, averaged over the development queries, added at each layer."""
+    task = read_task(TASKS[0])
+    added = task_vector.task_vector(plain, TASKS[0], vector="add", out=tmp_path / "run.npz", **SMALL)
+    dev, _ = task_trials.draw(task, task.shots, 2, **SMALL, seed=0)
+    bare = [plain.tokenize(task.template.prompt([], one.query[0])) for one in dev]
+    for layer in range(plain.config.n_layer):
+        name = f"l_out-{layer}"
+        rows = [theta_of(plain, task, one, layer) - plain.run(ids, keep=[name])[name][-1]
+                for one, ids in zip(dev, bare)]
+        want = np.mean(rows, axis=0)
+        np.testing.assert_allclose(added.vectors[0, layer], want, rtol=0, atol=1e-4 * np.abs(want).max())
+        for j, (one, ids) in enumerate(zip(dev, bare)):
+            (_, y), vector = one.query, added.vectors[0, layer].astype(np.float32)
+            text = task.template.prompt([], one.query[0]) + task.template.answer(y)
+            n = len(plain.tokenize(text)) - len(ids)
+            add = tinymia.Add(name, vector, at=len(ids) - 1)
+            says = plain.generate(ids, n, [add]).text == task.template.answer(y)
+            assert added.dev_hits[0, j, 1 + layer] == says
+    assert added.accuracy[0, 1] >= 0.6 > added.accuracy[0, 0]
+    again = task_vector.task_vector(plain, TASKS[0], vector="add", out=tmp_path / "run.npz", **SMALL)
+    assert same(again, added)
+    with pytest.raises(tinymia.Error, match="settings vector is 'add', not 'mean'"):
+        task_vector.task_vector(plain, TASKS[0], out=tmp_path / "run.npz", **SMALL)
+
+
+def test_the_mean_vector_equals_plain_runs(plain, found):
+    """The default: one vector per task, the mean of theta over the development queries, put in everywhere."""
+    mean = task_vector.task_vector(plain, TASKS, conflict=True, **SMALL)
+    np.testing.assert_allclose(mean.vectors, found.vectors, rtol=0, atol=1e-4)
+    for i, name in enumerate(TASKS):
+        task, layer = read_task(name), int(mean.layer[i])
+        dev, test = task_trials.draw(task, task.shots, 2, **SMALL, seed=0)
+        for queries, hits in ((dev, mean.dev_hits[i, :, 1 + layer]), (test, mean.tests[i, :, 0, 1])):
+            want = [says(plain, task, task.template.prompt([], x), y, layer, mean.vectors[i, layer].astype(np.float32))
+                    for (x, y), _, _ in queries]
+            np.testing.assert_array_equal(hits, want)
+        np.testing.assert_array_equal(mean.tests[i, :, :, [0, 2]], found.tests[i, :, :, [0, 2]])
+    assert mean.accuracy[:, 1].min() >= 0.8
+    with pytest.raises(tinymia.Error, match="vector 'median': it must be mean, own, add"):
+        task_vector.task_vector(plain, TASKS, vector="median")
+
+
+def test_a_prefix_stands_once_and_may_hold_special_tokens(plain):
+    task = read_task("copycat-capital", prefix="<s>Egypt -> Cairo,")
+    prompt = in_context.make_prompt(plain, task, [("Norway", "Oslo")], "<s>", "Paris")
+    want = plain.tokenize("Egypt -> Cairo,Norway -> Oslo, ")[1:]
+    assert prompt.ids[:2] == [1, 1] and prompt.ids.count(1) == 2    # BOS, the prefix's, and none for the query's text
+    assert plain.detokenize(prompt.ids).count("Cairo") == 1 and prompt.ids[2 : len(want)] == want[: len(want) - 2]
+    bare = in_context.make_prompt(plain, replace(task, front=()), [], "France", "Paris")
+    assert bare.ids == plain.tokenize("<s>Egypt -> Cairo,France ->", bos=False)
+    whole = task_vector.task_vector(plain, "copycat-capital", prefix="Egypt -> Cairo, ", n_dev=2, n_test=2)
+    assert whole.about["prompts"]["bare"][0]["text"].count("Cairo") == 1
+
+
+def test_the_table_says_where_no_layer_does_better(plain):
+    """A task of nonsense: no vector can answer it."""
+    nonsense = Task("nonsense", tuple((a, b) for a, b in zip("abcdefghijkl", "qrstuvwxyzqr")))
+    found = task_vector.task_vector(plain, nonsense, n_dev=3, n_test=3)
+    assert found.by_layer.max() == 0
+    accuracies, why, *_ = task_vector.tables(found)
+    assert accuracies.splitlines()[1].split()[3] == "-" and why.startswith("-: nonsense: ") and "--bos" in why
+    assert not any(text.startswith("the mean vector") for text in task_vector.tables(found))
+
+
 def same(a, b):
     equal = [np.array_equal(x, b.arrays()[name], equal_nan=True) for name, x in a.arrays().items()]
     return all(equal) and a.lens == b.lens
 
 
 def test_a_seed_gives_the_tables_again_and_executors_give_the_same(plain, found):
-    assert same(found, task_vector.task_vector(plain, TASKS, conflict=True, **SMALL))
-    alone = task_vector.task_vector(plain, TASKS[1], **SMALL)
+    assert same(found, task_vector.task_vector(plain, TASKS, vector="own", conflict=True, **SMALL))
+    alone = task_vector.task_vector(plain, TASKS[1], vector="own", **SMALL)
     np.testing.assert_array_equal(alone.dev_hits[0], found.dev_hits[1])
+    np.testing.assert_array_equal(alone.tests[0], found.tests[1])
     assert not np.array_equal(alone.vectors, task_vector.task_vector(plain, TASKS[1], seed=1, **SMALL).vectors)
     for executor in (ThreadPoolExecutor(2), ProcessPoolExecutor(2, get_context("spawn"))):
         with executor:
-            spread = task_vector.task_vector(plain, TASKS, conflict=True, executor=executor, **SMALL)
+            spread = task_vector.task_vector(plain, TASKS, vector="own", conflict=True, executor=executor, **SMALL)
         assert same(found, spread), type(executor)
 
 
@@ -192,16 +290,16 @@ def test_a_stopped_run_goes_on_where_it_was(plain, found, monkeypatch, tmp_path,
 
     monkeypatch.setattr(task_vector, name, stopping)
     with pytest.raises(KeyboardInterrupt):
-        task_vector.task_vector(plain, TASKS, conflict=True, out=out, **SMALL)
+        task_vector.task_vector(plain, TASKS, vector="own", conflict=True, out=out, **SMALL)
     assert "the same command goes on from there" in capsys.readouterr().err
     before = len(calls)
-    whole = task_vector.task_vector(plain, TASKS, conflict=True, out=out, **SMALL)
+    whole = task_vector.task_vector(plain, TASKS, vector="own", conflict=True, out=out, **SMALL)
     conflicts = int(np.isfinite(found.conflict_hits[..., 0]).sum())
     total = {"dev_trial": 12, "measure_trial": 10, "conflict_trial": conflicts}[name]
     assert len(calls) - before == total - (n - 1)   # what was done is not done again
     assert same(found, whole) and same(whole, task_vector.TaskVector.load(out))
     with pytest.raises(tinymia.Error, match="settings seed is 0, not 1"):
-        task_vector.task_vector(plain, TASKS, conflict=True, out=out, seed=1, **SMALL)
+        task_vector.task_vector(plain, TASKS, vector="own", conflict=True, out=out, seed=1, **SMALL)
 
 
 def test_errors(plain):

@@ -7,9 +7,9 @@ import pytest
 from conftest import command, prompt
 
 import tinymia
-from tinymia_lab.formulas import TOLD
-from tinymia_lab.trace import Trace, op_text, text, trace
-from tinymia_lab.trace import command as trace_command
+from tinymia_lab.commands.trace import Trace, op_text, text, trace
+from tinymia_lab.commands.trace import command as trace_command
+from tinymia_lab.measure.formulas import TOLD
 
 PROMPT = "Egypt -> Cairo, Norway -> Oslo, Estonia ->"
 

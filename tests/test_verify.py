@@ -17,13 +17,13 @@ from rawgguf import Raw
 from tiny import write_gguf
 
 import tinymia
-import tinymia_lab.llama
-from tinymia_lab import compare
-from tinymia_lab.compare import Feed, Others, distance, divergence
-from tinymia_lab.edits import Edits
-from tinymia_lab.llama import FLASH, FUSED, NAMES, Item, Names, step
-from tinymia_lab.reference import Reference
-from tinymia_lab.verify import verify, verify_self
+import tinymia_lab.comparison.llama
+from tinymia_lab.comparison import compare
+from tinymia_lab.comparison.compare import Feed, Others, distance, divergence
+from tinymia_lab.comparison.edits import Edits
+from tinymia_lab.comparison.llama import FLASH, FUSED, NAMES, Item, Names, step
+from tinymia_lab.comparison.reference import Reference
+from tinymia_lab.comparison.verify import verify, verify_self
 
 DATA = Path(__file__).parent / "data"
 TEXT = "the quick brown fox jumps over"
@@ -320,7 +320,7 @@ def test_refusals(tiny, recording, tmp_path, main):
 def test_without_llama_cpp(tiny, monkeypatch, main):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     status, out, err = main("-m", tiny(), "-p", TEXT)
-    assert status == 2 and out == "" and "pip install tinymia[verify]" in err
+    assert status == 2 and out == "" and "pip install 'tinymia[verify]'" in err
 
 
 def test_the_table(recording, main):
@@ -450,7 +450,7 @@ def test_live_patching_is_patching(model, name):
 @live
 def test_live_a_patch_that_one_side_misses_is_seen(model, monkeypatch):
     """The guard of the test above: with llama.cpp left alone, everything after the patched tensor differs."""
-    monkeypatch.setattr(tinymia_lab.llama.Ggml, "write", lambda self, t, raw: None)
+    monkeypatch.setattr(tinymia_lab.comparison.llama.Ggml, "write", lambda self, t, raw: None)
     out = verify(model, prompt(12), actions=[tinymia.Scale("Kcur-1", 1.5)])
     assert not out["ok"] and out["first"] == "kq-1"
 
@@ -498,7 +498,7 @@ def test_live_partial_recording(model, tmp_path):
 def test_live_a_name_that_moves_is_listed(model, monkeypatch):
     """As a version of llama.cpp with another name for a tensor would look."""
     moved = {k: v for k, v in NAMES.items() if k[0] != "ffn_inp"}
-    monkeypatch.setattr(tinymia_lab.llama, "NAMES", moved)
+    monkeypatch.setattr(tinymia_lab.comparison.llama, "NAMES", moved)
     out = verify(model, TEXT)
     assert not out["ok"] and out["absent"] == ["ffn_inp-0", "ffn_inp-1"]
     assert out["unknown"] == {"ffn_inp-* ADD": 2} and "llama.cpp has no 'ffn_inp-0, ffn_inp-1'" in out["verdict"]

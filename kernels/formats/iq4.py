@@ -15,7 +15,7 @@ from ..machine.simd import Vec
 from ..machine.template import part
 from ..machine.vectors import load_u8x16, load_u8x32, load_u16x1, load_u32x1, to_i32
 from ..products.blocks_many import ManyTokens
-from ..products.blocks_stacked import StackedByFour, four_halves, four_nibbles, sixteen_halves
+from ..products.blocks_stacked import StackedWithOneApart, four_halves, four_nibbles, sixteen_halves
 from ..products.superblock_sums import BiasByLane
 from ..products.superblocks_many import ManyTokensWithBias
 
@@ -24,7 +24,7 @@ VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 values = lookup([value + 128 for value in VALUES])
 
 
-class IQ4_NL(StackedByFour, ManyTokens):
+class IQ4_NL(StackedWithOneApart, ManyTokens):
     """4.5 bits per weight: weight = d * VALUES[quant].
 
         byte  0-1   2-17

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import types
+from contextlib import suppress
 from pathlib import Path
 
 import numba
@@ -129,8 +130,10 @@ class _Cache(FunctionCache):
 
 
 def _say(line: str) -> None:
-    if sys.stderr is not None:
-        print(f"tinymia: {line}", file=sys.stderr, flush=True)
+    """Write a line on stderr, if there is one and it can be written: never on stdout, and never an exception."""
+    with suppress(OSError, ValueError, AttributeError):     # full, closed, no stream at all
+        sys.stderr.write(f"tinymia: {line}\n")
+        sys.stderr.flush()
 
 
 class _Announcer(event.Listener):

@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -67,6 +67,9 @@ def _wake(asleep: deque) -> None:
             return
 
 
+Job = tuple[int, Any, int, tuple]  # n_bytes, kernel, n_items, args, as `run` takes them; a plain tuple is made quickest
+
+
 class Pool:
     """`n` threads, the calling one among them; started when first needed, again after a fork, never when n is 1."""
 
@@ -103,41 +106,32 @@ class Pool:
         if region(kernel)(self._shared, chunks, _grain(n_items, chunks), n_items, args):
             kernel(*args, 0, n_items)  # in this thread: the pool is taken, or a chunk raised what is to be raised here
 
-    def run_several(self, jobs: Sequence["Job"]) -> None:
+    def run_several(self, jobs: Sequence[Job]) -> None:
         """Run several jobs in one region, so that their chunks are handed over, and waited for, once."""
-        jobs = [j for j in jobs if j.n_items]
-        size = sum(j.n_bytes for j in jobs)
+        jobs = [each for each in jobs if each[2]]
+        size = sum(n_bytes for n_bytes, *_ in jobs)
         budget = min(4 * self.n, size // SMALL, 255 - MAX_JOBS)
-        parts = [min(j.n_items, max(1, round(budget * j.n_bytes / size))) if size else 1 for j in jobs]
+        parts = [min(n_items, max(1, round(budget * n_bytes / size))) if size else 1 for n_bytes, _, n_items, _ in jobs]
         if not 1 < len(jobs) <= MAX_JOBS or self.n == 1 or not take(self._shared):
-            for j in jobs:
-                run(self, j.n_bytes, j.kernel, j.n_items, *j.args)
+            for n_bytes, kernel, n_items, args in jobs:
+                run(self, n_bytes, kernel, n_items, *args)
             return
         try:
-            for k, (j, chunks) in enumerate(zip(jobs, parts)):
-                job(j.kernel)(self._shared, k, sum(parts[:k]), chunks, _grain(j.n_items, chunks), j.n_items, j.args)
+            for k, ((_, kernel, n, args), chunks) in enumerate(zip(jobs, parts)):
+                job(kernel)(self._shared, k, sum(parts[:k]), chunks, _grain(n, chunks), n, args)
         except BaseException:
             release(self._shared)
             raise
         self._make_ready()
         if run_jobs(self._shared, len(jobs), sum(parts)):
-            for j in jobs:
-                j.kernel(*j.args, 0, j.n_items)  # in this thread, to raise what a chunk raised
+            for _, kernel, n_items, args in jobs:
+                kernel(*args, 0, n_items)  # in this thread, to raise what a chunk raised
 
     def _make_ready(self) -> None:
         if not self._started:
             self._start()
         if self._asleep:
             _wake(self._asleep)
-
-
-class Job(NamedTuple):
-    """A kernel with its arguments, over n_items items; n_bytes says how much there is to do, see `run`."""
-
-    n_bytes: int
-    kernel: Any
-    n_items: int
-    args: tuple
 
 
 def _grain(n_items: int, chunks: int) -> int:
@@ -171,8 +165,8 @@ def run(pool: Pool | None, n_bytes: int, kernel, n_items: int, *args) -> None:
 
 def run_several(pool: Pool | None, jobs: Sequence[Job]) -> None:
     """The same for several jobs, which are handed over to the threads at once."""
-    if pool is None or pool.n == 1 or sum(each.n_bytes for each in jobs) < 2 * SMALL:
-        for each in jobs:
-            each.kernel(*each.args, 0, each.n_items)
+    if pool is None or pool.n == 1 or sum(n_bytes for n_bytes, *_ in jobs) < 2 * SMALL:
+        for _, kernel, n_items, args in jobs:
+            kernel(*args, 0, n_items)
     else:
         pool.run_several(jobs)

@@ -167,6 +167,34 @@ class StackedByFour(StackedBlocks):
         return numbers(sum_of_rows(acc))
 
 
+class StackedWithOneApart(StackedByFour):
+    """The same, for a format of which ggml sums a single token in another order than several."""
+
+    ONE_APART = True
+
+    @part
+    def stack_one(row, stride, n, record):
+        """The order of ggml_vec_dot_iq4_nl_q8_0: even and odd groups in separate sums, then one that is left over."""
+        a = b = no_sums()
+        for j in range(0, n - 3, 4):
+            at = record + 128 * j + 128
+            s = fmt.sixteen_scales(row, stride, j) * every_eighth(load_f32x16(at), load_f32x16(at + 256))
+            a = fmt.add_group(a, row, stride, j, record, group0(s))
+            b = fmt.add_group(b, row, stride, j + 1, record, group1(s))
+            a = fmt.add_group(a, row, stride, j + 2, record, group2(s))
+            b = fmt.add_group(b, row, stride, j + 3, record, group3(s))
+        for j in range(n & -4, n - 1, 2):
+            s, k = fmt.stacked_scales(row, stride, j) * scale_at(record, j), j + 1
+            a = fmt.add_group(a, row, stride, j, record, s)
+            b = fmt.add_group(b, row, stride, k, record, fmt.stacked_scales(row, stride, k) * scale_at(record, k))
+        sums = sum_of_rows((a[0] + b[0], a[1] + b[1]))
+        if n % 2:
+            j = n - 1
+            whole_numbers = sum_of_rows(fmt.add_group(no_sums(), row, stride, j, record, f32x16(1)))
+            sums = sums + fmt.stacked_scales(row, stride, j) * scale_at(record, j) * whole_numbers
+        return numbers(sums)
+
+
 class StackedWithMinimum(StackedBlocks, BlocksWithMinimum):
     """A format of blocks with minimums that also reads group j of four rows at once."""
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..machine.lanes import even, first, fma, odd, total
 from ..machine.simd import address_of, store
-from ..machine.template import STAMPED, abstract, entry, part
+from ..machine.template import STAMPED, abstract, part
 from ..machine.vectors import f32x16, load_f32x1, load_f32x16, load_f32x32
 from .loops import Products, totals
 
@@ -20,7 +20,7 @@ from .loops import Products, totals
 class Floats(Products):
     """A format of plain numbers. Activations are float32 numbers, rounded to the format; lengths count weights."""
 
-    BLOCK, FAR, MANY_FROM = 1, True, 32
+    BLOCK, FAR, MANY_FROM, ONE_APART = 1, True, 32, True
     CHUNK = 16  # weights per call of `weights`
 
     @abstract
@@ -127,8 +127,8 @@ class Floats(Products):
         return fmt.sum_of_chains((a, b, c, d))
 
     @part
-    def stack_vec_dot(row, stride, n, x):
-        """The same four sums as `stack`, in the order of ggml_vec_dot_*."""
+    def stack_one(row, stride, n, x):
+        """The order of ggml_vec_dot_*, in which ggml sums a single token always."""
         second, third, fourth = row + stride, row + 2 * stride, row + 3 * stride
         a = b = c = d = fmt.no_chains()
         for i in range(0, n - 63, 64):
@@ -137,16 +137,6 @@ class Floats(Products):
             c, d = fmt.add_64(c, third + k, at), fmt.add_64(d, fourth + k, at)
         p, q, r, s = fmt.sum_of_chains(a), fmt.sum_of_chains(b), fmt.sum_of_chains(c), fmt.sum_of_chains(d)
         return fmt.rest(p, row, n, x), fmt.rest(q, second, n, x), fmt.rest(r, third, n, x), fmt.rest(s, fourth, n, x)
-
-    @entry
-    def matmul_one(y, stride, w, row_bytes, n, out, i0, i1):
-        """The same as `matmul` for a single token, in the order of ggml_vec_dot_*."""
-        w, y, apart = address_of(w), fmt.start(y), (i1 - i0) // 4
-        for i in range(i0, i0 + apart):
-            sums = fmt.stack_vec_dot(w + i * row_bytes, apart * row_bytes, n, y)
-            out[0, i], out[0, i + apart], out[0, i + 2 * apart], out[0, i + 3 * apart] = sums
-        for i in range(i1 - (i1 - i0) % 4, i1):
-            out[0, i] = fmt.stack_vec_dot(w + i * row_bytes, 0, n, y)[0]
 
     @part
     def unpack(row, n, to):
@@ -159,7 +149,7 @@ class Floats(Products):
     def kernels(cls) -> dict[str, Any]:
         """What Python calls: `matmul` for float32 activations as well; rows are unpacked from MANY_FROM tokens on."""
         many = {"matmul_many": cls.matmul_unpacked} if cls.MANY_FROM else {}
-        return super().kernels() | {"matmul_f32": cls.matmul, "matmul_one": cls.matmul_one} | many
+        return super().kernels() | {"matmul_f32": cls.matmul} | many
 
 
 class FloatPairs(Floats):

@@ -36,6 +36,7 @@ class Products(Template):
     HALVES: tuple[int, ...] = ()  # the bytes of a block at which its F16 numbers begin, for hex dumps and tests
     BIAS = 0  # weight = scale * (quant - BIAS) + minimum
     FAR = False  # True: the four rows of `stack` lie n_rows / 4 apart, so that memory is read as four long streams
+    ONE_APART = False  # True: ggml sums a single token in an order of its own, that of `stack_one`
     MANY_FROM = 0  # `matmul_many` is taken from so many tokens on; 0: there is none
 
     format: ClassVar[Format]
@@ -51,6 +52,11 @@ class Products(Template):
         Decoding uses each weight once, so its speed is limited by memory. Reading four distant rows at the same time
         keeps more loads in flight than reading one row after another, and the four sums do not depend on each other.
         """
+
+    @part
+    def stack_one(row, stride, n, x):
+        """The same for a token that is alone in its pass."""
+        return fmt.stack(row, stride, n, x)
 
     @abstract
     def tile(row, row2, n, x, stride):
@@ -101,6 +107,17 @@ class Products(Template):
                 out[t, i] = fmt.stack(w + i * row_bytes, 0, n, y + t * stride)[0]
 
     @entry
+    def matmul_one(y, stride, w, row_bytes, n, out, i0, i1):
+        """The same as `matmul` for a token that is alone in its pass."""
+        w, y = address_of(w), fmt.start(y)
+        apart, step = ((i1 - i0) // 4, 1) if fmt.FAR else (1, 4)
+        for i in range(i0, i0 + (i1 - i0) // 4 * step, step):
+            sums = fmt.stack_one(w + i * row_bytes, apart * row_bytes, n, y)
+            out[0, i], out[0, i + apart], out[0, i + 2 * apart], out[0, i + 3 * apart] = sums
+        for i in range(i1 - (i1 - i0) % 4, i1):
+            out[0, i] = fmt.stack_one(w + i * row_bytes, 0, n, y)[0]
+
+    @entry
     def matmul_unpacked(x, stride, w, row_bytes, n, out, i0, i1):
         """The same as `matmul` with float32 activations, and rows unpacked to float32: n weights, a multiple of 16."""
         # Not 4 n: rows that lie a power of two apart would compete for the same few places of the nearest cache.
@@ -137,7 +154,8 @@ class Products(Template):
     @classmethod
     def kernels(cls) -> dict[str, Any]:
         """What Python calls, by the names that Format has for it."""
-        return {"matmul": cls.matmul, "matmul_f32": cls.matmul_unpacked, "unpack_rows": cls.unpack_rows}
+        one = {"matmul_one": cls.matmul_one} if cls.ONE_APART else {}
+        return {"matmul": cls.matmul, "matmul_f32": cls.matmul_unpacked, "unpack_rows": cls.unpack_rows} | one
 
     def __init_subclass__(cls) -> None:
         """Make a format of a class that states TYPE; a class without is a base of others."""

@@ -1,0 +1,239 @@
+"""`tinymia ablate`: what each attention head does for the answer, by what is lost without it.
+
+One head at a time loses its output, before Wo (its slice of kqv_merged): it becomes zero, the head's mean over a set of
+prompts, or what the head gave on another prompt. The effect is the metric then less the metric of the run as it is: a
+head that the answer needs has a negative effect on logit difference, logit and probability. Zero is far from what later
+layers are used to, so that it hurts more than the loss of information alone; a mean or another prompt keep to what the
+head may give. Effects do not add up: where heads back each other up, none alone seems to matter.
+
+Source: Michel, Levy, Neubig, Are Sixteen Heads Really Better than One? (2019), arXiv 1905.10650 (zero); Wang et al.,
+Interpretability in the Wild (2022), arXiv 2211.00593 (mean, logit difference); Chan et al., Causal Scrubbing (2022)
+(resample).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinymia import Error, Model
+from tinymia_engine import best, indices, is_mask
+
+from ..flags.action_flags import integers
+from ..flags.arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from ..flags.chat import in_chat
+from ..flags.parser import least
+from ..measure.answers import token_of
+from ..measure.head_ablation import METRICS, MODES, Layer, ablate_layer, check_mode, head_outputs, measure, positions
+from ..measure.prompt_sets import POOLS, cut_prompts, pooled, read_prompts
+from ..pictures.heatmap import Heatmap
+from ..pictures.terminal import screen, signed, table, visible
+from ..runs.executors import commit, spread
+from ..runs.progress import keeping
+from ..runs.result import Result, about, resume
+from .ablate_groups import group_command, group_flags, in_words
+
+EPILOG = """\
+  tinymia ablate -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --answer Tallinn --against Oslo -o heads.html
+  tinymia ablate -p "Egypt -> Cairo, Estonia ->" --mode mean --prompts examples/prompts.txt --metric kl
+  tinymia ablate -p "Egypt -> Cairo, Estonia ->" --ffn --group 2.1,3.3 --group @-1:1
+  tinymia ablate -p "Egypt -> Cairo, Estonia ->" --mode resample --other "Egypt -> Coptic, Estonia ->" --at -1
+A file of prompts has one a line, such as the three of examples/prompts.txt:
+  Norway -> Oslo, Poland ->
+  Italy -> Rome, France ->
+  dog -> dogs, bird ->
+"""
+
+
+@dataclass
+class Ablation(Result):
+    """The metrics with one head ablated at a time. What was not asked for, or is not done yet, is NaN, or -1."""
+
+    pieces: list[str]           # of the prompt's tokens, [n_tok]
+    answer: int                 # ids
+    against: int
+    answer_piece: str
+    against_piece: str
+    metrics: list[str]          # logit-difference, logit and probability of the answer, kl: [n_metric]
+    plain: np.ndarray           # float64 [n_metric]: of the run as it is
+    values: np.ndarray          # float64 [n_metric, n_layer, n_head]; kl: of the ablated from the run as it is, nats
+    best: np.ndarray            # int32 [n_layer, n_head]: id of the best token
+    best_pieces: list[list[str]]
+    means: np.ndarray           # float64 [n_layer, n_head, d_head_v]: mode mean, of the prompts so far
+    n_means: np.ndarray         # int64 []: prompts in the means so far
+
+    @property
+    def effects(self) -> np.ndarray:
+        """Metrics less those of the run as it is: float64 [n_metric, n_layer, n_head]."""
+        return self.values - self.plain[:, None, None]
+
+
+def ablate(
+    model: Model,
+    prompt: str | Sequence[int],
+    answer: str | int | None = None,
+    against: str | int | None = None,
+    mode: str = "zero",
+    *,
+    prompts: Sequence[str | Sequence[int]] | None = None,
+    pool: str = "mean",
+    other: str | Sequence[int] | None = None,
+    at: int | Sequence[int] | None = None,
+    layers: str | Sequence[int] | None = None,
+    heads: str | Sequence[int] | None = None,
+    executor: Executor | None = None,
+    out: str | Path | None = None,
+) -> Ablation:
+    """Each head ablated alone, at positions `at` (all where None), and what becomes of the logits at the last position.
+
+    answer: text or id, by default the model's best token; against: of the logit difference, by default its best token
+    but the answer. mode "mean": by the mean of the head over `prompts`, of all their tokens or, with pool "last", of
+    the last; "resample": by the same positions of `other`. layers, heads: such as "0,3-5", all where None. An
+    executor's workers get a layer at a time. `out`, a .npz or .json file, keeps what is done of a stopped run, and the
+    same call goes on from there. Raises Error.
+    """
+    c = model.config
+    check_mode(mode, pool, prompts, other)
+    ids = model.ids(prompt)
+    at = at if at is None or not is_mask(at) else indices(at, "position", len(ids)).tolist()
+    rows = positions(at, len(ids), "the prompt")
+    wanted, which = chosen(layers, c.n_layer, "layer"), chosen(heads, c.n_head, "head")
+    given = cut_prompts(model, prompts, "mean's") if prompts is not None else []
+    put = np.zeros((c.n_layer, 1, c.n_head, c.d_head_v), np.float32)        # what heads give: [n_layer, n_row or 1, ..]
+    if other is not None:
+        put = head_outputs(model, other, at, len(ids))
+    cache = model.cache()
+    run = model.run(ids, keep=["inp_embd", "l_out"], logits="last", cache=cache)
+    plain = run.logits[-1]
+    two = best(plain, 2)
+    token = int(two[0]) if answer is None else token_of(model, answer, prompt)
+    rival = next(int(i) for i in two if i != token) if against is None else token_of(model, against, prompt)
+    if token == rival:
+        raise Error(f"the answer and what it is against are the same token: {model.piece(token)!r}")
+    settings = {"mode": mode, "answer": token, "against": rival, "pool": pool, "at": at, "layers": wanted,
+                "heads": which}
+    note = about(model, "ablate", settings, prompt=prompt, **({"mean": given} if given else {}),
+                 **({"other": other} if other is not None else {}))
+    found = resume(out, note, Ablation) or _nothing(note, model, ids, token, rival, measure(plain, plain, token, rival))
+    todo = [il for il in wanted if np.isnan(found.values[0, il, which]).any()]
+    n_means, first = int(found.n_means), int(rows.min())
+    total, done = len(given) + len(wanted) * len(which), n_means + (len(wanted) - len(todo)) * len(which)
+    with keeping(found, out, total, "ablate", done) as bar:
+        items = [("kqv_merged", pool, one) for one in given[n_means:]]
+        for i, x in enumerate(spread(model, pooled, items, executor), n_means + 1):
+            x = x.reshape(found.means.shape)
+            commit(found, means=x if i == 1 else found.means + (x - found.means) / i, n_means=np.array(i))
+            bar.step()
+        if mode == "mean":
+            put = found.means[:, None].astype(np.float32)
+        work = [Layer(il, ids[first:], cache if first else model.cache(), first,
+                      run[f"l_out-{il - 1}" if il else "inp_embd"][first:], rows - first, which, put[il])
+                for il in todo]
+        for il, logits in zip(todo, spread(model, ablate_layer, work, executor)):
+            for head, row in zip(which, logits):
+                found.best[il, head] = row.argmax()
+                found.best_pieces[il][head] = model.piece(int(row.argmax()))
+            found.values[:, il, which] = np.array([measure(row, plain, token, rival) for row in logits]).T
+            bar.step(len(which))
+    if out is not None:
+        found.save(out)
+    return found
+
+
+def _nothing(note: dict[str, Any], model: Model, ids: list[int], answer: int, against: int, plain: Any) -> Ablation:
+    """A result with nothing done."""
+    c = model.config
+    return Ablation(
+        note, [model.piece(i) for i in ids], answer, against, model.piece(answer), model.piece(against), list(METRICS),
+        np.array(plain), np.full((len(METRICS), c.n_layer, c.n_head), np.nan),
+        np.full((c.n_layer, c.n_head), -1, np.int32), [[""] * c.n_head for _ in range(c.n_layer)],
+        np.full((c.n_layer, c.n_head, c.d_head_v), np.nan), np.array(0),
+    )
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+
+def ranked(found: Ablation, metric: str) -> list[tuple[int, int]]:
+    """Heads (layer, head) by the size of their effect, the largest first."""
+    effects = np.nan_to_num(np.abs(found.effects[METRICS.index(metric)]), nan=-1.0)
+    order = np.argsort(-effects, axis=None, kind="stable")
+    return [(int(i) // effects.shape[1], int(i) % effects.shape[1]) for i in order if effects.flat[i] >= 0]
+
+
+def heads_table(found: Ablation, metric: str, k: int) -> str:
+    """The k heads of the largest effect, with all metrics and what the model says without them."""
+    mark = ["effect"] + [f"{name} *" if name == metric else name for name in found.metrics]
+    rows = [["head", *mark, "says"], ["none", "", *(f"{v:.4g}" for v in found.plain), ""]]
+    for il, head in ranked(found, metric)[:k]:
+        effect = found.effects[METRICS.index(metric), il, head]
+        rows.append([f"{il}.{head}", signed(effect), *(f"{v:.4g}" for v in found.values[:, il, head]),
+                     visible(found.best_pieces[il][head])])
+    return table(rows)
+
+
+def heatmap(found: Ablation, metric: str) -> Heatmap:
+    """Effects, layer x head."""
+    effects = found.effects[METRICS.index(metric)]
+    layers, heads = ([str(i) for i in range(n)] for n in effects.shape)
+
+    def hover(il: int, head: int) -> str:
+        lines = [[name, f"{v:.4g}", f"{v - p:+.4g}"] for name, v, p in
+                 zip(found.metrics, found.values[:, il, head], found.plain)]
+        return f"head {il}.{head}, says {visible(found.best_pieces[il][head])}\n{table(lines)}"
+
+    settings = found.about["settings"]
+    where = "" if settings["at"] is None else f" at {settings['at']}"
+    return Heatmap(
+        effects, layers, heads, f"effect of each head's ablation ({settings['mode']}{where}): "
+        + visible(found.about["prompts"]["prompt"]["text"]), "head", "layer", f"change of {in_words(found, metric)}",
+        hovers=[[hover(il, head) for head in range(len(heads))] for il in range(len(layers))], diverging=True,
+        upward=True,
+    )
+
+
+# ---------------------------------------------------------------------------------------- command line
+
+
+def command(argv: Sequence[str]) -> int:
+    """`tinymia ablate`."""
+    p = parser("ablate", "Silence one attention head at a time, and see what becomes of the answer.", EPILOG)
+    prompt_flags(p)
+    p.add_argument("--answer", metavar="TEXT", help="text, or #id (default: the model's best token)")
+    p.add_argument("--against", metavar="TEXT", help="of the logit difference (default: its best token but the answer)")
+    p.add_argument("--mode", choices=MODES, default="zero",
+                   help="what the head gives instead: zero (default), its mean over --prompts, or that on --other")
+    p.add_argument("--prompts", metavar="FILE", help="for --mode mean: one prompt per line, or a JSON list (.json)")
+    p.add_argument("--pool", choices=POOLS, default="mean",
+                   help="the mean is that of all tokens of the prompts (mean, default), or of their last ones (last)")
+    p.add_argument("--other", metavar="TEXT", help="another prompt, for --mode resample")
+    p.add_argument("--at", type=integers, metavar="POS", help="positions: 3 or 3,5 or -1 (default: all)")
+    p.add_argument("--layers", metavar="LIST", help="0,3-5 (default: all)")
+    p.add_argument("--heads", metavar="LIST", help="0,3-5 (default: all)")
+    group_flags(p)
+    p.add_argument("--metric", choices=METRICS, default=METRICS[0], help="that the table and the picture go by "
+                   f"(default {METRICS[0]})")
+    p.add_argument("-k", type=least(1), default=20, metavar="N", help="heads in the table (20)")
+    args = p.parse_args(argv)
+    for mode, flag, given in (("mean", "--prompts FILE", args.prompts), ("resample", "--other TEXT", args.other)):
+        if (args.mode == mode) != (given is not None):
+            word = flag.split()[0]
+            raise Error(f"--mode {mode} needs {flag}" if given is None else f"{word} goes with --mode {mode}")
+    prompts = None if args.prompts is None else read_prompts(args.prompts)
+    model = open_model(args)
+    prompt = prompt_ids(args, model, [*(prompts or ()), args.other or ""])
+    prompts = None if prompts is None else [in_chat(args, model, text) for text in prompts]
+    other = None if args.other is None else in_chat(args, model, args.other)
+    if args.ffn or args.group:
+        return group_command(args, model, prompt, prompts, other)
+    found = ablate(model, prompt, args.answer, args.against, args.mode, prompts=prompts,
+                   pool=args.pool, other=other, at=args.at, layers=args.layers, heads=args.heads,
+                   out=out_file(args))
+    picture = heatmap(found, args.metric)
+    text = f"{picture.unit}, the largest first\n{heads_table(found, args.metric, args.k)}"
+    return emit(args, found, f"{picture.terminal(*screen())}\n\n{text}", picture)

@@ -1,0 +1,141 @@
+"""`tinymia ablate --group` and `--ffn`: groups of heads, FFNs and edges of attention, each group ablated at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinymia import Error, Model
+from tinymia_engine import best, indices, is_mask
+
+from ..flags.arguments import chosen, emit, out_file
+from ..measure.answers import token_of
+from ..measure.head_ablation import METRICS, check_mode, measure, positions
+from ..measure.knockout import Work, instead, read_group, run_group
+from ..pictures.heatmap import Heatmap
+from ..pictures.terminal import table, visible
+from ..runs.executors import spread
+from ..runs.progress import keeping
+from ..runs.result import Result, about, resume
+
+
+@dataclass
+class GroupAblation(Result):
+    """The metrics with one group ablated at a time; what is not done yet is NaN, or -1."""
+
+    groups: list[str]
+    pieces: list[str]           # of the prompt's tokens, [n_tok]
+    answer: int                 # ids
+    against: int
+    answer_piece: str
+    against_piece: str
+    metrics: list[str]          # logit-difference, logit and probability of the answer, kl: [n_metric]
+    plain: np.ndarray           # float64 [n_metric]: of the run as it is
+    values: np.ndarray          # float64 [n_metric, n_group]
+    best: np.ndarray            # int32 [n_group]: id of the best token
+    best_pieces: list[str]
+
+    @property
+    def effects(self) -> np.ndarray:
+        """Metrics minus those of the run as it is: float64 [n_metric, n_group]."""
+        return self.values - self.plain[:, None]
+
+
+def ablate_groups(
+    model: Model, prompt: str | Sequence[int], groups: Sequence[str], answer: str | int | None = None,
+    against: str | int | None = None, mode: str = "zero", *, prompts: Sequence[str | Sequence[int]] | None = None,
+    pool: str = "mean", other: str | Sequence[int] | None = None, at: int | Sequence[int] | None = None,
+    executor: Executor | None = None, out: str | Path | None = None,
+) -> GroupAblation:
+    """Each group (knockout.py says how they are written) ablated at once, and what becomes of the last logits.
+
+    The other arguments are those of `ablate`; `at`, `mode` and what goes with it are for heads and FFNs, not for edges.
+    An executor's workers get a group at a time. Raises Error.
+    """
+    if isinstance(groups, str) or not groups:
+        raise Error("groups is a list of one or more, such as ['20.5,14.1', 'ffn-3', '23.4@-1:3']")
+    check_mode(mode, pool, prompts, other)
+    ids = model.ids(prompt)
+    at = at if at is None or not is_mask(at) else indices(at, "position", len(ids)).tolist()
+    run = model.run(ids, logits="last")
+    plain = run.logits[-1]
+    rows = positions(at, len(ids), "the prompt").tolist()
+    read = [read_group(model, group, len(ids)) for group in groups]
+    put = instead(model, mode, prompts, pool, other, at, len(ids))
+    order = best(plain, 2).tolist()
+    token = order[0] if answer is None else token_of(model, answer, prompt)
+    rival = next(i for i in order if i != token) if against is None else token_of(model, against, prompt)
+    if token == rival:
+        raise Error(f"the answer and what it is against are the same token: {model.piece(token)!r}")
+    settings = {"groups": list(groups), "mode": mode, "answer": token, "against": rival, "pool": pool, "at": at}
+    given = {"prompts": prompts} if prompts is not None else {"other": other} if other is not None else {}
+    note = about(model, "ablate", settings, prompt=prompt, **given)
+    n = len(groups)
+    found = resume(out, note, GroupAblation) or GroupAblation(
+        note, list(groups), [model.piece(i) for i in ids], token, rival, model.piece(token), model.piece(rival),
+        list(METRICS), np.array(measure(plain, plain, token, rival)), np.full((len(METRICS), n), np.nan),
+        np.full(n, -1, np.int32), [""] * n)
+    todo = np.flatnonzero(np.isnan(found.values[0])).tolist()
+    with keeping(found, out, n, "ablate", n - len(todo)) as bar:
+        for i, logits in zip(todo, spread(model, run_group, [Work(ids, read[i], put, rows) for i in todo], executor)):
+            found.best[i], found.best_pieces[i] = logits.argmax(), model.piece(int(logits.argmax()))
+            found.values[:, i] = measure(logits, plain, token, rival)
+            bar.step()
+    if out is not None:
+        found.save(out)
+    return found
+
+
+def groups_table(found: GroupAblation, metric: str, k: int) -> str:
+    """The k groups of the largest effect, with all metrics and what the model says without them."""
+    effects = found.effects[METRICS.index(metric)]
+    rows = [["without", "effect", *(f"{name} *" if name == metric else name for name in found.metrics), "says"],
+            ["nothing", "", *(f"{v:.4g}" for v in found.plain), ""]]
+    for i in np.argsort(-np.abs(effects), kind="stable")[:k].tolist():
+        rows.append([found.groups[i], f"{effects[i]:+.4f}", *(f"{v:.4g}" for v in found.values[:, i]),
+                     visible(found.best_pieces[i])])
+    return table(rows)
+
+
+def groups_map(found: GroupAblation, metric: str, unit: str) -> Heatmap:
+    """Effects, a row for each group."""
+    return Heatmap(found.effects[METRICS.index(metric)][:, None], found.groups, [metric],
+                   "effect of ablating groups: " + visible(found.about["prompts"]["prompt"]["text"]), "metric",
+                   "without", f"change of {unit}", diverging=True)
+
+
+def in_words(found: Any, metric: str) -> str:
+    """What a metric is, in words."""
+    answer, against = visible(found.answer_piece), visible(found.against_piece)
+    return {"logit-difference": f"logit of {answer} - logit of {against}", "logit": f"logit of {answer}",
+            "probability": f"probability of {answer}", "kl": "KL divergence from the run as it is (nats)"}[metric]
+
+
+def group_flags(p: argparse.ArgumentParser) -> None:
+    """--ffn, --group."""
+    p.add_argument("--ffn", action="store_true", help="every FFN instead of every head (or those of --layers)")
+    p.add_argument("--group", action="append", default=[], metavar="PARTS",
+                   help="ablate parts together, and more than once for several groups: 20.5,14.1 (heads), attn-20, "
+                        "ffn-3-5, 23.4@-1:3 (head 23.4 at the last position no longer sees position 3), @4:3 (no head)")
+
+
+def group_command(
+    args: argparse.Namespace, model: Model, prompt: str | Sequence[int],
+    prompts: Sequence[str | Sequence[int]] | None, other: str | Sequence[int] | None,
+) -> int:
+    """`tinymia ablate` with --ffn or --group."""
+    if args.heads or (args.layers and not args.ffn):
+        raise Error("--heads and --layers choose among single heads: leave them out beside --group and --ffn "
+                    "(--layers goes with --ffn)")
+    ffns = chosen(args.layers, model.config.n_layer, "layer") if args.ffn else []
+    found = ablate_groups(model, prompt, [*args.group, *(f"ffn-{il}" for il in ffns)], args.answer, args.against,
+                          args.mode, prompts=prompts, pool=args.pool, other=other, at=args.at, out=out_file(args))
+    unit = in_words(found, args.metric)
+    text = f"change of {unit}, the largest first\n{groups_table(found, args.metric, args.k)}"
+    return emit(args, found, text, groups_map(found, args.metric, unit))

@@ -1,0 +1,238 @@
+"""`tinymia attend`: where each head looks, and what kind of head that makes it.
+
+Three numbers sum a head up: how much a token looks at the one before it, at the first one, and at what followed an
+earlier copy of itself (induction). The last is measured on random tokens that repeat, where nothing else helps, and on
+the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import tinymia
+from tinymia import Action, Context, Error, Model
+from tinymia_engine import best as best_of
+from tinymia_files.vocab import NORMAL
+
+from ..flags.action_flags import Output, change_flags, patch_flags, read_actions
+from ..flags.arguments import check_file, chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from ..flags.parser import least
+from ..measure.sinks import tell_sink
+from ..pictures.attention_page import check_size, viewer
+from ..pictures.draw import draw
+from ..pictures.heatmap import Heatmap, draw_png
+from ..pictures.page import page, write_page
+from ..pictures.terminal import screen, table, visible
+from ..runs.progress import keeping
+from ..runs.result import Result, about, describe, resume
+
+RANDOM, COPIES = 25, 4      # tokens that repeat, and how often
+
+
+@dataclass
+class Attention(Result):
+    """Patterns of the heads that were asked for, scores of all heads."""
+
+    pieces: list[str]               # of the prompt's tokens, [n_tok]
+    layers: list[int]               # whose patterns are kept
+    heads: list[int]
+    patterns: np.ndarray            # float32 [len(layers), len(heads), n_tok, n_tok]: query, key
+    previous: np.ndarray            # float32 [n_layer, n_head], on the prompt
+    first: np.ndarray               # float32 [n_layer, n_head], on the prompt
+    induction: np.ndarray           # float32 [n_layer, n_head], on random tokens that repeat
+    induction_here: np.ndarray      # float32 [n_layer, n_head], on the prompt; NaN where no token has an earlier copy
+
+
+SCORES = {
+    "previous": "to the token before",
+    "first": "to the first token",
+    "induction": "to what followed an earlier copy, in random tokens that repeat",
+    "induction_here": "to what followed an earlier copy, in the prompt",
+}
+
+
+def previous_score(pattern: np.ndarray) -> np.ndarray:
+    """Mean weight of the token before, over all queries but the first: [..., n_tok, n_tok] -> [...]."""
+    return _mean(np.diagonal(pattern, -1, -2, -1))
+
+
+def first_score(pattern: np.ndarray) -> np.ndarray:
+    """Mean weight of the first token, over all queries but the first: [..., n_tok, n_tok] -> [...]."""
+    return _mean(pattern[..., 1:, 0])
+
+
+def induction_score(pattern: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    """Mean weight of the tokens that followed earlier copies of the query's token, over the queries that have one.
+
+    [..., n_tok, n_tok] -> [...], NaN where there is none. Source: Olsson et al., In-context Learning and Induction
+    Heads (2022), prefix matching; weights on several earlier copies are added up.
+    """
+    ids = np.asarray(tokens)
+    after = np.zeros((len(ids), len(ids)), bool)            # [query, key]: the key follows a copy of the query
+    after[:, 1:] = np.tril(ids[:, None] == ids[None, :], -1)[:, :-1]
+    queries = after.any(1)
+    return _mean((pattern * after).sum(-1)[..., queries])
+
+
+def _mean(x: np.ndarray) -> np.ndarray:
+    """Over the last axis; NaN where it is empty."""
+    return x.mean(-1) if x.shape[-1] else np.full(x.shape[:-1], np.nan, np.float32)
+
+
+def repeated_tokens(model: Model, seed: int) -> list[int]:
+    """BOS and 25 random tokens four times, fewer of them where the context is short."""
+    c, tokenizer = model.config, model.tokenizer
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    room = c.n_ctx - len(start)
+    plain = np.flatnonzero(np.array(tokenizer.types[: c.n_vocab]) == NORMAL)
+    n = max(1, min(RANDOM, room // 2, len(plain)))
+    some = np.random.default_rng(seed).choice(plain, n, replace=False).tolist()
+    return start + some * max(1, min(COPIES, room // n))
+
+
+def attend(
+    model: Model,
+    prompt: str | Sequence[int],
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    seed: int = 0,
+    actions: Action | Sequence[Action] = (),
+    out: str | Path | None = None,
+    kept: str | None = "float32",
+) -> Attention:
+    """Attention patterns of some layers and heads, all where None, and the scores of every head.
+
+    seed: of the random tokens; actions are done to the prompt's run, not to theirs. out: an .npz or .json file that a
+    stopped run is kept in and goes on from. kept: the type of the patterns: "float32", "float16", half as large and
+    right to three digits, which pictures need, or None, for scores alone. Raises Error.
+    """
+    c = model.config
+    if kept not in ("float32", "float16", None) or (out is not None and kept != "float32"):
+        raise Error(f"kept {kept!r}: it must be float32 (and must where a result is kept), float16 or None")
+    layers, heads = chosen(layers, c.n_layer, "layer"), chosen(heads, c.n_head, "head")
+    ids = model.ids(prompt)
+    actions = tinymia.listed(actions)
+    again = repeated_tokens(model, seed)
+    settings = {"layers": layers, "heads": heads, "seed": seed, "actions": describe(actions)}
+    info = about(model, "attend", settings, prompt=prompt, repeated=again)
+
+    def empty() -> np.ndarray:
+        return np.full((c.n_layer, c.n_head), np.nan, np.float32)
+
+    side = len(ids) if kept else 0
+    patterns = np.full((len(layers), len(heads), side, side), np.nan, kept or "float32")
+    found = resume(out, info, Attention, actions) or Attention(
+        info, [model.piece(i) for i in ids], layers, heads, patterns, empty(), empty(), empty(), empty())
+
+    def in_prompt(x: np.ndarray, ctx: Context) -> None:
+        il = ctx.layer or 0
+        found.previous[il], found.first[il] = previous_score(x), first_score(x)
+        found.induction_here[il] = induction_score(x, ids)
+        if il in layers and kept:
+            found.patterns[layers.index(il)] = x[heads]
+        bar.step()
+
+    def in_repeated(x: np.ndarray, ctx: Context) -> None:
+        found.induction[ctx.layer or 0] = induction_score(x, again)
+        bar.step()
+
+    known = found.patterns[..., 0, 0] if kept else np.full(1, np.nan)   # a pattern is there whole or not at all
+    todo = [(prompt, [*actions, tinymia.Replace("kq_soft_max", in_prompt)], known),
+            (again, [tinymia.Replace("kq_soft_max", in_repeated)], found.induction)]
+    todo = [part for part in todo if np.isnan(part[2]).any()]
+    if todo:
+        with keeping(found, out, 2 * c.n_layer, "attend", (2 - len(todo)) * c.n_layer) as bar:
+            for tokens, steps, _ in todo:
+                model.run(tokens, actions=steps, logits="last")
+    return found
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+
+def score_maps(found: Attention) -> list[Heatmap]:
+    """Layer x head, a map for each score that there is."""
+    maps = []
+    for name, what in SCORES.items():
+        values: np.ndarray = getattr(found, name)
+        if not np.isnan(values).all():
+            rows, columns = ([str(i) for i in range(n)] for n in values.shape)
+            maps.append(Heatmap(values, rows, columns, f"attention {what}", "head", "layer", "mean weight",
+                                limits=(0.0, 1.0), upward=True))
+    return maps
+
+
+def strongest(found: Attention, n: int = 5) -> str:
+    """The heads with the highest scores, layer.head, a line a score."""
+    lines: list[list[Any]] = []
+    for name, what in SCORES.items():
+        values: np.ndarray = getattr(found, name)
+        best = [np.unravel_index(i, values.shape) for i in best_of(values.reshape(-1), n)]
+        heads = [f"{layer}.{head} {values[layer, head]:.2f}" for layer, head in best]
+        lines.append([what, *heads] if not np.isnan(values).any() else [what, "no token of the prompt has one"])
+    return f"strongest heads, layer.head and mean weight\n{table(lines)}"
+
+
+def pattern_map(found: Attention, layer: int, head: int) -> Heatmap:
+    """One head's pattern; the keys that a query cannot see are not there."""
+    pattern = found.patterns[found.layers.index(layer), found.heads.index(head)]
+    seen = np.tri(len(pattern), dtype=bool)
+    return Heatmap(np.where(seen, pattern, np.nan), found.pieces, found.pieces,
+                   f"attention of head {layer}.{head}", "key", "query", "weight", limits=(0.0, 1.0))
+
+
+def text(found: Attention) -> str:
+    """What the terminal shows: the scores, and the pattern where one head was asked for."""
+    maps = score_maps(found)
+    if len(found.layers) == len(found.heads) == 1:
+        maps.append(pattern_map(found, found.layers[0], found.heads[0]))
+    return "\n\n".join([*(h.terminal(*screen()) for h in maps), strongest(found)])
+
+
+def write_html(found: Attention, path: Path) -> None:
+    """The page: viewer and scores."""
+    title = f"attention: {visible(found.about['prompts']['prompt']['text'])}"
+    write_page(path, page(title, [viewer(found), *(h.html() for h in score_maps(found))]))
+
+
+def write_png(found: Attention, path: Path) -> None:
+    """A row of panels a layer, a panel a head."""
+    title = f"{found.about['model']['name']}: {found.about['prompts']['prompt']['text']}"
+    draw(dict(zip(found.layers, found.patterns)), path, found.pieces, title, found.heads)
+
+
+# ---------------------------------------------------------------------------------------- command line
+
+
+def command(argv: Sequence[str]) -> int:
+    """`tinymia attend`."""
+    p = parser("attend", "Where each head looks, and what kind of head that makes it.",
+               'example: tinymia attend -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" -o attention.html')
+    prompt_flags(p)
+    p.add_argument("--layers", metavar="LIST", help="whose patterns are kept and drawn: 0,3-5 (default: all)")
+    p.add_argument("--heads", metavar="LIST", help="of these layers: 0,3-5 (default: all)")
+    p.add_argument("--scores", type=Output, metavar="FILE.png", help="draw the heads' scores, layer x head, there")
+    p.add_argument("--seed", type=least(0), default=0, metavar="N", help="of the random tokens that repeat (default 0)")
+    patch_flags(p.add_argument_group("patch"))
+    change_flags(p.add_argument_group("change"))
+    args = p.parse_args(argv)
+    if args.scores:
+        check_file("--scores", args.scores, [".png"])
+    model = open_model(args)
+    prompt = prompt_ids(args, model)
+    tell_sink(model, prompt)
+    layers, heads = chosen(args.layers, model.config.n_layer, "layer"), chosen(args.heads, model.config.n_head, "head")
+    if any(path.endswith(".html") for path in args.out):
+        check_size(len(layers), len(heads), len(model.tokenize(prompt) if isinstance(prompt, str) else prompt))
+    kept = "float16" if args.out or len(layers) == len(heads) == 1 else None
+    kept = "float32" if args.json or out_file(args) else kept
+    found = attend(model, prompt, layers, heads, args.seed, read_actions(args, model), out_file(args), kept)
+    if args.scores:
+        draw_png(args.scores, score_maps(found))
+    return emit(args, found, text(found),
+                writers={".png": lambda path: write_png(found, path), ".html": lambda path: write_html(found, path)})

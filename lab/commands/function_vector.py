@@ -1,0 +1,232 @@
+"""`tinymia function-vector`: the attention heads that carry a task, and the vector they write.
+
+Of prompts with right demonstrations the mean output of each head at the last token is kept. On prompts whose labels are
+shuffled, so that they show no task, one head at a time is given its mean: by how much the right answer gets likelier is
+the head's causal indirect effect. What the heads of the largest mean effect write with their means, summed up, is the
+function vector. Added to l_out at the last token it makes the model do the task: after nothing but the query, or after
+shuffled demonstrations. The layer is chosen for each of the two on development queries, and the accuracy is that of
+others.
+
+Where the labels alone tell the task (copycat knows that Paris, Oslo, Cairo are capitals), shuffling takes nothing away:
+then the accuracy without the vector is high already, and the effects say nothing.
+
+Source: Todd, Li, Sen Sharma, Mueller, Wallace, Bau, Function Vectors in Large Language Models (2023), arXiv 2310.15213.
+Unlike there, all test queries count, also those that the model misses with right demonstrations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinymia import Error, Model
+
+from ..flags.arguments import emit, open_model, out_file, parser
+from ..flags.parser import least
+from ..flags.task_flags import list_tasks, task_flags, tasks_of, tell_answers
+from ..measure.head_effects import Prompts, draw_prompts, head_effects, head_outputs, measure_query, written
+from ..measure.sinks import front, tell_front
+from ..measure.task_files import Task, check_counts, read_tasks
+from ..pictures.charts import Chart, draw_png
+from ..pictures.heatmap import Heatmap
+from ..pictures.page import page, write_page
+from ..pictures.terminal import screen, signed, table
+from ..runs.executors import commit, spread
+from ..runs.progress import keeping
+from ..runs.result import Result, about, resume
+
+EPILOG = """\
+TASK is a name (--list) or a JSON file: [["France", "Paris"], ...] or {"template": "{x} -> {y}", "pairs": [...]}.
+Heads are ranked by their mean effect over all tasks given (--heads own: by the task's own); each task has its vector.
+  tinymia function-vector copycat-next-letters copycat-previous-letters copycat-first-letters -o heads.png
+  tinymia function-vector -m llama2.gguf antonyms country-capital en-fr --template todd --top 20 -o run.npz
+"""
+NO_LAYER = """\
+on the development queries the vector gives no more right answers at any layer than there are without it. The
+heads of the vector may not carry the task (--heads own, --top 20), or the vector may be too short (--coef 2), or the
+labels alone tell the task, so that the effects of heads say little."""
+
+
+@dataclass
+class FunctionVector(Result):
+    """Tables by task, in the order of `tasks`. What is not there, or not done yet, is NaN."""
+
+    tasks: list[str]
+    effects: np.ndarray         # float64 [n_layer, n_head]: mean causal indirect effect over tasks and prompts
+    heads: list[list[list[int]]]    # of each task: (layer, head), the largest effect first
+    vectors: np.ndarray         # float32 [n_task, n_embd]: the function vector, coef included
+    dev_accuracy: np.ndarray    # float64 [n_task, 2, n_layer + 2], on the development queries; see below
+    accuracy: np.ndarray        # float64 [n_task, 2, n_layer + 2], on the test queries; bare query, shuffled
+                                # demonstrations: alone, with the vector at each layer, and last with right
+                                # demonstrations instead
+    means: np.ndarray           # float64 [n_task, n_layer, n_head, d_head_v]: mean head outputs, before Wo
+    n_means: np.ndarray         # float64 [n_task]: prompts in the means so far
+    prompt_effects: np.ndarray  # float64 [n_task, n_effect, n_layer, n_head]
+    dev_hits: np.ndarray        # float64 [n_task, n_dev, 2, n_layer + 2], 0 or 1
+    hits: np.ndarray            # float64 [n_task, n_test, 2, n_layer + 2]
+
+    @property
+    def layers(self) -> np.ndarray:
+        """The layer with the highest dev_accuracy after the bare query, after shuffled examples; the lowest where
+        several tie, -1 where none does better than without the vector: intp [n_task, 2]."""
+        with_it = self.dev_accuracy[..., 1:-1]
+        return np.where(with_it.max(-1) > self.dev_accuracy[..., 0], with_it.argmax(-1), -1)
+
+
+def function_vector(
+    model: Model, tasks: str | Path | Task | Sequence[str | Path | Task], *, shots: int | None = None, top: int = 10,
+    heads: str = "shared", coef: float = 1.0, n_mean: int = 100, n_effect: int = 25, n_dev: int = 20, n_test: int = 50,
+    template: str | None = None, separator: str | None = None, score: str | None = None, prefix: str | None = None,
+    bos: int | str | None = "auto", seed: int = 0, executor: Executor | None = None, out: str | Path | None = None,
+) -> FunctionVector:
+    """Function vectors of tasks, by name, by file or as read: effects of heads, the vectors, accuracies.
+
+    shots: demonstrations, 10 unless the task says otherwise; top: heads in the vector; heads: "shared", those of
+    the largest mean effect over all tasks, or "own", of the largest in the task alone; coef: what the vector is
+    multiplied by; n_mean, n_effect: prompts for the means and for the effects, of each task; n_dev: queries to choose
+    the layers; n_test: test queries, at most 30 % of the pairs; template, separator, score, prefix: as in `read_task`;
+    bos: as in `sinks.front`. An executor's workers get a prompt at a time. `out`, a .npz or .json file, keeps what is
+    done of a stopped run, and the same call goes on from there. Raises Error.
+    """
+    c = model.config
+    check_counts(seed, shots=shots, top=top, n_mean=n_mean, n_effect=n_effect, n_dev=n_dev, n_test=n_test)
+    if heads not in ("own", "shared"):
+        raise Error(f"heads {heads!r}: it must be own (each task's) or shared (by all tasks)")
+    if not np.isfinite(coef):
+        raise Error(f"coef is {coef}: it must be a finite number")
+    if top > c.n_layer * c.n_head:
+        raise Error(f"top is {top}: the model has {c.n_layer * c.n_head} heads")
+    first = front(model, bos)
+    read = [replace(task, front=first) for task in read_tasks(tasks, template, separator, score, prefix)]
+    n_shots = [shots or task.shots or 10 for task in read]
+    prompts = [draw_prompts(model, task, n, n_mean, n_effect, n_dev, n_test, seed) for task, n in zip(read, n_shots)]
+    settings = {"tasks": [t.name for t in read], "task": {t.name: t.settings(n) for t, n in zip(read, n_shots)},
+                "top": top, "heads": heads, "coef": coef, "n_mean": n_mean, "n_effect": n_effect, "n_dev": n_dev,
+                "n_test": n_test, "seed": seed}
+    shown = {name: [getattr(p, name)[0].ids for p in prompts] for name in ("mean", "shuffled")}
+    note = about(model, "function-vector", settings, **shown, bare=[p.test[0][0].ids for p in prompts])
+    found = resume(out, note, FunctionVector, tasks) or _nothing(note, [t.name for t in read], model, prompts)
+    counts = [found.n_means.astype(int), *(np.isfinite(a.reshape(*a.shape[:2], -1)[..., 0]).sum(1)
+                                           for a in (found.prompt_effects, found.dev_hits, found.hits))]
+    total = sum(len(part) for p in prompts for part in p)
+    with keeping(found, out, total, "function-vector", int(np.sum(counts))) as bar:
+        for i, p in enumerate(prompts):
+            for j, x in enumerate(spread(model, head_outputs, p.mean[counts[0][i] :], executor), int(counts[0][i])):
+                means, n_means = found.means.copy(), found.n_means.copy()
+                means[i], n_means[i] = x if j == 0 else means[i] + (x - means[i]) / (j + 1), j + 1
+                commit(found, means=means, n_means=n_means)
+                bar.step()
+            items = [(prompt, found.means[i]) for prompt in p.shuffled[counts[1][i] :]]
+            for j, x in enumerate(spread(model, head_effects, items, executor), int(counts[1][i])):
+                found.prompt_effects[i, j] = x
+                bar.step()
+        found.effects = found.prompt_effects.mean((0, 1))
+        by_task = found.prompt_effects.mean(1) if heads == "own" else [found.effects] * len(prompts)
+        ranked = [np.argsort(-effects, axis=None, kind="stable")[:top] for effects in by_task]
+        found.heads = [[[*divmod(int(h), c.n_head)] for h in one] for one in ranked]
+        summed = (written(model, means, one) for means, one in zip(found.means, found.heads))
+        found.vectors = np.array([np.float32(coef) * vector for vector in summed])
+        for i, p in enumerate(prompts):
+            for queries, hits, n in ((p.dev, found.dev_hits, counts[2][i]), (p.test, found.hits, counts[3][i])):
+                items = [(query, found.vectors[i]) for query in queries[n:]]
+                for j, x in enumerate(spread(model, measure_query, items, executor), int(n)):
+                    hits[i, j] = x
+                    bar.step()
+            found.dev_accuracy[i] = found.dev_hits[i, : len(p.dev)].mean(0)
+            found.accuracy[i] = found.hits[i, : len(p.test)].mean(0)
+    if out is not None:
+        found.save(out)
+    return found
+
+
+def _nothing(note: dict[str, Any], tasks: list[str], model: Model, prompts: list[Prompts]) -> FunctionVector:
+    """A result with nothing done."""
+    n, c, heads = len(tasks), model.config, (model.config.n_layer, model.config.n_head)
+    rows, n_effect, n_dev, n_test = (2, c.n_layer + 2), *(max(len(part) for part in parts) for parts in (
+        [p.shuffled for p in prompts], [p.dev for p in prompts], [p.test for p in prompts]))
+    effects, vectors, dev, accuracy, means, prompt_effects, dev_hits, hits = (np.full(shape, np.nan) for shape in (
+        heads, (n, c.n_embd), (n, *rows), (n, *rows), (n, *heads, c.d_head_v), (n, n_effect, *heads), (n, n_dev, *rows),
+        (n, n_test, *rows)))
+    return FunctionVector(note, tasks, effects, [], vectors.astype(np.float32), dev, accuracy, means, np.zeros(n),
+                          prompt_effects, dev_hits, hits)
+
+
+def tables(found: FunctionVector) -> list[str]:
+    """What was found, as text: accuracies, heads, and a word of warning where the effects say nothing."""
+    rows, none = [], []
+    for i, (name, layers) in enumerate(zip(found.tasks, found.layers.tolist())):
+        cells = []
+        for what, accuracy, layer in zip(("bare", "shuffled"), found.accuracy[i], layers):
+            shown = ("-", "-") if layer < 0 else (layer, f"{accuracy[layer + 1]:.2f}")
+            cells += [f"{accuracy[0]:.2f}", *shown]
+            none += [f"{name} ({what})"] if layer < 0 else []
+        rows.append([name, *(int(np.isfinite(hits[i, :, 0, 0]).sum()) for hits in (found.dev_hits, found.hits)), *cells,
+                     f"{found.accuracy[i, 0, -1]:.2f}"])
+    parts = [table([["task", "dev", "test", "bare", "layer", "+ vector", "shuffled", "layer", "+ vector",
+                     "right examples"], *rows])]
+    if none:
+        parts.append(f"-: {', '.join(none)}: {NO_LAYER}")
+    known = [name for name, (_, shuffled) in zip(found.tasks, found.accuracy) if shuffled[0] >= 0.9 * shuffled[-1]]
+    if known:
+        parts.append(f"{', '.join(known)}: answered with shuffled examples as well as with right ones. The labels "
+                     "alone tell the task,\nso that giving a head its mean cannot help, and its effect says little.")
+    own = found.about["settings"]["heads"] == "own"
+    by_task = list(found.prompt_effects.mean(1)) if own else [found.effects]
+    columns = [[f"{il}.{head} {signed(effects[il, head])}" for il, head in heads]
+               for effects, heads in zip(by_task, found.heads)]
+    title = [f"{name}: head, effect" for name in found.tasks] if own else ["head, effect"]
+    return [*parts, "heads of the vector\n" + table([title, *(list(row) for row in zip(*columns))])]
+
+
+def heatmaps(found: FunctionVector) -> list[Heatmap]:
+    """Effects of the heads; accuracies by layer."""
+    layers = [str(il) for il in range(len(found.effects))]
+    heads = Heatmap(found.effects, layers, [str(h) for h in range(found.effects.shape[1])],
+                    "causal indirect effect of each head (probability of the answer)", "head", "layer",
+                    "change of probability", [[signed(v, 3) for v in row] for row in found.effects], diverging=True,
+                    upward=True)
+    return [heads, *(Heatmap(chart.values, found.tasks, layers, chart.title, "layer", "task", "accuracy",
+                             limits=(0.0, 1.0)) for chart in charts(found))]
+
+
+def charts(found: FunctionVector) -> list[Chart]:
+    """Accuracies by layer as lines."""
+    layers = [str(il) for il in range(len(found.effects))]
+    return [Chart(f"accuracy with the vector, {what}", "layer", layers, found.tasks, found.accuracy[:, i, 1:-1])
+            for i, what in enumerate(("bare query", "shuffled examples"))]
+
+
+def command(argv: Sequence[str]) -> int:
+    """`tinymia function-vector`."""
+    p = parser("function-vector", "Function vectors: the heads that carry a task, and what they write.", EPILOG)
+    task_flags(p, 10)
+    p.add_argument("--top", type=least(1), default=10, metavar="N", help="heads in the vector (10)")
+    p.add_argument("--heads", choices=("shared", "own"), default="shared",
+                   help="the heads of the largest effect over all tasks (shared, default), or in each task alone (own)")
+    p.add_argument("--coef", type=float, default=1.0, metavar="X", help="what the vector is multiplied by (1)")
+    p.add_argument("--n-mean", type=least(1), default=100, metavar="N", help="prompts for the mean head outputs (100)")
+    p.add_argument("--n-effect", type=least(1), default=25, metavar="N", help="shuffled prompts for the effects (25)")
+    p.add_argument("--n-dev", type=least(1), default=20, metavar="N", help="queries to choose the layers (20)")
+    p.add_argument("--n-test", type=least(1), default=50, metavar="N", help="test queries, at most (50)")
+    args = p.parse_args(argv)
+    if args.list:
+        return list_tasks(args.json)
+    tasks, model = tasks_of(args), open_model(args)
+    tell_front(model, args.bos)
+    tell_answers(model, tasks)
+    found = function_vector(model, tasks, shots=args.shots, top=args.top, heads=args.heads, coef=args.coef,
+                            n_mean=args.n_mean, n_effect=args.n_effect, n_dev=args.n_dev, n_test=args.n_test,
+                            bos=args.bos, seed=args.seed, out=out_file(args))
+    title = f"function vectors, {model.path.name} (Todd et al. 2023)"
+    (first, *rest), maps, lines = tables(found), heatmaps(found), charts(found)
+    sections = [maps[0].html(), *(line.html() for line in lines), *(f"<pre>{escape(t)}</pre>" for t in (first, *rest))]
+    return emit(args, found, "\n\n".join([first, *(m.terminal(*screen()) for m in maps), *rest]), writers={
+        ".png": lambda path: draw_png(path, [maps[0], *lines], title),
+        ".html": lambda path: write_page(path, page(title, sections)),
+    })

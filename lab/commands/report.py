@@ -1,0 +1,114 @@
+"""`tinymia report`: all about a prompt in one page: its tokens, lens, attention, attribution, interventions, text.
+
+With interventions the lens and the attribution are shown without and with them, attention patterns with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tinymia
+from tinymia import Action, Error, Model
+from tinymia_engine import best as best_of
+from tinymia_engine import softmax, whole
+
+from ..flags.action_flags import change_flags, patch_flags, read_actions
+from ..flags.arguments import chosen, emit, open_model, parser, prompt_flags, prompt_ids
+from ..flags.parser import least
+from ..pictures.attention_page import MOST, check_size
+from ..pictures.page import write_page
+from ..pictures.terminal import table, visible
+from ..runs.result import Result, about, describe
+from .attend import Attention, attend
+from .attribute import Attribution, attribute, kinds, largest
+from .lens import Lens, details, lens
+from .report_page import report_page
+
+
+@dataclass
+class Report(Result):
+    """What the page shows. Lists have one entry, or two with interventions: without them, with them."""
+
+    pieces: list[str]               # of the prompt's tokens, [n_tok]
+    outputs: list[str]              # the text that the model went on with
+    comes: list[list[Any]]          # [piece, its probability in each run]: what comes after the prompt
+    lenses: list[Lens]
+    attention: Attention            # with the interventions
+    attributions: list[Attribution]
+
+
+def report(
+    model: Model,
+    prompt: str | Sequence[int],
+    answer: str | int | None = None,
+    against: str | int | None = None,
+    n: int = 16,
+    layers: str | Sequence[int] | None = None,
+    actions: Action | Sequence[Action] = (),
+) -> Report:
+    """Lens, attention and attribution of a prompt, and how the model goes on.
+
+    answer, against: as in `attribute`; the best token without interventions where there is no answer. n: tokens to go
+    on with. layers: whose attention patterns are kept, all where None. Raises Error.
+    """
+    c = model.config
+    ids = model.ids(prompt)
+    actions = tinymia.listed(actions)
+    kept = chosen(layers, c.n_layer, "layer")
+    if whole(n, "n") < 0:
+        raise Error(f"{n} tokens to go on with: it must be 0 or more")
+    check_size(len(kept), c.n_head, len(ids), MOST)
+    at_prompt = [action for action in actions if action.when != "decode"]
+    runs = [[], actions] if actions else [[]]
+    outputs, probabilities = [], []
+    for steps in runs:
+        gen = model.generate(prompt, n, [*steps, tinymia.Save("result_output")])
+        outputs.append(gen.text)
+        probabilities.append(softmax(gen.records[-1].value[-1:])[0])                    # [n_vocab]
+    first = attribute(model, prompt, answer, against)
+    prompt_runs = [at_prompt] * (len(runs) - 1)
+    attributions = [first, *(attribute(model, prompt, first.answer, first.against, actions=a) for a in prompt_runs)]
+    lenses = [lens(model, prompt, target=first.answer, actions=a) for a in [[], *prompt_runs]]
+    best = dict.fromkeys(int(i) for p in probabilities for i in best_of(p, 5))
+    best[first.answer] = None
+    comes = [[model.piece(i), *(float(p[i]) for p in probabilities)] for i in best]
+    settings = {"answer": first.answer, "against": first.against, "n": n, "layers": kept, "actions": describe(actions)}
+    info, pieces = about(model, "report", settings, prompt=prompt), [model.piece(i) for i in ids]
+    attention = attend(model, prompt, kept, actions=at_prompt)
+    return Report(info, pieces, outputs, comes, lenses, attention, attributions)
+
+
+def text(found: Report) -> str:
+    """What the terminal shows."""
+    parts = [f'{name}: "{output}"' for name, output in zip(("output", "with interventions"), found.outputs)]
+    shares = [[visible(piece), *(f"{p:.1%}" for p in row)] for piece, *row in found.comes]
+    parts.append(table([["what comes", "probability", "with interventions"][: len(found.outputs) + 1], *shares]))
+    parts += [details(found.lenses[-1], -1), largest(found.attributions[-1], 10), kinds(found.attributions[-1])]
+    return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------------------------------- command line
+
+
+def command(argv: Sequence[str]) -> int:
+    """`tinymia report`."""
+    p = parser("report", "All about a prompt in one page that needs no network: tokens, lens, attention, attribution, "
+               "interventions, the text without and with them.",
+               'tinymia report -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --scale kqv_out-1 0 -o report.html\n'
+               "what it shows is kept as numbers by the commands lens, attend and attribute",
+               pictures=(".html",))
+    p.set_defaults(kinds=(".html",))
+    prompt_flags(p)
+    p.add_argument("-n", "--n-predict", type=least(0), default=16, metavar="N", help="new tokens (default 16)")
+    p.add_argument("--answer", metavar="TEXT", help="or #id: whose logit is split (default: the best token)")
+    p.add_argument("--against", metavar="TEXT", help="or #id: split the answer's logit less this one's")
+    p.add_argument("--layers", metavar="LIST", help="whose attention patterns are kept: 0,3-5 (default: all)")
+    patch_flags(p.add_argument_group("patch"))
+    change_flags(p.add_argument_group("change"))
+    args = p.parse_args(argv)
+    model = open_model(args)
+    found = report(model, prompt_ids(args, model), args.answer, args.against, args.n_predict, args.layers,
+                   read_actions(args, model))
+    return emit(args, found, text(found), writers={".html": lambda path: write_page(path, report_page(found))})

@@ -1,0 +1,198 @@
+"""The command line that the lab's commands share: model, prompt, threads, --json, and -o for what they found.
+
+    p = parser("lens", "What each layer would say.")        # -m -t --numerics -o --json --debug
+    prompt_flags(p)                                         # -p -f --no-bos --no-special
+    args = p.parse_args(argv)
+    model = open_model(args)
+    result = lens(model, prompt_ids(args, model))
+    return emit(args, result, text, heatmap)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import tinymia
+from tinymia import Error, Model
+from tinymia_engine import indices
+from tinymia_files import check_target, note, read_text
+from tinymia_models import DEFAULT
+
+from ..pictures.heatmap import Heatmap, draw_png
+from ..pictures.page import page, write_page
+from ..runs.result import Result, dumps
+from ..runs.streams import print_json
+from .action_flags import Input, Output
+from .chat import chat_flags, chat_of, check_chat
+from .mistakes import find_model
+from .parser import Parser, least
+from .prompt_notes import tell_of_prompt, tell_unknown
+
+RESULTS, PICTURES = (".npz", ".json"), (".png", ".html")    # what -o takes
+Writer = Callable[[Path], None]
+
+
+def model_flags(g: argparse._ActionsContainer, numerics: str = "ggml") -> None:
+    """-m, -t, --numerics and what holds without it."""
+    g.add_argument("-m", "--model", type=Input, metavar="FILE",
+                   help=f"GGUF file, or a name: {DEFAULT} (bundled, the default), smollm2, ollama:NAME, lmstudio:NAME, "
+                        "hf:NAME (--list-models shows all)")
+    g.add_argument("-t", "--threads", type=least(1), metavar="N", help="default: the physical cores")
+    g.add_argument("--numerics", choices=("ggml", "f32"), default=numerics,
+                   help="ggml: activations quantised as llama.cpp does; f32: float32 throughout; "
+                        f"default: {numerics}")
+
+
+def prompt_flags(g: argparse._ActionsContainer) -> None:
+    """-p, -e, -f, --keep-line-end, --no-bos, --no-special, --chat, --system."""
+    g.add_argument("-p", "--prompt", metavar="TEXT")
+    g.add_argument("-e", "--escapes", action="store_true", help=r"in -p, \n is a line end, \t a tab, \\ a backslash")
+    g.add_argument("-f", "--file", type=Input, metavar="FILE",
+                   help="read the prompt from a file (its last line end is dropped)")
+    g.add_argument("--keep-line-end", action="store_true", help="with -f: keep the last line end")
+    g.add_argument("--no-bos", action="store_true", help="no BOS token before the prompt")
+    g.add_argument("--no-special", action="store_true", help="take <s> and the like in the prompt as plain text")
+    chat_flags(g)
+
+
+def parser(
+    command: str, description: str, epilog: str = "", pictures: Sequence[str] = PICTURES, numerics: str = "f32"
+) -> Parser:
+    """The flags that every command of the lab has; `pictures` are the kinds that it draws.
+
+    The lab computes in float32 where nothing else is asked for: the rounding of ggml's numerics is as large as many
+    effects that are looked for.
+    """
+    p = Parser(f"tinymia {command}", description=description, epilog=epilog, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.set_defaults(specs=[], kinds=(*RESULTS, *pictures))
+    model_flags(p, numerics)
+    drawn = f"; {', '.join(pictures)} the picture" if pictures else ""
+    p.add_argument("-o", "--out", action="append", type=Output, default=[], metavar="FILE",
+                   help=f".npz or .json keeps the result, and long work goes on from there{drawn}; more than once")
+    p.add_argument("--json", action="store_true", help="the result as one JSON object")
+    p.add_argument("--debug", action="store_true", help="a traceback with errors")
+    return p
+
+
+def check_file(flag: str, path: str, kinds: Sequence[str]) -> None:
+    """Raise Error now for a file that could not be written after a long run."""
+    if Path(path).suffix not in kinds:
+        raise Error(f"{flag} {path}: the kinds of file are {', '.join(kinds)}")
+    check_target(path)
+    if path.endswith(".png") and importlib.util.find_spec("matplotlib") is None:
+        raise Error(f"{flag} {path}: drawing needs matplotlib: pip install 'tinymia[lab]'")
+
+
+def out_file(args: argparse.Namespace) -> Path | None:
+    """The file of -o that a stopped run leaves its result in, and goes on from."""
+    return next((Path(path) for path in args.out if Path(path).suffix in RESULTS), None)
+
+
+def open_model(args: argparse.Namespace) -> Model:
+    """The model of -m, after a look at where the results go."""
+    for path in args.out:
+        check_file("-o", path, args.kinds)
+    return load_model(args)
+
+
+def load_model(args: argparse.Namespace) -> Model:
+    """The model of -m; without it the bundled one, and a line that says so."""
+    path = find_model(args.model)
+    if path is None:
+        note(f"no -m: the bundled model {DEFAULT} runs")
+    return tinymia.load(path, args.threads, getattr(args, "numerics", "ggml"))
+
+
+def read_prompt(args: argparse.Namespace) -> str | None:
+    """The text of -p or -f."""
+    check_chat(args)
+    escapes, keep = getattr(args, "escapes", False), getattr(args, "keep_line_end", False)  # verify has neither
+    if escapes and args.prompt is None:
+        raise Error("-e goes with -p: a file has its line ends already")
+    if keep and args.file is None:
+        raise Error("--keep-line-end goes with -f")
+    prompt = args.prompt
+    if args.file is None and prompt is not None and sys.getfilesystemencoding() != "utf-8":
+        prompt = os.fsencode(prompt).decode("utf-8", "surrogateescape")     # a C locale without Python's UTF-8 mode
+    if args.file is None:
+        if prompt is not None and escapes:
+            return unescape(prompt)
+        if prompt is not None:
+            tell_of_prompt(prompt)
+        return prompt
+    if args.prompt is not None:
+        raise Error("-p and -f: one prompt at a time")
+    text = read_text(args.file, "the prompt")
+    if keep:
+        return text
+    return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
+
+
+def unescape(text: str) -> str:
+    r"""The text with \n as a line end, \t as a tab and \\ as a backslash. Raises Error for another escape."""
+    wrong = re.search(r"\\[^nt\\]|(?<!\\)(?:\\\\)*\\$", text)
+    if wrong:
+        raise Error(f"-e: {wrong[0]!r} is not an escape: there are \\n, \\t and \\\\")
+    return re.sub(r"\\(.)", lambda m: {"n": "\n", "t": "\t"}.get(m[1], m[1]), text)
+
+
+def prompt_ids(args: argparse.Namespace, model: Model, others: Sequence[str] = ()) -> str | list[int]:
+    """The prompt that must be there: its text, or ids where --no-bos or --no-special say how it is cut.
+
+    A note names the words of it, and of the other prompts of the command, that the bundled model does not know.
+    """
+    prompt = read_prompt(args)
+    if prompt is None:
+        raise Error("no prompt: give one with -p or -f")
+    tell_unknown(model, [prompt, *others])
+    if args.chat:
+        return chat_of(args, model, prompt).ids
+    if args.no_bos or args.no_special:
+        return model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
+    return prompt
+
+
+def chosen(wanted: str | Sequence[int] | None, n: int, what: str) -> list[int]:
+    """Which of n layers or heads: numbers, a mask, or a text such as 0,3-5; all where None. Raises Error."""
+    if wanted is None:
+        return list(range(n))
+    if isinstance(wanted, str):
+        try:
+            ends = [[int(end) for end in part.split("-", 1)] for part in wanted.split(",")]
+        except ValueError:
+            raise Error(f"{what}s {wanted!r}: write 0,3-5 for {what}s 0, 3, 4 and 5") from None
+        wanted = [i for end in ends for i in range(end[0], end[-1] + 1)]
+    numbers = sorted(set(indices(wanted, what, n).tolist()))
+    for i in numbers:
+        if not 0 <= i < n:
+            raise Error(f"{what} {i} is out of range: there are {n} {what}s, 0 to {n - 1}")
+    return numbers
+
+
+def emit(args: argparse.Namespace, result: Result, text: str, picture: Heatmap | Sequence[Heatmap] | None = None,
+         writers: Mapping[str, Writer] | None = None) -> int:
+    """Print the text, or with --json the result, and write every file of -o: the exit status, 0.
+
+    `writers`, by suffix, draw what a heatmap cannot.
+    """
+    pictures = [picture] if isinstance(picture, Heatmap) else list(picture or ())
+    title = " ".join(["tinymia", result.about["command"], result.about["model"]["name"]])
+    draw: dict[str, Writer] = {
+        ".npz": result.save, ".json": result.save, ".png": lambda path: draw_png(path, pictures),
+        ".html": lambda path: write_page(path, page(title, [p.html() for p in pictures])),
+        **(writers or {}),
+    }
+    for path in args.out:
+        draw[Path(path).suffix](Path(path))
+    if args.json:
+        print_json(dumps(result.to_json()))
+    else:
+        print(text)
+    return 0

@@ -1,0 +1,69 @@
+"""What task-vector and function-vector share on the command line: tasks, their prompts, the seed."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from tinymia import Error, Model
+from tinymia_files import dumps, note
+
+from ..measure.in_context import make_prompt
+from ..measure.task_files import TEMPLATES, Task, names, read_task, read_tasks
+from ..pictures.terminal import table
+from ..runs.streams import print_json
+from .action_flags import Input
+from .parser import least
+from .prompt_notes import tell_unknown
+
+
+def task_flags(p: argparse.ArgumentParser, shots: int) -> None:
+    """TASK ..., --list, --template, --separator, --shots, --score, --seed."""
+    p.add_argument("task", nargs="*", type=Input, metavar="TASK", help="names of tasks, or JSON files")
+    p.add_argument("--list", action="store_true", help="the tasks that come with the lab, and no more")
+    p.add_argument("--template", metavar="TEXT", help="a demonstration, with {x} and {y}; or the name of one: "
+                   f"{', '.join(TEMPLATES)}; default: the task's")
+    p.add_argument("--separator", metavar="TEXT", help="what stands between demonstrations; \\n is a line end")
+    p.add_argument("--prefix", metavar="TEXT", help="what stands once in front of a prompt; \\n is a line end, and <s> "
+                   "and the like are tokens")
+    p.add_argument("--bos", default="auto", metavar="ID|none", help="the token in front of every prompt; default: BOS "
+                   "as the model's file says, or else the token that the model is measured to need there")
+    p.add_argument("--shots", type=least(1), metavar="N",
+                   help=f"demonstrations ({shots}, unless the task says otherwise)")
+    p.add_argument("--score", choices=("first", "whole"),
+                   help="right by the answer's first token, or by all of them; default: the task's, or first")
+    p.add_argument("--seed", type=least(0), default=0, metavar="N", help="of what is drawn (0)")
+
+
+def tasks_of(args: argparse.Namespace) -> list[Task]:
+    """The tasks asked for."""
+    if not args.task:
+        raise Error("no task: name one or more, or a JSON file (--list shows all)")
+    texts = (args.template, args.separator, args.prefix)
+    template, separator, prefix = (None if t is None else t.replace("\\n", "\n") for t in texts)
+    return read_tasks(args.task, template, separator, args.score, prefix)
+
+
+def list_tasks(as_json: bool) -> int:
+    """Print what comes with the lab; the exit status."""
+    rows = [(task.name, len(task.pairs), str(task.template), task.about) for task in map(read_task, names())]
+    if as_json:
+        print_json(dumps([dict(zip(("name", "pairs", "template", "about"), row)) for row in rows]))
+    else:
+        print(table([["task", "pairs", "template", "what"], *rows]))
+    return 0
+
+
+def tell_answers(model: Model, tasks: list[Task]) -> None:
+    """A line on stderr for each task some of whose answers have more tokens than are scored, the first; and one on
+    words that the bundled model does not know."""
+    tell_unknown(model, [text for task in tasks for pair in task.pairs for text in pair])
+    for task in tasks:
+        many = list[str]()
+        for x, y in task.pairs:
+            scored, all_ = (make_prompt(model, replace(task, score=s), [], x, y).answer for s in (task.score, "whole"))
+            if scored != all_:
+                many.append(f"{model.detokenize(scored)!r} of {task.template.answer(y)!r}")
+        if many:
+            note(f"note: {task.name}: {len(many)} of {len(task.pairs)} answers have several tokens; the first counts, "
+                  f"as {many[0]} (--score whole: all)")

@@ -1,0 +1,130 @@
+"""Accuracy by layer as lines, accuracy by task as bars: in a page as SVG, in a PNG beside a heatmap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tinymia_files import Error, printable, write_atomic
+
+from .heatmap import Heatmap, number
+from .terminal import fit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+GREY, BLUE, GREEN = "#8c8c8c", "#2a6fbb", "#3a9a55"     # without, with the vector, with examples
+HUES = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c8c8c")   # Okabe and Ito (2008)
+DASHES = ((), (6, 3), (2, 2), (8, 3, 2, 3))             # lines of one hue, seven apart, and in print
+WIDE, HIGH, LEFT, TOP, BOTTOM = 560, 280, 44, 12, 40    # an SVG and its margins, in pixels
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Numbers of 0 to 1: series by label over places along x; lines, or bars where `colours` are given."""
+
+    title: str
+    x: str
+    places: Sequence[str]           # [n_places]
+    labels: Sequence[str]           # [n_series]
+    values: np.ndarray              # float [n_series, n_places], NaN for what is not there
+    colours: Sequence[str] = ()     # of bars, [n_series]
+    y: str = "accuracy"
+
+    def colour(self, i: int) -> str:
+        """Of a series."""
+        return self.colours[i] if self.colours else HUES[i % len(HUES)]
+
+    def html(self) -> str:
+        """A <figure> for a page of page.py."""
+        n, step = len(self.labels), (WIDE - LEFT) / len(self.places)
+        down = HIGH - TOP - BOTTOM
+        out = []
+        for tick in (0, 0.25, 0.5, 0.75, 1):
+            y = TOP + down * (1 - tick)
+            out.append(f'<line x1={LEFT} x2={WIDE} y1={y:g} y2={y:g} stroke="var(--line)"/>'
+                       f'<text x={LEFT - 6} y={y + 4:g} text-anchor=end>{tick:g}</text>')
+        some = max(1, len(self.places) * max(map(len, self.places)) * 7 // (WIDE - LEFT))  # of the labels find room
+        for j in range(0, len(self.places), some if not self.colours else 1):
+            label = escape(fit(self.places[j], max(3, int(step * (1 if self.colours else some) / 6.5))).rstrip())
+            out.append(f'<text x={LEFT + step * (j + 0.5):g} y={HIGH - BOTTOM + 16} text-anchor=middle>{label}</text>')
+        out.append(f"<text x={(LEFT + WIDE) / 2:g} y={HIGH - 4} text-anchor=middle>{escape(self.x)}</text>")
+        for i, row in enumerate(self.values):
+            if not self.colours:
+                dash = ",".join(map(str, DASHES[i // len(HUES) % len(DASHES)]))
+                points = " ".join(f"{LEFT + step * (j + 0.5):g},{TOP + down * (1 - v):g}"
+                                  for j, v in enumerate(row) if np.isfinite(v))
+                out.append(f'<polyline points="{points}" fill=none stroke="{self.colour(i)}" stroke-width=2 '
+                           f'stroke-dasharray="{dash}"/>')
+            for j, v in enumerate(row):
+                if np.isfinite(v):
+                    out.append(self._mark(i, j, v, step, down, n))
+        legend = " ".join(f'<span style="white-space:nowrap"><span style="color:{self.colour(i)}">■</span> '
+                          f"{escape(label)}</span>" for i, label in enumerate(self.labels))
+        return (f'<figure><figcaption>{escape(self.title)}</figcaption><svg viewBox="0 0 {WIDE} {HIGH}" role=img '
+                f'aria-label="{escape(self.title, quote=True)}" style="max-width:{WIDE * 1.5:g}px;width:100%;'
+                f'font:12px system-ui,sans-serif;fill:var(--text)">{"".join(out)}</svg><p>{legend}</p></figure>')
+
+    def _mark(self, i: int, j: int, v: float, step: float, down: float, n: int) -> str:
+        tip = escape(f"{self.labels[i]}, {self.x} {self.places[j]}: {number(v)}", quote=True)
+        y = TOP + down * (1 - v)
+        if not self.colours:
+            return f'<circle cx={LEFT + step * (j + 0.5):g} cy={y:g} r=4 fill="{self.colour(i)}" data-tip="{tip}"/>'
+        wide = 0.8 * step / n
+        return (f'<rect x={LEFT + step * (j + 0.1) + i * wide:g} y={y:g} width={wide:g} height={max(down * v, 1):g} '
+                f'fill="{self.colour(i)}" data-tip="{tip}"/>')
+
+    def draw(self, ax: Axes) -> None:
+        """The same with matplotlib."""
+        at = np.arange(len(self.places))
+        for i, (label, row) in enumerate(zip(self.labels, self.values)):
+            if self.colours:
+                wide, colour = 0.8 / len(self.labels), self.colour(i)
+                ax.bar(at - 0.4 + (i + 0.5) * wide, row, wide, color=colour, edgecolor=colour, label=label)
+            else:
+                dash = DASHES[i // len(HUES) % len(DASHES)]
+                ax.plot(at, row, color=self.colour(i), label=label, marker="o", markersize=4, linewidth=1.8,
+                        linestyle=(0, dash) if dash else "-")
+        some = 1 if self.colours else -(-len(at) // 16)
+        ax.set_xticks(at[::some], [self.places[j] for j in at[::some]], rotation=30 if self.colours else 0,
+                      ha="right" if self.colours else "center")
+        ax.set(title=printable(self.title), xlabel=self.x, ylabel=self.y, ylim=(-0.02, 1.02))
+        ax.grid(axis="y", color="#dddddd")
+        ax.set_axisbelow(True)
+        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+
+
+def draw_heatmap(ax: Axes, heatmap: Heatmap) -> None:
+    """A heatmap beside charts: no numbers in the cells."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    from .colours import stops
+
+    colours = LinearSegmentedColormap.from_list("", stops(heatmap.diverging) / 255)
+    shown = ScalarMappable(Normalize(*heatmap.span), colours)
+    ax.imshow(heatmap.values, cmap=colours, norm=shown.norm, aspect="auto", interpolation="nearest",
+              origin="lower" if heatmap.upward else "upper")
+    for axis, labels in ((ax.xaxis, heatmap.columns), (ax.yaxis, heatmap.rows)):
+        some = -(-len(labels) // 16)
+        axis.set_ticks(range(0, len(labels), some), labels[::some])
+    ax.set(title=heatmap.title, xlabel=heatmap.x, ylabel=heatmap.y)
+    ax.figure.colorbar(shown, ax=ax, label=heatmap.unit)
+
+
+def draw_png(path: str | Path, panels: Sequence[Chart | Heatmap], title: str) -> None:
+    """Write charts and heatmaps side by side as a PNG. Raises Error without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise Error(f"{path}: drawing needs matplotlib: pip install 'tinymia[lab]'") from e
+    figure = Figure(figsize=(6.5 * len(panels), 4.2), dpi=120, layout="constrained")
+    for ax, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
+        panel.draw(ax) if isinstance(panel, Chart) else draw_heatmap(ax, panel)
+    figure.suptitle(printable(title).replace("$", r"\$"), fontsize=10)
+    write_atomic(path, lambda f: figure.savefig(f, format="png"))

@@ -1,0 +1,150 @@
+"""Attention patterns as one picture: a row of panels a layer, a panel a head, down a panel queries, across it keys.
+
+The picture is a single image with the panels side by side, so that 32 layers of 32 heads take seconds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from tinymia_files import Error, printable, write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+Patterns = Mapping[int, npt.NDArray[np.float32]]    # layer: [n_head, n_tok, n_kv]
+
+# In pixels:
+WIDE = 2400             # what the panels of a row, or of a column, share
+LEAST, MOST = 100, 480  # what a panel gets of it
+GAP = 8                 # between panels
+LABEL = 11              # what a token must have for its text to be written
+DPI = 100
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the panels lie in the image, in pixels."""
+
+    pool: int           # weights that share a pixel, each way
+    zoom: int           # pixels of a weight, each way; pool or zoom is 1
+    high: int           # a panel
+    wide: int
+    tops: list[int]     # of each layer's panels
+    lefts: list[int]    # of each head's panels
+
+
+def draw(patterns: Patterns, path: str | os.PathLike[str], tokens: Sequence[str] | None = None,
+         title: str | None = None, heads: Sequence[int] | None = None) -> None:
+    """Write attention patterns, {layer: float32 [n_head, n_tok, n_kv]}, to `path` as one PNG.
+
+    `tokens` are the texts of the n_kv keys; the queries are the last n_tok of them. `heads` are the numbers of the
+    heads, where these are not all. Colours run from 0 to 1 on a
+    square-root scale, so that weak attention shows beside strong. Where weights share a pixel it shows the largest.
+    Raises tinymia.Error without matplotlib, and for patterns, tokens or a path that do not fit.
+    """
+    shapes = {np.shape(p) for p in patterns.values()}
+    shape = next(iter(shapes), ())
+    if len(shapes) != 1 or len(shape) != 3 or 0 in shape:
+        raise Error(f"a picture needs patterns of one shape [n_head, n_tok, n_kv], not {sorted(shapes) or 'none'}")
+    if tokens is not None and len(tokens) != shape[2]:
+        raise Error(f"a picture with {shape[2]} keys needs as many tokens, not {len(tokens)}")
+    try:
+        figure = _figure(patterns, _layout(len(patterns), *shape), tokens, printable(" ".join((title or "").split())),
+                         range(shape[0]) if heads is None else heads)
+    except ImportError:
+        raise Error("drawing needs matplotlib: pip install 'tinymia[lab]'") from None
+    write_atomic(os.fspath(path), lambda file: figure.savefig(file, format="png"))
+
+
+def _layout(n_layer: int, n_head: int, n_tok: int, n_kv: int) -> Layout:
+    side = min(max(WIDE // max(n_head, n_layer), LEAST), MOST)
+    pool = -(-max(n_tok, n_kv) // side)
+    zoom = max(1, side // max(n_tok, n_kv))
+    high, wide = (-(-n // pool) * zoom for n in (n_tok, n_kv))
+    tops, lefts = [y * (high + GAP) for y in range(n_layer)], [x * (wide + GAP) for x in range(n_head)]
+    return Layout(pool, zoom, high, wide, tops, lefts)
+
+
+def _figure(patterns: Patterns, at: Layout, tokens: Sequence[str] | None, title: str,
+            heads: Sequence[int]) -> Figure:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    colours = ScalarMappable(PowerNorm(0.5, 0, 1), colormaps["inferno"])
+    image = _image(patterns, at, colours)
+    labels = drawable([t.replace(" ", "▁") for t in tokens]) if tokens is not None and at.zoom >= LABEL else []
+    size = min(9.0, 0.6 * at.zoom)                              # of the labels, in points
+    edge = int(0.85 * size * max(map(len, labels), default=0))  # pixels they take; a monospaced letter is 0.6 em wide
+    left, right, top, bottom = 90 + edge, 70, 80 if title else 36, 16 + edge
+    width, height = left + image.shape[1] + right, top + image.shape[0] + bottom
+    figure = Figure((width / DPI, height / DPI), dpi=DPI)
+    low, tall = bottom / height, image.shape[0] / height
+    axes = figure.add_axes((left / width, low, image.shape[1] / width, tall), frameon=False)
+    axes.imshow(image, interpolation="nearest", aspect="auto")
+    _write_tokens(axes, at, labels, size)
+    _write_numbers(axes, at, sorted(patterns), heads, -edge - 14)
+    figure.colorbar(colours, cax=figure.add_axes((1 - (right - 18) / width, low, 12 / width, tall)))
+    room = (width - 20) // 10                                   # letters of the title
+    title = title if len(title) <= room else title[:room - 1] + "…"
+    figure.text(10 / width, 1 - 12 / height, title, va="top", fontsize=12, parse_math=False)
+    return figure
+
+
+def _image(patterns: Patterns, at: Layout, colours: ScalarMappable) -> npt.NDArray[np.uint8]:
+    """All panels on white: [height, width, RGBA]."""
+    image = np.full((at.tops[-1] + at.high, at.lefts[-1] + at.wide, 4), 255, np.uint8)
+    for y, layer in zip(at.tops, sorted(patterns), strict=True):
+        for x, weights in zip(at.lefts, patterns[layer], strict=True):
+            panel = _largest(weights, at.pool).repeat(at.zoom, axis=0).repeat(at.zoom, axis=1)
+            image[y:y + at.high, x:x + at.wide] = colours.to_rgba(panel, bytes=True)
+    return image
+
+
+def _largest(weights: npt.NDArray[np.float32], pool: int) -> npt.NDArray[np.float32]:
+    """The largest of each pool x pool weights; the last row and column of squares may be smaller."""
+    rows, cols = (np.arange(0, n, pool) for n in weights.shape)
+    return np.maximum.reduceat(np.maximum.reduceat(weights, rows, axis=0), cols, axis=1)
+
+
+def _write_tokens(axes: Axes, at: Layout, labels: list[str], size: float) -> None:
+    """Queries left of the first panels, keys under the last ones."""
+    def centres(corners: list[int], length: int) -> list[float]:
+        return [c + (i + 0.5) * at.zoom - 0.5 for c in corners for i in range(length // at.zoom)] if labels else []
+
+    style = {"fontsize": size, "fontfamily": "monospace", "parse_math": False}
+    queries = labels[len(labels) - at.high // at.zoom:]
+    axes.set_yticks(centres(at.tops, at.high), queries * len(at.tops) if labels else [], **style)
+    axes.set_xticks(centres(at.lefts, at.wide), labels * len(at.lefts), rotation=90, **style)
+    axes.tick_params(length=0, pad=3)
+
+
+def _write_numbers(axes: Axes, at: Layout, layers: list[int], heads: Sequence[int], x: int) -> None:
+    """Layer numbers left of the picture, head numbers on top."""
+    for top, layer in zip(at.tops, layers, strict=True):
+        axes.text(x, top + at.high / 2, f"{layer}", ha="right", va="center", fontsize=12)
+    for head, left in zip(heads, at.lefts, strict=True):
+        axes.text(left + at.wide / 2, -8, f"{head}", ha="center", va="bottom", fontsize=12)
+    axes.text(x, -8, "layer / head", ha="right", va="bottom", fontsize=8)
+
+
+def drawable(texts: Sequence[str], most: int = 14) -> list[str]:
+    """Texts as the font can show them: line ends drawn, long ones cut, and a code point for what it lacks."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font, labels = get_font(findfont("monospace")), []
+    for text in texts:
+        text = text.translate({ord("\n"): "↵", ord("\t"): "⇥"})
+        text = "".join(c if font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in text)
+        labels.append(text if len(text) <= most else text[: most - 1] + "…")
+    return labels

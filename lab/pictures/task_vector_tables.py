@@ -1,0 +1,68 @@
+"""What `tinymia task-vector` found, as text and as pictures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .charts import BLUE, GREEN, GREY, Chart
+from .heatmap import Heatmap
+from .terminal import table, visible
+
+if TYPE_CHECKING:
+    from ..commands.task_vector import TaskVector
+
+NO_LAYER = """\
+on the development queries the vector gives no more right answers at any layer than the bare query alone.
+Where `regular` is low too, the model does not do the task with examples either. Otherwise the template may not suit the
+model (--template), or the query's word may be lost in the attention sink at position 0 (--bos)."""
+
+
+def no_layer(found: TaskVector) -> list[int]:
+    """The tasks for which no layer does better than the bare query does without the vector, on development queries."""
+    return [i for i, (row, alone) in enumerate(zip(found.by_layer, found.baseline)) if not row.max() > alone]
+
+
+def tables(found: TaskVector) -> list[str]:
+    """What was found, as text: accuracies, the lens, the conflict test."""
+    counts = [[int(np.isfinite(a[i, :, 0]).sum()) for a in (found.dev_hits, found.tests[..., 0])]
+              for i in range(len(found.tasks))]
+    none, what = no_layer(found), ["baseline", "vector", "regular"]
+    rows = [[name, *count, "-" if i in none else int(found.layer[i]), *(f"{a:.2f}" for a in found.accuracy[i])]
+            for i, (name, count) in enumerate(zip(found.tasks, counts))]
+    if len(rows) > 1:
+        rows.append(["mean", "", "", "", *(f"{a:.2f}" for a in found.accuracy.mean(0))])
+    parts = [table([["task", "dev", "test", "layer", *what], *rows])]
+    if none:
+        parts.append(f"-: {', '.join(found.tasks[i] for i in none)}: {NO_LAYER}")
+    parts.append("probability of the answer (mean), and its rank (median)\n" + table([
+        ["task", *what, *what], *([name, *(f"{p:.3f}" for p in ps), *(f"{r:g}" for r in ranks)]
+                                  for name, ps, ranks in zip(found.tasks, found.probability, found.rank))]))
+    lens = [[name, f"l_out-{one['layer']}", " | ".join(f"{visible(piece)} {p:.2f}" for piece, p in one["best"])]
+            for i, (name, lens) in enumerate(zip(found.tasks, found.lens)) if i not in none for one in lens]
+    if lens:
+        parts.append("the mean vector through the lens\n" + table(lens))
+    rows = [[found.tasks[a], found.tasks[b], int(np.isfinite(found.conflict_hits[a, b, :, 0]).sum()),
+             *(f"{v:.2f}" for v in found.conflict[a, b])]
+            for a, b in np.argwhere(np.isfinite(found.conflict[..., 0])).tolist()]
+    if rows:
+        head = ["prompt of", "vector of", "queries", "its answer", "the other's", "patched: its answer", "the other's"]
+        parts.append("conflict: the answer of the prompt's own task, and of the vector's, without and with the vector\n"
+                     + table([head, *rows]))
+    return parts
+
+
+def accuracy_by_layer(found: TaskVector) -> Heatmap:
+    """Accuracy with the vector on the development queries."""
+    return Heatmap(found.by_layer, found.tasks, [str(il) for il in range(found.by_layer.shape[1])],
+                   "accuracy with the vector, by layer (development queries)", "layer", "task", "accuracy",
+                   limits=(0.0, 1.0))
+
+
+def charts(found: TaskVector) -> list[Chart]:
+    """Accuracy by layer, and the bars."""
+    layers = [str(il) for il in range(found.by_layer.shape[1])]
+    return [Chart("accuracy with the vector (development queries)", "layer", layers, found.tasks, found.by_layer),
+            Chart("accuracy at the best layer (test queries)", "task", found.tasks,
+                  ("baseline", "task vector", "regular"), found.accuracy.T, (GREY, BLUE, GREEN))]

@@ -1,0 +1,1 @@
+"""Running long work and keeping it: results, progress, streams."""

@@ -1,0 +1,80 @@
+"""What the command `tinymia` prints beside the text: the graph, what actions kept, the bundled models."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+
+import tinymia
+from tinymia import Error, Model, Record
+
+
+def cgraph(model: Model, n_tok: int | None) -> list[dict[str, Any]]:
+    """Every op in the order of computation: name, op, shape, inputs, weight and its type."""
+    sizes = {**model.config.sizes(), "n_tok": n_tok or "n_tok", "n_kv": n_tok or "n_kv"}
+    rows = []
+    for name, (op, il) in model.table.items():
+        below = (model.config.n_layer if il is None else il) - 1
+        before = f"l_out-{below}" if below >= 0 else "inp_embd"
+        inputs = [before if i == "x" else i if il is None else f"{i}-{il}" for i in op.inputs]
+        weight = op.weight and f"{op.weight}.weight" if il is None else op.weight and f"blk.{il}.{op.weight}.weight"
+        if weight and weight not in model.weights:  # output tied to the embedding
+            weight = "token_embd.weight"
+        tensor = model.weights[weight] if weight else None
+        rows.append({
+            "name": name, "op": op.op, "shape": [sizes[d] for d in op.dims], "inputs": inputs, "weight": weight,
+            "type": tensor and tensor.type_name, "weight_shape": tensor and list(tensor.shape),
+        })
+    return rows
+
+
+def two_digits(score: float) -> str:
+    """A score in two significant digits, without an exponent where that is not long: 190, not 1.9e+02."""
+    return f"{float(f'{score:.2g}'):g}"
+
+
+class Printer:
+    """Prints what the actions found as it comes, or gathers it for --json."""
+
+    def __init__(self, args: argparse.Namespace, model: Model):
+        self.args, self.model = args, model
+        self.out: dict[str, Any] = {
+            "tinymia": tinymia.__version__, "model": str(model.path), "numerics": model.numerics,
+            "lens": [], "log": [], "saved": [],
+        }
+        self.patterns: dict[int, np.ndarray] = {}
+        self.rows: set[int] | None = None       # positions that the lens shows; None: all
+
+    def begin(self, n_tok: int) -> None:
+        """Told how many tokens the prompt has. Raises Error for a --lens-position that it has not."""
+        for position in self.args.lens_position or ():
+            if not -n_tok <= position < n_tok:
+                raise Error(f"--lens-position {position}: the prompt has {n_tok} tokens, 0 to {n_tok - 1}")
+            self.rows = (self.rows or set()) | {position % n_tok}
+
+    def line(self, text: str) -> None:
+        if not self.args.json:
+            print(text)
+
+    def record(self, r: Record) -> None:
+        """Called for each thing that an action kept."""
+        about = {"tensor": r.name, "layer": r.layer, "phase": r.phase}
+        if isinstance(r.action, tinymia.Lens):
+            self.line(f"Layer #{r.layer} {r.name}:" if r.layer is not None else f"{r.name}:")
+            seen = [(p, best) for p, best in zip(r.positions.tolist(), r.value) if self.rows is None or p in self.rows]
+            for position, best in seen:
+                shown = "".join(f"{piece} {two_digits(score)}|" for piece, score in best)
+                self.line(f"{position}: {shown or 'NaN: no tokens'}")
+            rows = [{"position": p, "best": best} for p, best in seen]
+            self.out["lens"].append({**about, "rows": rows})
+        elif isinstance(r.action, tinymia.Log):
+            first = " ".join(f"{v:.4g}" for v in r.value["first"])
+            numbers = " ".join(f"{k} {r.value[k]:.4g}" for k in ("mean", "rms", "min", "max"))
+            self.line(f"{r.name} {r.value['shape']} {numbers} first {first}")
+            self.out["log"].append({**about, **r.value})
+        elif r.action.path is not None:
+            self.out["saved"].append({**about, "file": str(r.action.path), "shape": list(r.value.shape)})
+        else:
+            self.patterns[r.layer] = r.value
