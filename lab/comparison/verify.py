@@ -103,7 +103,7 @@ def verify(
     names, shown = selection(model, only, flash)
     lacking = {k: v for k, v in {**FUSED, **(FLASH if flash else {})}.items()
                if any(name.startswith(f"{k}-") for name in shown)}
-    if given is not None:
+    if given is not None and against is not None:
         shown = check_recorded(against, given[0], names, shown, bool(only), inject)
         names = [name for name in names if name in given[0]]
     edits = Edits(actions, model, len(ids))
@@ -116,7 +116,7 @@ def verify(
     watched = [n for n in names if n in wanted and (n in shown or model.table[n][0].base not in FLASH)]
 
     def run(recorder: Recorder | None) -> tuple[Compared, Outcome]:
-        on_pair = recorder and recorder.add
+        on_pair = None if recorder is None else recorder.add
         if given is not None:
             others = Others(iter(given[0].values()), model)
             return compare(model, ids, others, watched, shown, actions, inject, on_pair, progress), given[1]
@@ -145,7 +145,7 @@ def verify(
         "inject": inject, **how, "rows": [row | {"over": not row["nmse"] <= tolerance} for row in found.rows],
         "lacking": lacking, "absent": outcome.absent, "unknown": dict(outcome.unknown), "steps": dict(outcome.steps),
     }
-    if found.theirs is not None:
+    if found.ours is not None and found.theirs is not None:
         out |= divergence(found.ours, found.theirs)
     if n_predict:
         ours = model.generate(ids, n_predict, actions).tokens
@@ -220,7 +220,9 @@ def verify_self(
         for row in found.rows:
             both = rows.setdefault(row["name"], {"name": row["name"], "shape": row["shape"]})
             both[numerics] = {"nmse": row["nmse"], "max_abs": row["max_abs"]}
-        out[numerics] = divergence(found.ours, found.theirs) | {"worst": max(row["nmse"] for row in found.rows)}
+        ours, theirs = found.ours, found.theirs
+        assert ours is not None and theirs is not None      # logits are in every selection
+        out[numerics] = divergence(ours, theirs) | {"worst": max(row["nmse"] for row in found.rows)}
     out |= {"tokens": ids, "prompt": prompt if isinstance(prompt, str) else None}
     out["rows"] = [row | {"over": not row["f32"]["nmse"] <= tolerance} for row in rows.values()]
     over = [row for row in out["rows"] if row["over"]]
