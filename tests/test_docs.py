@@ -64,6 +64,11 @@ def test_links_lead_somewhere(page):
             assert anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + page.stem)
+def test_nothing_needs_the_folder_beside_the_project(page):
+    assert "../shared" not in page.read_text("utf-8")
+
+
 def test_the_manual_lists_all_its_pages():
     listed = (ROOT / "docs" / "README.md").read_text("utf-8")
     for page in (ROOT / "docs").glob("*.md"):
