@@ -101,7 +101,7 @@ __all__ = [
     "Ablate", "Action", "ActionError", "Add", "Cache", "Config", "Context", "Edit", "Error", "GGUFError", "Generation",
     "Lens", "Log", "Model", "Note", "Op", "Patch", "ProjectOut", "Record", "Replace", "Run", "Save", "Scale", "Tensor",
     "UnknownName", "Weights", "load", "main", "match", "name_table",
-]  # fmt: skip
+]
 
 
 # ---------------------------------------------------------------------------------------- the model's shape

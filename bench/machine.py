@@ -59,7 +59,7 @@ def about(command: str) -> dict[str, Any]:
         "cores": physical_cores(), "cpus": cpus(), "memory": memory()[0], "os": platform.platform(),
         "python": platform.python_version(), "tinymia": tinymia.__version__, "commit": commit(),
         "numba": numba.__version__, "llvmlite": llvmlite.__version__, "numpy": np.__version__,
-    }  # fmt: skip
+    }
 
 
 def memory() -> tuple[int, int]:

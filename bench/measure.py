@@ -221,7 +221,7 @@ def long(case: Case) -> Iterator[Row]:
 PARTS: dict[str, Callable[[Case], Iterator[Row]]] = {
     "decode": decode, "small": decode, "prefill": prefill, "start": start, "memory": start, "first": first,
     "keep": keep, "long": long,
-}  # fmt: skip
+}
 
 
 def context(sizes: Sizes, n_ctx: int) -> int:

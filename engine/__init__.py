@@ -20,4 +20,4 @@ __all__ = [
     "NOT_HERE", "Ablate", "Action", "Add", "ArgumentError", "Block", "Context", "Edit", "Lens", "Linear", "Log",
     "Patch", "Positions", "ProjectOut", "Record", "Replace", "Sampler", "Save", "Scale", "Source", "Weights", "best",
     "files_read", "given", "indices", "is_mask", "listed", "read_sources", "softmax", "sources", "whole",
-]  # fmt: skip
+]

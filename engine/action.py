@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from tinymia_files import ActionError, short
 
 from . import given
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Positions = int | Sequence[int] | Sequence[bool] | np.ndarray | None  # numbers, or a mask: True for each that is meant
 # A saved file, an array, a Run, or a tuple of these: rows are chosen in each, then their mean is taken.
@@ -67,7 +70,8 @@ class Context:
 
 def listed(actions: Action | Sequence[Action]) -> list[Action]:
     """Actions as a list; one may stand by itself. Raises ActionError for what is not an action."""
-    found = [actions] if isinstance(actions, Action) or not hasattr(actions, "__iter__") else list(actions)
+    one = isinstance(actions, Action) or not hasattr(actions, "__iter__")
+    found: list[Any] = [actions] if one else list(actions)  # type: ignore[arg-type]
     for action in found:
         if not isinstance(action, Action):
             raise ActionError(f"{short(action)} is not an action; Lens, Log, Save, Patch, Ablate, ... are")
@@ -86,7 +90,7 @@ class Action:
     name: str
     when: str = field(default="prompt", kw_only=True)
 
-    def bind(self, name: str, op: Any, model: Any) -> Action:
+    def bind(self, name: str, op: Any, model: Any) -> Self:
         """This action for one exact name, with what it needs loaded and checked before the run starts."""
         return self
 
@@ -100,7 +104,7 @@ class Action:
     def __repr__(self) -> str:
         """Patch('l_out-3', row -1 of Run('Egypt -> Cairo,', 5 tokens), at=-1): what was said, in few words."""
         parts, src = [repr(self.name)], getattr(self, "src", None)
-        for f in sorted(fields(self)[1:], key=lambda f: f.kw_only):
+        for f in sorted(fields(self)[1:], key=lambda f: bool(f.kw_only)):
             value = getattr(self, f.name)
             if f.name == "source" and src is not None:
                 parts.append(f"row {given.told(src)} of {given.told(value)}")
@@ -116,7 +120,7 @@ class Edit(Action):
     at: Positions = field(default=None, kw_only=True)
     heads: Positions = field(default=None, kw_only=True)
 
-    def bind(self, name: str, op: Any, model: Any) -> Action:
+    def bind(self, name: str, op: Any, model: Any) -> Self:
         if self.at is not None:
             given.indices(self.at, "position", where=f"{name}: ")
             if self.when == "decode" and given.is_mask(self.at):

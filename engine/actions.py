@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -14,6 +14,14 @@ from tinymia_files import ActionError
 
 from . import sources
 from .action import Action, Context, Edit, NotHere, Positions, Source
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+def _read(source: Source) -> np.ndarray:
+    """A source as `bind` left it: read, checked, and of the shape that is wanted."""
+    return cast(np.ndarray, source)
 
 
 @dataclass(frozen=True, repr=False)
@@ -23,7 +31,7 @@ class Lens(Action):
     k: int = 10
     score: str = "raw"
 
-    def bind(self, name: str, op: Any, model: Any) -> Action:
+    def bind(self, name: str, op: Any, model: Any) -> Self:
         if op.dims != ("n_tok", "n_embd"):
             raise ActionError(f"{name} is [{', '.join(op.dims)}]; the lens sees tensors of [n_tok, n_embd]")
         return self
@@ -76,15 +84,16 @@ class Patch(Edit):
     source: Source
     src: Positions = None
 
-    def bind(self, name: str, op: Any, model: Any) -> Action:
+    def bind(self, name: str, op: Any, model: Any) -> Self:
         bound = super().bind(name, op, model)
         read = sources.read_sources(self.source, name, op.dims, model, self.name)
         return replace(bound, source=sources.mean([sources.rows_for(x, self.src, self.at, name) for x in read], name))
 
     def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
-        if self.at is None and len(self.source) != len(x):
-            raise ActionError(f"patch of {self.name}: {len(self.source)} rows for {len(x)} positions: say from and to")
-        return self.source if len(self.source) == 1 else self.source[which]
+        source = _read(self.source)
+        if self.at is None and len(source) != len(x):
+            raise ActionError(f"patch of {self.name}: {len(source)} rows for {len(x)} positions: say from and to")
+        return source if len(source) == 1 else source[which]
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,7 +108,7 @@ class Ablate(Edit):
     value: Any = None
     source: Source = None
 
-    def bind(self, name: str, op: Any, model: Any) -> Action:
+    def bind(self, name: str, op: Any, model: Any) -> Self:
         bound = super().bind(name, op, model)
         if self.mode not in ("zero", "mean", "resample", "value"):
             raise ActionError(f"ablation mode {self.mode!r}: it must be zero, mean, resample or value")
@@ -121,9 +130,10 @@ class Ablate(Edit):
                 raise ActionError(f"ablation of {self.name}: the pass has one row, and its mean is itself")
             return x.mean(0)
         if self.mode == "resample":
-            if len(self.source) != len(x):
-                raise ActionError(f"ablation of {self.name}: the source has {len(self.source)} rows, this run {len(x)}")
-            return self.source[rows]
+            source = _read(self.source)
+            if len(source) != len(x):
+                raise ActionError(f"ablation of {self.name}: the source has {len(source)} rows, this run {len(x)}")
+            return source[rows]
         return self.value if self.mode == "value" else 0.0
 
 
@@ -135,12 +145,12 @@ class Add(Edit):
     coef: float = 1.0
     row: int | None = None
 
-    def bind(self, name: str, op: Any, model: Any) -> Action:
+    def bind(self, name: str, op: Any, model: Any) -> Self:
         bound = super().bind(name, op, model)
         return replace(bound, vector=sources.read_row(self.vector, self.row, name, op.dims, model, self.name))
 
     def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
-        return x[rows] + x.dtype.type(self.coef) * self.vector
+        return x[rows] + x.dtype.type(self.coef) * _read(self.vector)
 
 
 @dataclass(frozen=True, repr=False)
@@ -149,7 +159,7 @@ class ProjectOut(Edit):
 
     direction: Source
 
-    def bind(self, name: str, op: Any, model: Any) -> Action:
+    def bind(self, name: str, op: Any, model: Any) -> Self:
         bound = super().bind(name, op, model)
         row = sources.read_row(self.direction, None, name, op.dims, model, self.name)
         length = float(np.linalg.norm(row))
@@ -158,8 +168,9 @@ class ProjectOut(Edit):
         return replace(bound, direction=row / row.dtype.type(length))
 
     def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
-        along = np.tensordot(x[rows], self.direction, self.direction.ndim)  # [n_rows]
-        return x[rows] - np.multiply.outer(along, self.direction)
+        direction = _read(self.direction)
+        along = np.tensordot(x[rows], direction, direction.ndim)  # [n_rows]
+        return x[rows] - np.multiply.outer(along, direction)
 
 
 @dataclass(frozen=True, repr=False)

@@ -132,7 +132,7 @@ ELSEWHERE = {
     "stop_sequences": "stop", "stop_strings": "stop", "action": "actions", "hooks": "actions", "stream": "on_text",
     "callback": "on_text", "streamer": "on_text", "add_bos": "bos", "add_special_tokens": "bos", "text": "prompt",
     "input_ids": "prompt", "echo": "prompt", "keep": "actions (Save)",
-}  # fmt: skip
+}
 
 
 def check_arguments(function: str, given: Iterable[str], known: Sequence[str]) -> None:

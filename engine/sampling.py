@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,7 @@ class Sampler:
     seed: int | None = None     # None: another one each time
 
     def __post_init__(self) -> None:
+        kind: Any
         for name, kind, ok, want in (
             ("temp", Real, lambda v: 0 <= v < math.inf, "0 or more"),
             ("top_k", Integral, lambda v: v >= 0, "a whole number, 0 or more"),
@@ -55,7 +57,7 @@ class Sampler:
             ("repeat_penalty", Real, lambda v: 0 < v < math.inf, "above 0"),
             ("seed", Integral, lambda v: v >= 0, "a whole number, 0 or more, or None"),
         ):
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
             if value is None and name == "seed":
                 continue
             if isinstance(value, (bool, np.bool_)) or not isinstance(value, kind) or not ok(value):
@@ -108,5 +110,6 @@ class Sampler:
             weights = e[some] if ids is None else e
             place = int(np.searchsorted(np.cumsum(weights), at, side="right"))
             if place < n or n == len(e):
-                return some[min(place, np.count_nonzero(weights) - 1)]  # rounding may put `at` behind the last
+                last = int(np.count_nonzero(weights)) - 1
+                return int(some[min(place, last)])  # rounding may put `at` behind the last
             n = min(8 * n, len(e))

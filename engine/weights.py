@@ -52,7 +52,7 @@ class Weights(Mapping[str, Tensor]):
             "attn_output": (c.n_embd, c.n_head * c.d_head_v),
             "ffn_norm": (c.n_embd,), "ffn_gate": (c.n_ff, c.n_embd), "ffn_up": (c.n_ff, c.n_embd),
             "ffn_down": (c.n_embd, c.n_ff),
-        }  # fmt: skip
+        }
         self._check_names([f"blk.{il}.{name}" for il in range(c.n_layer) for name in block], c)
         self.token_embd = self._tensor("token_embd.weight", (c.n_vocab, c.n_embd))
         self.blk = [Block(**{name: self._part(f"blk.{il}.{name}", shape) for name, shape in block.items()})

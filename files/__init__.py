@@ -50,4 +50,4 @@ __all__ = [
     "short",
     "write_atomic",
     "write_tensors",
-]  # fmt: skip
+]

@@ -25,7 +25,7 @@ NONE = {  # keys that must be 0, and why
 def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
     """The fields of tinymia.Config from a file's metadata; refuses what the forward pass would compute wrongly."""
 
-    def get(key: str, default: Any, least: float, kind: type = int) -> Any:
+    def get(key: str, default: Any, least: float, kind: Any = int) -> Any:
         value = meta.get(key, default)
         if value is None:
             raise GGUFError(f"{path}: metadata key {key} is missing")
@@ -96,7 +96,7 @@ def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -
         rope_gain=_gain(get(f"{arch}.rope.scaling.attn_factor", 1.0, 0, float), factor if scaling == "yarn" else None),
         yarn=_corrections(n_rot, get(f"{arch}.rope.scaling.original_context_length", n_ctx, 1), rope_base)
         if scaling == "yarn" else None,
-    )  # fmt: skip
+    )
 
 
 def _gain(attn_factor: float, yarn_factor: float | None) -> float:

@@ -68,6 +68,6 @@ def _other(part: Path, named: Path, no: int, count: int, total: int) -> tuple[di
     found = _numbers(meta, part)
     if found != (no, count, total):
         is_, wanted = (f"part {n + 1} of {c} ({t} tensors in all)" if c else "no part" for n, c, t in (
-            found, (no, count, total)))  # fmt: skip
+            found, (no, count, total)))
         raise GGUFError(f"{part}: the file is {is_}, not {wanted} as {named.name} asks for: of another model?")
     return meta, tensors

@@ -31,12 +31,18 @@ def write_tensors(path: str | Path, tensors: dict[str, np.ndarray], about: dict[
     check_target(path, list(tensors))
     suffix = Path(path).suffix
     if suffix == ".npz":
-        write_atomic(path, lambda f: np.savez(f, about=np.array(dumps(about)), **tensors))
+        arrays: dict[str, Any] = {"about": np.array(dumps(about)), **tensors}
+        write_atomic(path, lambda f: np.savez(f, **arrays))
         return
     ((name, array),) = tensors.items()
     if suffix == ".npy":
         tail = dumps({"name": name, **about}).encode() + b"\n"
-        write_atomic(path, lambda f: (np.save(f, array), f.write(tail)))
+
+        def write(f: IO[bytes]) -> None:
+            np.save(f, array)
+            f.write(tail)
+
+        write_atomic(path, write)
     else:
         write_atomic(path, lambda f: f.write(array.tobytes()))
 

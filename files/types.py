@@ -29,7 +29,7 @@ TYPES = {
         (14, "Q6_K", 256, 210), (20, "IQ4_NL", 32, 18), (23, "IQ4_XS", 256, 136), (39, "MXFP4", 32, 17),
         (34, "TQ1_0", 256, 54), (35, "TQ2_0", 256, 66),
     ]
-}  # fmt: skip
+}
 
 
 def dequantize(raw: np.ndarray, kind: BlockType, n_in: int) -> np.ndarray:

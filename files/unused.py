@@ -22,7 +22,7 @@ HARMLESS_TENSORS = {
         "scales 4-bit activations on GPUs; llama.cpp's CPU code loads it and does not use it",
     r"blk\.(?P<layer>\d+)\.attn_rot_embd\.weight":
         "the frequencies that rope.freq_base gives, stored by converters of 2023; gguf-py's MODEL_TENSOR_SKIP",
-}  # fmt: skip
+}
 
 # Metadata keys of the architecture, without its name, that read as if they changed the numbers, and do not.
 HARMLESS_KEYS = {
@@ -47,7 +47,7 @@ HARMLESS_KEYS = {
         "pooling_type classifier.output_labels embedding_length_out features_length dense_2_feat_in "
         "dense_2_feat_out dense_3_feat_in dense_3_feat_out",
     "how many experts of a group are used, where there are none": "expert_group_used_count",
-}  # fmt: skip
+}
 
 # Keys that the forward pass uses, or refuses to run with (hparams.py).
 KNOWN_KEYS = """

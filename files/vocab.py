@@ -31,7 +31,7 @@ INFILL = {  # role: (names of its id in the metadata, its texts)
     "pad": ("fim_pad", "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]"),
     "rep": ("fim_rep", "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>"),
     "sep": ("fim_sep", "<|file_sep|>"),
-}  # fmt: skip
+}
 
 
 class Tokenizer:

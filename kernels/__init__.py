@@ -30,4 +30,4 @@ __all__ = [
     "EXPANDED", "FORMATS", "Arithmetic", "Format", "Pool", "announce_done", "attention", "compiling", "dequantize",
     "get_rows", "kq", "kqv", "matmul", "matmul_several", "physical_cores", "register", "rms_norm", "rope",
     "rope_angles", "silu", "soft_max", "store_keys", "store_values",
-]  # fmt: skip
+]

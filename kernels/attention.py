@@ -110,7 +110,7 @@ def kqv(p: np.ndarray, v: np.ndarray, pool: Pool | None = None, alone: bool | No
 def attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, n_past: int, scale: float, pool: Pool | None = None,
     alone: bool | None = None,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """kqv(soft_max(kq(q, k, n_past + n_tok), scale, n_past), v) with the heads side by side.
 
     Returns float32 [n_tok, n_head * d_v]. Each thread needs memory for 4 n_kv scores. ValueError if shapes do not fit.

@@ -26,7 +26,7 @@ from .products.superblocks_many import fill_superblock_panels, superblock_panel_
 # How activations are rounded beside weights that are plain numbers, and how many at a time.
 ROUND = {
     "F16": (round_to_f16, 1), "BF16": (round_to_bf16, 1), "Q8_0": (round_to_q8_0, 32), "Q8_K": (round_to_q8_k, 256),
-}  # fmt: skip
+}
 
 
 def _weights(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int) -> tuple[np.ndarray, int]:

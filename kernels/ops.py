@@ -81,7 +81,7 @@ def rope_angles(
         theta /= freqs
     scaled = theta * real(scale)
     if yarn is not None:
-        low, high = map(real, yarn)
+        low, high = real(yarn[0]), real(yarn[1])
         keep = 1 - np.clip((np.arange(n_rot // 2, dtype=real) - low) / max(real(0.001), high - low), 0, 1)
         scaled = (scaled.astype(np.float64) * (1 - keep) + theta * keep).astype(real)  # as a fused multiply-add
     if numerics != "ggml":

@@ -53,7 +53,7 @@ BOS; negative ones from the end.
 SUBCOMMANDS: tuple[str, ...] = (
     "lens", "attend", "attribute", "trace", "report", "sweep", "ablate", "task-vector", "function-vector", "steer",
     "verify",
-)  # fmt: skip
+)
 
 
 def parser() -> Parser:
@@ -135,12 +135,12 @@ def run(args: argparse.Namespace) -> int:
         note(f"loaded in {time.perf_counter() - clock:.2f} s, {model.threads} threads")
     if prompt is not None and args.chat:
         _, prompt, _ = chat = chat_of(args, model, prompt)
-        ids = chat.ids
+        ids: list[int] | None = chat.ids
     else:
         ids = None if prompt is None else model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
     printer = Printer(args, model)
     if args.print_cgraph:
-        printer.out["cgraph"] = rows = cgraph(model, ids and len(ids))
+        printer.out["cgraph"] = rows = cgraph(model, None if ids is None else len(ids))
         weight = "{weight} {type} {weight_shape}"
         printer.line(table([
             [r["name"], r["op"], "[" + ", ".join(map(str, r["shape"])) + "]", ", ".join(r["inputs"]),
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
             for w in model.weights.values()
         ]
         printer.line(table([list(w.values()) for w in printer.out["tensors"]]))
-    if ids is not None:
+    if ids is not None and prompt is not None:
         tell_unknown(model, [prompt])
         generate(args, model, prompt, ids, printer)
     elif not (args.print_cgraph or args.list_tensors):

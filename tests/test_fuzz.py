@@ -24,7 +24,7 @@ def says(text, status):
     (says, ("error: no", 1), "dirty"),
     (says, ("Traceback (most recent call last):", 0), "dirty"), (int, ("x",), "dirty"), (os._exit, (0,), "crash"),
     (os.abort, (), "crash"), (time.sleep, (60,), "hang"),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_every_kind_of_end(function, args, kind):
     assert fuzz.verdict(in_child(function, *args, timeout=20 if kind != "hang" else 0.3)) == kind
 

@@ -89,7 +89,7 @@ MISTAKES = [
     # models
     (["-m", "copycot", *P], "-m copycot: no such file; the bundled model: -m copycat, or no -m"),
     (["lens", "-m", "copycot", *P], "-m copycot: no such file"), (["verify", "-m", "copycot", *P], "-m copycot"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("argv,sentence", MISTAKES, ids=[" ".join(argv) for argv, _ in MISTAKES])

@@ -161,7 +161,7 @@ FILES = {  # what is done to a model of two layers: the verdict
     "scores that are whole": (lambda g: g.set(PIECES + "scores", 9, (5, list(map(int, metadata(g, "scores"))))), SAME),
     "bos 4294967295": (lambda g: g.set(PIECES + "bos_token_id", 4, 2**32 - 1), SAME),
     "bos -1": (lambda g: g.set(PIECES + "bos_token_id", 5, -1), ["bos_token_id", "-1"]),
-}  # fmt: skip
+}
 
 # What is refused there and runs here, since it can mean one thing only.
 LOOSER = {
@@ -174,7 +174,7 @@ LOOSER = {
     "head counts of 8 bits": (key("attention.head_count_kv", 9, (0, [2, 2])), SAME),
     "bos as int32": (lambda g: g.set(PIECES + "bos_token_id", 5, 1), SAME),
     "heads turned in part": (key("rope.dimension_count", 4, 8), OTHER),
-}  # fmt: skip
+}
 # What runs there and is refused here: a cache, and all that reuses one, relies on a token not seeing those after it.
 STRICTER = {"not causal": (key("attention.causal", 7, False), ["llama.attention.causal", "False"])}
 OURS = FILES | LOOSER | STRICTER

@@ -17,7 +17,7 @@ TEXTS = [
     "", " ", "the fox", " the fox", "  two  spaces ", "France -> Paris", " France ->", "café naïve", "日本語", "🦙.cpp",
     "a\nb\tc", "Hi\nyou", "naïve → 漢", "<s>", "the<s>fox", "</s></s>", "a</s>b", "<0x41>", "▁", "▁a", "x" * 60,
     "0 1 2 to 2 1 0", "<unk>", "a<unk>b", "[EMPTY_380]", "\x00\x01", "e\u0301", "Q7%",
-]  # fmt: skip
+]
 
 
 def typed(change):
@@ -56,7 +56,7 @@ SPM = {  # what is told otherwise, None for not at all
     "the parts of an answer": {"tokens": named(t376="<|channel|>", t377="<|end|>", t378="<|return|>", t379="<|call|>")},
     "an answer of a tool": {"tokens": named(t376="<|tool_response>")},
     "no scores": {"scores": None},
-}  # fmt: skip
+}
 BPE = {
     "bpe": {}, "bpe, no bos": {"bos_token_id": None}, "bpe, no eos": {"eos_token_id": None},
     "bpe, bos out of range": {"bos_token_id": 2**32 - 1}, "bpe, eos out of range": {"eos_token_id": 384},
@@ -64,7 +64,7 @@ BPE = {
     "bpe, smollm, no bos": {"pre": "smollm", "bos_token_id": None},
     "bpe, smollm, bos and none named": {"pre": "smollm", "bos_token_id": None, "add_bos_token": True},
     "bpe, no pre": {"pre": None},
-}  # fmt: skip
+}
 
 
 @pytest.fixture

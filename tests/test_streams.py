@@ -28,7 +28,7 @@ COMMANDS = [
     ["function-vector", "country-capital", "--n-mean", "1", "--n-effect", "1", "--n-test", "1", "--shots", "2"],
     ["steer", *P, "--positive", "examples/capitals.txt", "--negative", "examples/countries.txt", "-n", "1"],
     ["verify", "--self", *P, "--only", "norm"], ["--list-models"], ["task-vector", "--list"],
-]  # fmt: skip
+]
 
 
 def shell(redirect, *argv):

@@ -124,7 +124,7 @@ HAS_VNNI = CHOSEN_DOT4 is DOT4[0]
 # Looking bytes up in a table of 16.
 
 SHUFFLES = {16: ("ssse3", "llvm.x86.ssse3.pshuf.b.128"), 32: ("avx2", "llvm.x86.avx2.pshuf.b"),
-            64: ("avx512bw", "llvm.x86.avx512.pshuf.b.512")}  # fmt: skip
+            64: ("avx512bw", "llvm.x86.avx512.pshuf.b.512")}
 
 
 def lookup_portable(table):

@@ -18,7 +18,7 @@ ELEMENTS = {
     "i8": (ir.IntType(8), types.int8), "u8": (ir.IntType(8), types.uint8), "u16": (ir.IntType(16), types.uint16),
     "i16": (ir.IntType(16), types.int16), "i32": (ir.IntType(32), types.int32), "u32": (ir.IntType(32), types.uint32),
     "f32": (ir.FloatType(), types.float32), "f64": (ir.DoubleType(), types.float64),
-}  # fmt: skip
+}
 INDEX = ir.IntType(32)
 
 
@@ -61,7 +61,7 @@ OPERATORS = {  # operator: (IR instruction for floats, for signed, for unsigned)
     operator.add: ("fadd", "add", "add"), operator.sub: ("fsub", "sub", "sub"), operator.mul: ("fmul", "mul", "mul"),
     operator.truediv: ("fdiv", None, None), operator.and_: (None, "and_", "and_"), operator.or_: (None, "or_", "or_"),
     operator.xor: (None, "xor", "xor"), operator.lshift: (None, "shl", "shl"), operator.rshift: (None, "ashr", "lshr"),
-}  # fmt: skip
+}
 
 
 class _Binary(AbstractTemplate):

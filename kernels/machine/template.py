@@ -44,7 +44,8 @@ from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
 from .jit import inline, specialise
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 STAMPED: Any = None  # what `fmt` is in a template that is not stamped
 
 

@@ -25,7 +25,7 @@ def physical_cores() -> int:
         allowed = os.sched_getaffinity(0)
     except AttributeError:
         return os.cpu_count() or 1
-    cores = set()
+    cores: set[Any] = set()
     for cpu in allowed:
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
         try:

@@ -165,7 +165,7 @@ class Products(Template):
             cls.format = Format(
                 name=cls.__name__, type=cls.TYPE, block_size=cls.BLOCK, type_size=cls.SIZE, bias=cls.BIAS,
                 activation=cls.ACTIVATION, many_from=cls.MANY_FROM, made_of=cls, **cls.kernels(),
-            )  # fmt: skip
+            )
             if cls.TYPE >= 0:
                 register(cls.format)
 

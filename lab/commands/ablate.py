@@ -227,11 +227,11 @@ def command(argv: Sequence[str]) -> int:
     prompts = None if args.prompts is None else read_prompts(args.prompts)
     model = open_model(args)
     prompt = prompt_ids(args, model, [*(prompts or ()), args.other or ""])
-    prompts = None if prompts is None else [in_chat(args, model, text) for text in prompts]
+    cut = None if prompts is None else [in_chat(args, model, text) for text in prompts]
     other = None if args.other is None else in_chat(args, model, args.other)
     if args.ffn or args.group:
-        return group_command(args, model, prompt, prompts, other)
-    found = ablate(model, prompt, args.answer, args.against, args.mode, prompts=prompts,
+        return group_command(args, model, prompt, cut, other)
+    found = ablate(model, prompt, args.answer, args.against, args.mode, prompts=cut,
                    pool=args.pool, other=other, at=args.at, layers=args.layers, heads=args.heads,
                    out=out_file(args))
     picture = heatmap(found, args.metric)

@@ -142,8 +142,10 @@ def attend(
         bar.step()
 
     known = found.patterns[..., 0, 0] if kept else np.full(1, np.nan)   # a pattern is there whole or not at all
-    todo = [(prompt, [*actions, tinymia.Replace("kq_soft_max", in_prompt)], known),
-            (again, [tinymia.Replace("kq_soft_max", in_repeated)], found.induction)]
+    todo: list[tuple[Any, list[Action], np.ndarray]] = [
+        (prompt, [*actions, tinymia.Replace("kq_soft_max", in_prompt)], known),
+        (again, [tinymia.Replace("kq_soft_max", in_repeated)], found.induction),
+    ]
     todo = [part for part in todo if np.isnan(part[2]).any()]
     if todo:
         with keeping(found, out, 2 * c.n_layer, "attend", (2 - len(todo)) * c.n_layer) as bar:

@@ -134,8 +134,8 @@ def function_vector(
         found.vectors = np.array([np.float32(coef) * vector for vector in summed])
         for i, p in enumerate(prompts):
             for queries, hits, n in ((p.dev, found.dev_hits, counts[2][i]), (p.test, found.hits, counts[3][i])):
-                items = [(query, found.vectors[i]) for query in queries[n:]]
-                for j, x in enumerate(spread(model, measure_query, items, executor), int(n)):
+                asked = [(query, found.vectors[i]) for query in queries[n:]]
+                for j, x in enumerate(spread(model, measure_query, asked, executor), int(n)):
                     hits[i, j] = x
                     bar.step()
             found.dev_accuracy[i] = found.dev_hits[i, : len(p.dev)].mean(0)

@@ -232,8 +232,8 @@ def command(argv: Sequence[str]) -> int:
     for path in args.out:
         if path.endswith(".gguf") and args.layers and 0 in chosen(args.layers, model.config.n_layer, "layer"):
             raise Error(f"-o {path}: llama.cpp's control vectors begin at layer 1: leave 0 out of --layers")
-    sets = [said if said is None else [in_chat(args, model, text) for text in said] for said in sets]
-    found = steer(model, prompt, *sets, vector=args.vector, layers=args.layers, pool=args.pool, coef=args.coef,
+    chats = [said if said is None else [in_chat(args, model, text) for text in said] for said in sets]
+    found = steer(model, prompt, *chats, vector=args.vector, layers=args.layers, pool=args.pool, coef=args.coef,
                   when=args.when, n=args.n_predict, out=out_file(args))
     return emit(args, found, text(model, found), writers={
         ".gguf": lambda path: write_control_vector(path, found.directions(), "llama", found.about),

@@ -94,10 +94,10 @@ def sweep(
     as "0,3-5". An executor gets batches of cells. `out`, a .npz or .json file, keeps what is done of a stopped run, and
     the same call goes on from there. Raises Error.
     """
-    for what, given, known in (("tensor", tensor, BY_POSITION + BY_HEAD), ("metric", metric, METRICS),
-                               ("at", at, ("all", "last"))):
-        if given not in known:
-            raise Error(f"{what} {given!r}: it must be one of {', '.join(known)}")
+    for what, given, possible in (("tensor", tensor, BY_POSITION + BY_HEAD), ("metric", metric, METRICS),
+                                  ("at", at, ("all", "last"))):
+        if given not in possible:
+            raise Error(f"{what} {given!r}: it must be one of {', '.join(possible)}")
     if at == "last" and tensor in BY_POSITION:
         raise Error(f"at=last goes with {' and '.join(BY_HEAD)}: {tensor} is patched at each position by itself")
     c, names = model.config, {"clean": clean, "corrupt": corrupt}
@@ -146,13 +146,13 @@ def _nothing(model: Model, note: dict[str, Any], setting: Setting, layers: list[
     clean, corrupt = ([model.piece(i) for i in ids] for ids in (setting.clean, setting.corrupt))
     columns = [str(head) for head in range(model.config.n_head)]
     if setting.tensor in BY_POSITION:
-        tokens = [list(map(visible, pieces)) for pieces in (clean, corrupt)]
-        columns = [f"{i} {a}" if a == b else f"{i} {a}/{b}" for i, (a, b) in enumerate(zip(*tokens))]
+        texts = [list(map(visible, pieces)) for pieces in (clean, corrupt)]
+        columns = [f"{i} {a}" if a == b else f"{i} {a}/{b}" for i, (a, b) in enumerate(zip(*texts))]
     shape = len(layers), len(columns)
     grids = [np.full(shape, np.nan) for _ in METRICS]
     tokens = setting.answer, model.piece(setting.answer), setting.against, model.piece(setting.against)
-    return Sweep(note, METRICS[0], layers, columns, clean, corrupt, *tokens,
-                 *(dict(zip(METRICS, row.tolist())) for row in ends), *grids)
+    whole: list[Any] = [dict(zip(METRICS, row.tolist())) for row in ends]
+    return Sweep(note, METRICS[0], layers, columns, clean, corrupt, *tokens, *whole, *grids)
 
 
 def _fill(found: Sweep, i: int, columns: list[int], scores: np.ndarray, ends: np.ndarray) -> None:

@@ -108,7 +108,7 @@ def task_vector(
     conflicts = {}
     if conflict:
         pairs = [(a, b) for a in range(len(read)) for b in range(len(read)) if a != b]
-        conflicts = {(a, b): found for a, b in pairs if (found := conflict_prompts(
+        conflicts = {(a, b): both for a, b in pairs if (both := conflict_prompts(
             model, read[a], read[b], drawn[a][1], n_shots[b], dummies, seed))}
         if not conflicts:
             raise Error("a conflict test takes two tasks that give the same queries different answers: "
@@ -126,6 +126,7 @@ def task_vector(
     with keeping(found, out, total, "task-vector", int(done)) as bar:
         for i in range(len(read)):
             n = int(found.n_vectors[i])
+            x: Any      # a theta; for "own" the hits as well
             for j, x in enumerate(spread(model, first_pass, dev[i][n:], executor), n):
                 all_hits, vectors, n_vectors = found.dev_hits.copy(), found.vectors.copy(), found.n_vectors.copy()
                 if vector == "own":
@@ -148,15 +149,15 @@ def task_vector(
             done_tests = found.tests[i, : len(test[i])]
             found.accuracy[i], found.probability[i] = done_tests[:, 0].mean(0), done_tests[:, 1].mean(0)
             found.rank[i] = np.median(done_tests[:, 2], axis=0)
-        for (a, b), items in conflicts.items():
+        for (a, b), queries in conflicts.items():
             n = int(np.isfinite(found.conflict_hits[a, b, :, 0]).sum())
             best = int(found.layer[b])
             given = None if vector == "own" else Given(found.vectors[b, best], vector == "add")
-            layered = [(*item, best, given) for item in items[n:]]
+            layered = [(*item, best, given) for item in queries[n:]]
             for j, hits in enumerate(spread(model, conflict_trial, layered, executor), n):
                 found.conflict_hits[a, b, j] = hits
                 bar.step()
-            found.conflict[a, b] = found.conflict_hits[a, b, : len(items)].mean(0)
+            found.conflict[a, b] = found.conflict_hits[a, b, : len(queries)].mean(0)
     found.lens, last = [], model.config.n_layer - 1
     for i, best in enumerate(found.layer.astype(int)):
         layers = dict.fromkeys((int(best), min(int(best) + 2, last)))
@@ -175,7 +176,8 @@ def _nothing(
     shapes = ((n, c.n_layer), (n,), (n,), (n, 3), (n, 3), (n, 3), (n, n, 4), (n, c.n_layer, c.n_embd)), (
         (n, n_dev, 1 + c.n_layer), (n, n_test, 3, 3), (n, n, n_test, 4))
     tables, hits = ([np.full(shape, np.nan) for shape in part] for part in shapes)
-    return TaskVector(note, tasks, *tables, np.zeros(n), [], *hits)
+    whole: list[Any] = [*tables, np.zeros(n), [], *hits]
+    return TaskVector(note, tasks, *whole)
 
 
 def command(argv: Sequence[str]) -> int:

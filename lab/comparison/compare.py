@@ -32,7 +32,8 @@ class Feed:
 
     def __init__(self, produce: Callable[[Callable[[Any], None]], Any], ahead: int = 1):
         self.queue: queue.Queue[Any] = queue.Queue(ahead)
-        self.produce, self.closed, self.ended, self.error, self.result = produce, False, False, None, None
+        self.produce, self.closed, self.ended, self.result = produce, False, False, None
+        self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 

@@ -86,7 +86,7 @@ class Edits:
                 new[position][part] = row[part]
         return y
 
-    def row(self, action: Edit, source: np.ndarray | None, old: np.ndarray, position: int, place: int) -> Any:
+    def row(self, action: Edit, source: Any, old: np.ndarray, position: int, place: int) -> Any:
         """What stands at a position afterwards; `place` says which of the action's positions it is."""
         if isinstance(action, Patch):
             if action.src is not None:

@@ -25,7 +25,7 @@ def fingerprint(model: Model) -> int:
     """A checksum of all weights."""
     crc = 0
     for name in sorted(model.weights):
-        crc = zlib.crc32(np.ascontiguousarray(model.weights[name].raw), crc)
+        crc = zlib.crc32(np.ascontiguousarray(model.weights[name].raw).data, crc)
     return crc
 
 

@@ -46,7 +46,8 @@ class Act(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         lengths = {"patch": (2, 4), "add": (2, 3)}.get(self.dest)
         if lengths and len(values) not in lengths:
-            all_, more = (f"{option_string} {' '.join(self.metavar[:n])}" for n in (1, 2))
+            names = tuple(self.metavar or ())
+            all_, more = (f"{option_string} {' '.join(names[:n])}" for n in (1, 2))
             parser.error(f"{option_string} takes {lengths[0]} or {lengths[1]} values, {all_} or {more}, "
                          f"not {len(values)}")
         values = values if isinstance(values, list) else [values]
@@ -151,7 +152,7 @@ def actions_of(spec: Spec, model: Model, args: argparse.Namespace) -> list[tinym
 
 def heads_of(spec: Spec, model: Model) -> dict[int, list[int]]:
     """Heads to silence by layer, from `3,9`, `1.4,2.0` or, to keep, a layer and a head."""
-    c, heads = model.config, {}
+    c, heads = model.config, dict[int, list[int]]()
     if spec.flag == "select":
         pairs = [(number(spec.args[0], "select"), number(spec.args[1], "select"))]
     else:

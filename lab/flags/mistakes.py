@@ -34,7 +34,8 @@ def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
 def did_you_mean(flag: str, flags: Sequence[str]) -> str:
     """The end of a sentence about a flag that there is not."""
     alike = ALIKE.get(flag.lower())
-    found = [alike] if alike in flags else closest(flag, [f for f in flags if f.startswith("--") or len(flag) < 4])
+    known = [f for f in flags if f.startswith("--") or len(flag) < 4]
+    found = [alike] if alike in flags and alike else closest(flag, known)
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 

@@ -81,7 +81,7 @@ TOLD: dict[str, tuple[str, str]] = {
     "result_output": (
         "result_output[i, v] = Woutput[v] . result_norm[i]",
         "The logits: a score for each token of the vocabulary; their softmax says how likely it comes next."),
-}  # fmt: skip
+}
 
 
 def told(model: Model, op: Op, il: int | None, graph: dict[str, dict[str, Any]]) -> dict[str, Any]:

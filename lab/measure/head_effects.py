@@ -94,7 +94,7 @@ def head_effects(model: Model, prompt_means: tuple[Prompt, np.ndarray]) -> np.nd
     return effects
 
 
-def written(model: Model, means: np.ndarray, heads: Sequence[tuple[int, int]]) -> np.ndarray:
+def written(model: Model, means: np.ndarray, heads: Sequence[Sequence[int]]) -> np.ndarray:
     """The function vector, float32 [n_embd]: the sum over heads (layer, head) of Wo[:, head] @ mean of the head."""
     vector = np.zeros(model.config.n_embd, np.float32)
     for il in sorted({layer for layer, _ in heads}):
@@ -117,6 +117,7 @@ def measure_query(model: Model, prompts_vector: tuple[tuple[Prompt, Prompt, Prom
         alone = reader.run(prompt).logits
 
         def add(x: np.ndarray, ctx: Context, k: int = k) -> np.ndarray:
+            assert ctx.layer is not None
             x[ctx.layer * k] += vector  # in version L of the rows, at layer L
             return x
 

@@ -125,8 +125,8 @@ def read_tasks(
     score: str | None, prefix: str | None = None,
 ) -> list[Task]:
     """One task or several, as in `read_task`. Raises Error for none, and for two of one name."""
-    one = isinstance(tasks, (str, Path, Task))
-    read = [read_task(task, template, separator, score, prefix) for task in ([tasks] if one else tasks)]
+    several = [tasks] if isinstance(tasks, (str, Path, Task)) else tasks
+    read = [read_task(task, template, separator, score, prefix) for task in several]
     names = [task.name for task in read]
     if not read or len(set(names)) < len(names):
         raise Error(f"tasks {', '.join(names) or '(none)'}: one or more, each once and by a name of its own")

@@ -66,7 +66,8 @@ def extract(reader: Reader, dummies: list[Prompt]) -> np.ndarray:
     """theta of every layer, float32 [n_layer, n_embd]: the mean of l_out at the last token over the dummy queries."""
     layers = range(reader.model.config.n_layer)
     runs = [reader.run(Prompt(p.ids, p.answer[:1]), keep=["l_out"]) for p in dummies]
-    return np.mean([[run[f"l_out-{il}"][-1] for il in layers] for run in runs], axis=0, dtype=np.float32)
+    rows = np.array([[run[f"l_out-{il}"][-1] for il in layers] for run in runs])
+    return rows.mean(axis=0, dtype=np.float32)
 
 
 def by_layer(model: Model, bare: Prompt, rows: np.ndarray, add: bool = False) -> np.ndarray:
@@ -75,6 +76,7 @@ def by_layer(model: Model, bare: Prompt, rows: np.ndarray, add: bool = False) ->
     alone = reader.run(bare).logits
 
     def put(x: np.ndarray, ctx: Context) -> np.ndarray:
+        assert ctx.layer is not None
         at = ctx.layer * k  # in version L of the rows, at layer L
         x[at] = x[at] + rows[ctx.layer] if add else rows[ctx.layer]
         return x

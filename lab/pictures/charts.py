@@ -107,8 +107,9 @@ def draw_heatmap(ax: Axes, heatmap: Heatmap) -> None:
     from .colours import stops
 
     colours = LinearSegmentedColormap.from_list("", stops(heatmap.diverging) / 255)
-    shown = ScalarMappable(Normalize(*heatmap.span), colours)
-    ax.imshow(heatmap.values, cmap=colours, norm=shown.norm, aspect="auto", interpolation="nearest",
+    norm = Normalize(*heatmap.span)
+    shown = ScalarMappable(norm, colours)
+    ax.imshow(heatmap.values, cmap=colours, norm=norm, aspect="auto", interpolation="nearest",
               origin="lower" if heatmap.upward else "upper")
     for axis, labels in ((ax.xaxis, heatmap.columns), (ax.yaxis, heatmap.rows)):
         some = -(-len(labels) // 16)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -122,7 +122,7 @@ def _write_tokens(axes: Axes, at: Layout, labels: list[str], size: float) -> Non
     def centres(corners: list[int], length: int) -> list[float]:
         return [c + (i + 0.5) * at.zoom - 0.5 for c in corners for i in range(length // at.zoom)] if labels else []
 
-    style = {"fontsize": size, "fontfamily": "monospace", "parse_math": False}
+    style: dict[str, Any] = {"fontsize": size, "fontfamily": "monospace", "parse_math": False}
     queries = labels[len(labels) - at.high // at.zoom:]
     axes.set_yticks(centres(at.tops, at.high), queries * len(at.tops) if labels else [], **style)
     axes.set_xticks(centres(at.lefts, at.wide), labels * len(at.lefts), rotation=90, **style)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -85,7 +85,7 @@ def _draw_one(figure: Figure, h: Heatmap, at: Layout, box: list[float], width: f
     colours, there = h.colours(), np.isfinite(h.values)
     axes, order = figure.add_axes((box[0], box[1], box[2], box[3])), list(h.order)
     axes.imshow(np.where(there[..., None], colours, np.uint8(225))[order], aspect="auto", interpolation="nearest")
-    style = {"fontsize": 8, "fontfamily": "monospace", "parse_math": False}
+    style: dict[str, Any] = {"fontsize": 8, "fontfamily": "monospace", "parse_math": False}
     if at.texts:
         cells, dark = (iter(drawable([h.text(i, j) for i in order for j in range(len(h.columns))], 12)), ink(colours))
         for y, i in enumerate(order):

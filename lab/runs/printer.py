@@ -74,7 +74,7 @@ class Printer:
             numbers = " ".join(f"{k} {r.value[k]:.4g}" for k in ("mean", "rms", "min", "max"))
             self.line(f"{r.name} {r.value['shape']} {numbers} first {first}")
             self.out["log"].append({**about, **r.value})
-        elif r.action.path is not None:
+        elif isinstance(r.action, tinymia.Save) and r.action.path is not None:
             self.out["saved"].append({**about, "file": str(r.action.path), "shape": list(r.value.shape)})
-        else:
+        elif r.layer is not None:
             self.patterns[r.layer] = r.value

@@ -49,7 +49,8 @@ class Result:
         kind, suffix, arrays = type(self).__name__, Path(path).suffix, self.arrays()
         if suffix == ".npz":
             rest = {"kind": kind, **self.to_json(arrays=False)}
-            write_atomic(path, lambda f: np.savez_compressed(f, result=np.array(dumps(rest)), **arrays))
+            whole: dict[str, Any] = {"result": np.array(dumps(rest)), **arrays}
+            write_atomic(path, lambda f: np.savez_compressed(f, **whole))
         elif suffix == ".json":
             types = {name: str(array.dtype) for name, array in arrays.items()}
             text = dumps({"kind": kind, "arrays": types, **self.to_json()}) + "\n"

@@ -57,7 +57,8 @@ class Stream:
     def __init__(self, inner: Any, forgiving: bool = False):
         """forgiving: what cannot be written is dropped."""
         missing = inner is None or getattr(inner, "closed", False) is True or not hasattr(inner, "write")
-        self.inner, self.forgiving = None if missing else inner, forgiving
+        self.inner: Any = None if missing else inner
+        self.forgiving = forgiving
         self.terminal = is_terminal(self.inner)
 
     def __getattr__(self, name: str) -> Any:
@@ -124,7 +125,7 @@ def streams() -> Iterator[None]:
         if hasattr(stream, "reconfigure"):
             with suppress(OSError, ValueError):
                 stream.reconfigure(encoding="utf-8", errors="replace")
-    sys.stdout, sys.stderr = Stream(before[0]), Stream(before[1], forgiving=True)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Stream(before[0]), Stream(before[1], forgiving=True)
     try:
         yield
     finally:
