@@ -19,6 +19,7 @@ from tinymia_lab.pictures.page import write_page
 from tinymia_lab.pictures.terminal import screen, signed, table
 from tinymia_lab.runs.progress import Progress
 from tinymia_lab.runs.streams import Stream, is_terminal, json_safe
+from tinymia_models import bundled
 
 P = ["-p", "France ->"]
 COMMANDS = [
@@ -172,22 +173,40 @@ def test_pictures_and_tables_and_pages(tmp_path):
     assert page.endswith("\n</p>") and not set(page) & set("\x1b\x07\x9b\u202e\u2066\r\x00")
 
 
-NAMES = [["--list-tensors"], ["-p", "Once", "-n", "1", "-v", "--ll", "l_out", "3"], ["--print-cgraph"],
-         ["lens", "-p", "Once"], ["attend", "-p", "Once"], ["trace", "-p", "Once"], ["attribute", "-p", "Once"],
-         ["report", "-p", "Once", "-n", "1"]]
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """copycat with escape sequences in its name, in a piece that it writes, and in one that a prompt has."""
+    data = bundled()["copycat"].read_bytes()
+    at = data.index(b"general.name") + len(b"general.name") + 4 + 8     # type, length
+    assert data[at : at + 7] == b"copycat"
+    data = data[:at] + b"\x1b[31m\xc2\x9b" + data[at + 7 :]              # C1's CSI as well
+    for piece, evil in ((b"Italy", b"\x1b[2Jx"), (b"Egypt", b"\xe2\x80\xae\rx")):   # U+202E turns the direction
+        assert piece in data
+        data = data.replace(piece, evil)
+    path = tmp_path_factory.mktemp("hostile") / "hostile.gguf"
+    path.write_bytes(data)
+    return str(path)
+
+
+NAMES = [["-p", "France ->", "-n", "1", "-v", "--ll", "l_out", "3"], ["--list-tensors"], ["--print-cgraph"],
+         ["lens", *P], ["attend", *P], ["trace", *P], ["attribute", *P], ["report", *P, "-n", "1"],
+         ["ablate", *P, "--layers", "3"]]
 
 
 @pytest.mark.parametrize("argv", NAMES, ids=lambda argv: argv[0])
 @pytest.mark.parametrize("terminal", [False, True])
-def test_what_a_hostile_file_says_reaches_no_terminal(argv, terminal):
+def test_what_a_hostile_file_says_reaches_no_terminal(argv, terminal, hostile):
     """Names of tensors and of the model, pieces: escape sequences in a file's own words."""
     if terminal and sys.platform == "win32":
         pytest.skip("no pseudo-terminals")
-    argv = [sys.executable, "-m", "tinymia", *argv, "-m", shared("odd-files/escname.gguf")]
+    argv = [sys.executable, "-m", "tinymia", *argv, "-m", hostile]
     env = environment(NO_COLOR="1", PYTHONDONTWRITEBYTECODE="1")
     if not terminal:
         p = subprocess.run(argv, capture_output=True, env=env, timeout=300)
-        out = p.stdout + p.stderr
+        said = p.stdout.splitlines(True)
+        raw = [line for line in said if line.startswith(b"output:")] if argv[3] == "-p" else []
+        assert not raw or raw == [b'output: " \x1b[2Jx"\n']               # the text of the model, as it is
+        out = b"".join(line for line in said if line not in raw) + p.stderr
         assert p.returncode == 0 and b"Traceback" not in out
     else:
         ours, theirs = pty.openpty()
@@ -203,7 +222,7 @@ def test_what_a_hostile_file_says_reaches_no_terminal(argv, terminal):
         assert p.wait(60) == 0, out
         out = out.replace(b"\r\n", b"\n").replace(b"\x1b[K", b"").replace(b"\r", b"")
     text = out.decode()
-    assert argv[3] != "--list-tensors" or "\ufffd" in text     # the file's names do hold such characters
+    assert argv[3] in ("--list-tensors", "--print-cgraph", "attend") or "\ufffd" in text   # the file's words are there
     assert len(text) > 20 and not set(text) & {*map(chr, range(0x80, 0xa0)), *map(chr, range(32))} - {"\n"}, ascii(text)
 
 
@@ -222,3 +241,10 @@ def test_no_minus_zero():
     heatmap = Heatmap(np.array([[-0.004, 0.5]]), ["0"], ["0", "1"], "t", "head", "layer", "u", diverging=True)
     assert [heatmap.text(0, j) for j in (0, 1)] == ["0.00", "0.50"]
     assert (signed(-1e-9), signed(-0.5), signed(0.0, 3), signed(2)) == ("+0.0000", "-0.5000", "+0.000", "+2.0000")
+
+
+def test_a_hostile_name_in_an_error_is_clean(capsys):
+    """A tensor that the Llama architecture lacks is refused by its name."""
+    assert tinymia.main(["-m", shared("odd-files/escname.gguf"), "--list-tensors"]) == 2
+    err = capsys.readouterr().err
+    assert "evil\ufffd[31m" in err and not set(err) & {*map(chr, range(32))} - {"\n"}
