@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import shared
 from test_cli import environment
+from tiny import vocabulary, write_gguf
 
 import tinymia
 from tinymia_files import note, printable
@@ -19,7 +20,6 @@ from tinymia_lab.pictures.page import write_page
 from tinymia_lab.pictures.terminal import screen, signed, table
 from tinymia_lab.runs.progress import Progress
 from tinymia_lab.runs.streams import Stream, is_terminal, json_safe
-from tinymia_models import bundled
 
 P = ["-p", "France ->"]
 COMMANDS = [
@@ -173,40 +173,26 @@ def test_pictures_and_tables_and_pages(tmp_path):
     assert page.endswith("\n</p>") and not set(page) & set("\x1b\x07\x9b\u202e\u2066\r\x00")
 
 
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory):
-    """copycat with escape sequences in its name, in a piece that it writes, and in one that a prompt has."""
-    data = bundled()["copycat"].read_bytes()
-    at = data.index(b"general.name") + len(b"general.name") + 4 + 8     # type, length
-    assert data[at : at + 7] == b"copycat"
-    data = data[:at] + b"\x1b[31m\xc2\x9b" + data[at + 7 :]              # C1's CSI as well
-    for piece, evil in ((b"Italy", b"\x1b[2Jx"), (b"Egypt", b"\xe2\x80\xae\rx")):   # U+202E turns the direction
-        assert piece in data
-        data = data.replace(piece, evil)
-    path = tmp_path_factory.mktemp("hostile") / "hostile.gguf"
-    path.write_bytes(data)
-    return str(path)
-
-
-NAMES = [["-p", "France ->", "-n", "1", "-v", "--ll", "l_out", "3"], ["--list-tensors"], ["--print-cgraph"],
-         ["lens", *P], ["attend", *P], ["trace", *P], ["attribute", *P], ["report", *P, "-n", "1"],
-         ["ablate", *P, "--layers", "3"]]
+NAMES = [["--list-tensors"], ["-p", "Once", "-n", "1", "-v", "--ll", "l_out", "3"], ["--print-cgraph"],
+         ["lens", "-p", "Once"], ["attend", "-p", "Once"], ["trace", "-p", "Once"], ["attribute", "-p", "Once"],
+         ["report", "-p", "Once", "-n", "1"]]
 
 
 @pytest.mark.parametrize("argv", NAMES, ids=lambda argv: argv[0])
 @pytest.mark.parametrize("terminal", [False, True])
-def test_what_a_hostile_file_says_reaches_no_terminal(argv, terminal, hostile):
+def test_what_a_hostile_file_says_reaches_no_terminal(tmp_path, argv, terminal):
     """Names of tensors and of the model, pieces: escape sequences in a file's own words."""
     if terminal and sys.platform == "win32":
         pytest.skip("no pseudo-terminals")
-    argv = [sys.executable, "-m", "tinymia", *argv, "-m", hostile]
+    words = HOSTILE.replace("\0", "").replace("\ud800", "")
+    pieces = vocabulary(384)[0]
+    pieces[300:380] = [f"{words}{i}" for i in range(80)]
+    path = write_gguf(tmp_path / "hostile.gguf", meta={"general.name": words, "tokenizer.ggml.tokens": pieces})
+    argv = [sys.executable, "-m", "tinymia", *argv, "-m", path]
     env = environment(NO_COLOR="1", PYTHONDONTWRITEBYTECODE="1")
     if not terminal:
         p = subprocess.run(argv, capture_output=True, env=env, timeout=300)
-        said = p.stdout.splitlines(True)
-        raw = [line for line in said if line.startswith(b"output:")] if argv[3] == "-p" else []
-        assert not raw or raw == [b'output: " \x1b[2Jx"\n']               # the text of the model, as it is
-        out = b"".join(line for line in said if line not in raw) + p.stderr
+        out = p.stdout + p.stderr
         assert p.returncode == 0 and b"Traceback" not in out
     else:
         ours, theirs = pty.openpty()
@@ -222,7 +208,7 @@ def test_what_a_hostile_file_says_reaches_no_terminal(argv, terminal, hostile):
         assert p.wait(60) == 0, out
         out = out.replace(b"\r\n", b"\n").replace(b"\x1b[K", b"").replace(b"\r", b"")
     text = out.decode()
-    assert argv[3] in ("--list-tensors", "--print-cgraph", "attend") or "\ufffd" in text   # the file's words are there
+    assert argv[3] not in ("lens", "trace") or "\ufffd" in text     # the file's words do hold such characters
     assert len(text) > 20 and not set(text) & {*map(chr, range(0x80, 0xa0)), *map(chr, range(32))} - {"\n"}, ascii(text)
 
 

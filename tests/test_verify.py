@@ -17,6 +17,7 @@ from rawgguf import Raw
 from tiny import write_gguf
 
 import tinymia
+import tinymia_kernels
 import tinymia_lab.comparison.llama
 from tinymia_lab.comparison import compare
 from tinymia_lab.comparison.compare import Feed, Others, distance, divergence
@@ -213,7 +214,7 @@ def test_self_injected_shows_where_rounding_is_done(tiny):
 
 
 def test_self_finds_a_fault(tiny, monkeypatch, main):
-    monkeypatch.setattr(tinymia, "silu", lambda x, pool: x)
+    monkeypatch.setattr(tinymia_kernels.Arithmetic, "silu", lambda self, x: x)
     status, out, _ = main("-m", tiny(), "-p", TEXT, "--self", "--only", "ffn*-1", "--only", "ffn_silu-0")
     assert status == 1
     assert out.splitlines()[-1].startswith("DIFFERENT: f32 is further than 1e-06 from float64, first at ffn_silu-0")
@@ -244,8 +245,8 @@ def test_the_fused_attention_is_judged_when_nobody_asks_for_the_pattern(recordin
 def test_a_fault_is_named(recording, monkeypatch):
     """A wrong op shows where it is made: without inject it is the first of many, with inject the only one."""
     path, npz = recording
-    model, right = tinymia.load(path, threads=1), tinymia.rope
-    monkeypatch.setattr(tinymia, "rope", lambda x, cos, sin, pool: right(x, cos, -sin))
+    model, right = tinymia.load(path, threads=1), tinymia_kernels.Arithmetic.rope
+    monkeypatch.setattr(tinymia_kernels.Arithmetic, "rope", lambda self, x, cos, sin: right(self, x, cos, -sin))
     out = verify(model, TEXT, against=npz)
     assert not out["ok"] and out["first"] == "Qcur-0" and sum(r["over"] for r in out["rows"]) > 20
     assert out["verdict"].startswith("DIFFERENT:") and "first Qcur-0" in out["verdict"]
