@@ -25,12 +25,13 @@ from tinymia import Error, Model
 from tinymia_engine import best, indices, is_mask
 
 from ..flags.action_flags import integers
-from ..flags.arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from ..flags.arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
 from ..flags.chat import in_chat
 from ..flags.parser import least
 from ..measure.answers import token_of
-from ..measure.head_ablation import METRICS, MODES, Layer, ablate_layer, check_mode, head_outputs, measure, positions
+from ..measure.head_ablation import METRICS, MODES, Layer, ablate_layer, check_mode, head_outputs, measure
 from ..measure.prompt_sets import POOLS, cut_prompts, pooled, read_prompts
+from ..measure.selection import chosen, positions
 from ..pictures.heatmap import Heatmap
 from ..pictures.terminal import screen, signed, table, visible
 from ..runs.executors import commit, spread

@@ -14,10 +14,11 @@ import numpy as np
 from tinymia import Error, Model
 from tinymia_engine import best, indices, is_mask
 
-from ..flags.arguments import chosen, emit, out_file
+from ..flags.arguments import emit, out_file
 from ..measure.answers import token_of
-from ..measure.head_ablation import METRICS, check_mode, measure, positions
+from ..measure.head_ablation import METRICS, check_mode, measure
 from ..measure.knockout import Work, instead, read_group, run_group
+from ..measure.selection import chosen, positions
 from ..pictures.heatmap import Heatmap
 from ..pictures.terminal import table, visible
 from ..runs.executors import spread

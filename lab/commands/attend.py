@@ -20,12 +20,14 @@ from tinymia_engine import best as best_of
 from tinymia_files.vocab import NORMAL
 
 from ..flags.action_flags import Output, change_flags, patch_flags, read_actions
-from ..flags.arguments import check_file, chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from ..flags.arguments import check_file, emit, open_model, out_file, parser, prompt_flags, prompt_ids
 from ..flags.parser import least
+from ..measure.selection import chosen
 from ..measure.sinks import tell_sink
 from ..pictures.attention_page import check_size, viewer
 from ..pictures.draw import draw
-from ..pictures.heatmap import Heatmap, draw_png
+from ..pictures.heatmap import Heatmap
+from ..pictures.heatmap_png import draw_png
 from ..pictures.page import page, write_page
 from ..pictures.terminal import screen, table, visible
 from ..runs.progress import keeping
@@ -80,7 +82,7 @@ def induction_score(pattern: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
 
 
 def _mean(x: np.ndarray) -> np.ndarray:
-    """Over the last axis; NaN where it is empty."""
+    """Mean over the last axis; NaN where it is empty."""
     return x.mean(-1) if x.shape[-1] else np.full(x.shape[:-1], np.nan, np.float32)
 
 
@@ -168,7 +170,7 @@ def score_maps(found: Attention) -> list[Heatmap]:
 
 
 def strongest(found: Attention, n: int = 5) -> str:
-    """The heads with the highest scores, layer.head, a line a score."""
+    """The heads with the highest scores, layer.head, a line per score."""
     lines: list[list[Any]] = []
     for name, what in SCORES.items():
         values: np.ndarray = getattr(found, name)
@@ -194,14 +196,20 @@ def text(found: Attention) -> str:
     return "\n\n".join([*(h.terminal(*screen()) for h in maps), strongest(found)])
 
 
+def patterns_html(found: Attention) -> str:
+    """The patterns to click through, a fragment for a page."""
+    scores = {"previous token": found.previous, "first token": found.first, "induction": found.induction}
+    return viewer(found.pieces, found.layers, found.heads, found.patterns, scores)
+
+
 def write_html(found: Attention, path: Path) -> None:
     """The page: viewer and scores."""
     title = f"attention: {visible(found.about['prompts']['prompt']['text'])}"
-    write_page(path, page(title, [viewer(found), *(h.html() for h in score_maps(found))]))
+    write_page(path, page(title, [patterns_html(found), *(h.html() for h in score_maps(found))]))
 
 
 def write_png(found: Attention, path: Path) -> None:
-    """A row of panels a layer, a panel a head."""
+    """The patterns as a PNG: a row of panels per layer, a panel per head."""
     title = f"{found.about['model']['name']}: {found.about['prompts']['prompt']['text']}"
     draw(dict(zip(found.layers, found.patterns)), path, found.pieces, title, found.heads)
 

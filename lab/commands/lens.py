@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import tinymia
-from tinymia import Action, Error, Model
+from tinymia import Action, Model
 from tinymia_engine import best as best_of
 from tinymia_engine import softmax
 from tinymia_kernels import rms_norm
@@ -22,6 +22,7 @@ from ..flags.action_flags import change_flags, patch_flags, read_actions
 from ..flags.arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
 from ..flags.parser import least
 from ..measure.answers import log_softmax, token_of
+from ..measure.selection import position_of
 from ..measure.sinks import tell_sink
 from ..pictures.heatmap import Heatmap
 from ..pictures.terminal import screen, table, visible
@@ -187,10 +188,8 @@ def hover(found: Lens, i: int, j: int) -> str:
 def details(found: Lens, position: int) -> str:
     """One position down the layers: best token, score, probability, entropy, and the target's."""
     y, rows = labels(found.names)
-    score, n_tok = found.about["settings"]["score"], len(found.pieces)
-    if not -n_tok <= position < n_tok:
-        raise Error(f"position {position} is out of range: the prompt has {n_tok} tokens, 0 to {n_tok - 1}")
-    j = position % n_tok
+    score = found.about["settings"]["score"]
+    j = position_of(position, len(found.pieces))
     head = [y, "best", score, "probability", "entropy"]
     target = visible(found.target_piece or "")
     lines = [head + [f"rank of {target}", score, "probability"] * (found.target is not None)]

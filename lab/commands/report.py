@@ -6,8 +6,6 @@ With interventions the lens and the attribution are shown without and with them,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import tinymia
 from tinymia import Action, Error, Model
@@ -15,28 +13,17 @@ from tinymia_engine import best as best_of
 from tinymia_engine import softmax, whole
 
 from ..flags.action_flags import change_flags, patch_flags, read_actions
-from ..flags.arguments import chosen, emit, open_model, parser, prompt_flags, prompt_ids
+from ..flags.arguments import emit, open_model, parser, prompt_flags, prompt_ids
 from ..flags.parser import least
+from ..measure.selection import chosen
 from ..pictures.attention_page import MOST, check_size
 from ..pictures.page import write_page
-from ..pictures.terminal import table, visible
-from ..runs.result import Result, about, describe
-from .attend import Attention, attend
-from .attribute import Attribution, attribute, kinds, largest
-from .lens import Lens, details, lens
+from ..runs.result import about, describe
+from .attend import attend
+from .attribute import attribute
+from .lens import lens
 from .report_page import report_page
-
-
-@dataclass
-class Report(Result):
-    """What the page shows. Lists have one entry, or two with interventions: without them, with them."""
-
-    pieces: list[str]               # of the prompt's tokens, [n_tok]
-    outputs: list[str]              # the text that the model went on with
-    comes: list[list[Any]]          # [piece, its probability in each run]: what comes after the prompt
-    lenses: list[Lens]
-    attention: Attention            # with the interventions
-    attributions: list[Attribution]
+from .report_result import Report, text
 
 
 def report(
@@ -78,15 +65,6 @@ def report(
     info, pieces = about(model, "report", settings, prompt=prompt), [model.piece(i) for i in ids]
     attention = attend(model, prompt, kept, actions=at_prompt)
     return Report(info, pieces, outputs, comes, lenses, attention, attributions)
-
-
-def text(found: Report) -> str:
-    """What the terminal shows."""
-    parts = [f'{name}: "{output}"' for name, output in zip(("output", "with interventions"), found.outputs)]
-    shares = [[visible(piece), *(f"{p:.1%}" for p in row)] for piece, *row in found.comes]
-    parts.append(table([["what comes", "probability", "with interventions"][: len(found.outputs) + 1], *shares]))
-    parts += [details(found.lenses[-1], -1), largest(found.attributions[-1], 10), kinds(found.attributions[-1])]
-    return "\n\n".join(parts)
 
 
 # ---------------------------------------------------------------------------------------- command line

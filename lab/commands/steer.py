@@ -21,12 +21,13 @@ import numpy as np
 from tinymia import Add, Error, Generation, Model
 
 from ..flags.action_flags import Input
-from ..flags.arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from ..flags.arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
 from ..flags.chat import in_chat
 from ..flags.parser import least
 from ..flags.prompt_notes import tell_unknown
 from ..measure.control_vector import read_control_vector, write_control_vector
 from ..measure.prompt_sets import POOLS, cut_prompts, pooled, read_prompts
+from ..measure.selection import chosen
 from ..pictures.terminal import table, visible
 from ..runs.executors import commit, spread
 from ..runs.progress import keeping

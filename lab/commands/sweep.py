@@ -21,7 +21,7 @@ import numpy as np
 
 from tinymia import Error, Model
 
-from ..flags.arguments import chosen, emit, open_model, out_file, parser
+from ..flags.arguments import emit, open_model, out_file, parser
 from ..flags.chat import chat_flags, in_chat
 from ..flags.prompt_notes import tell_unknown
 from ..measure.answers import token_of
@@ -37,6 +37,7 @@ from ..measure.patching import (
     run_batch,
     runs_of,
 )
+from ..measure.selection import chosen
 from ..measure.sinks import tell_sink
 from ..pictures.heatmap import Heatmap
 from ..pictures.terminal import screen, signed, table, visible

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,11 @@ from ..measure.task_trials import (
 )
 from ..pictures.charts import draw_png
 from ..pictures.page import page, write_page
-from ..pictures.task_vector_tables import accuracy_by_layer, charts, tables
 from ..pictures.terminal import screen
 from ..runs.executors import commit, spread
 from ..runs.progress import keeping
-from ..runs.result import Result, about, resume
+from ..runs.result import about, resume
+from .task_vector_result import TaskVector, accuracy_by_layer, charts, tables
 
 EPILOG = """\
 TASK is a name (--list) or a JSON file: [["France", "Paris"], ...] or {"template": "{x} -> {y}", "pairs": [...]}.
@@ -58,28 +58,6 @@ TASK is a name (--list) or a JSON file: [["France", "Paris"], ...] or {"template
   tinymia task-vector -m llama2.gguf country-capital antonyms en-fr --template hendel -o run.npz
 """
 VECTORS = ("mean", "own", "add")
-
-
-@dataclass
-class TaskVector(Result):
-    """Tables by task, in the order of `tasks`. What is not there, or not done yet, is NaN."""
-
-    tasks: list[str]
-    by_layer: np.ndarray        # float64 [n_task, n_layer]: accuracy with the vector on the development queries
-    baseline: np.ndarray        # float64 [n_task]: accuracy of the same queries without it
-    layer: np.ndarray           # float64 [n_task]: the best of by_layer, the lowest where several tie
-    accuracy: np.ndarray        # float64 [n_task, 3]: baseline, vector at that layer, regular, on the test queries
-    probability: np.ndarray     # float64 [n_task, 3]: of the answer, mean over the test queries
-    rank: np.ndarray            # float64 [n_task, 3]: of the answer, from 1, median
-    conflict: np.ndarray        # float64 [n_task, n_task, 4]: prompt of a task, vector of another; see `conflict_hits`
-    vectors: np.ndarray         # float64 [n_task, n_layer, n_embd]: mean theta of the development queries;
-                                # "add": minus the mean of their own rows
-    n_vectors: np.ndarray       # float64 [n_task]: queries in that mean so far
-    lens: list[list[dict[str, Any]]]    # of each task: {"layer", "best": [[piece, probability], ...]}
-    dev_hits: np.ndarray        # float64 [n_task, n_dev, 1 + n_layer], 0 or 1: bare, then with the vector at each layer
-    tests: np.ndarray           # float64 [n_task, n_test, 3, 3]: right, probability, rank; as in `accuracy`
-    conflict_hits: np.ndarray   # float64 [n_task, n_task, n_test, 4]: the prompt unchanged, share of answers of its
-                                # own task, of the other; with the other's vector, of its own task, of the other
 
 
 def task_vector(

@@ -12,12 +12,12 @@ import numpy as np
 
 import tinymia
 from tinymia import Action, Context, Error, Lens, Log, Model, Save
-from tinymia_engine import best, softmax, whole
+from tinymia_engine import best, softmax
 
-from ..cli import cgraph
 from ..flags.action_flags import change_flags, patch_flags, read_actions
-from ..flags.arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
-from ..measure.formulas import told
+from ..flags.arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from ..measure.formulas import cgraph, told
+from ..measure.selection import chosen, position_of
 from ..pictures.terminal import screen, table, visible
 from ..runs.progress import Progress, interruptible
 from ..runs.result import Result, about, describe, resume
@@ -51,13 +51,12 @@ def trace(
     """Every op of some layers, all where None, and of what comes before and after them, with its values at a position.
 
     An op that actions change has its values as they left them, and in "changed" what they were as computed.
-    out: an .npz or .json file that the result is kept in. Raises Error.
+    out: an .npz or .json file that the result is kept in; where it holds this trace already, that one is returned.
+    Raises Error.
     """
     layers = chosen(layers, model.config.n_layer, "layer")
     ids, actions = model.ids(prompt), tinymia.listed(actions)
-    if not -len(ids) <= whole(position, "the position") < len(ids):
-        raise Error(f"position {position} is out of range: the prompt has {len(ids)} tokens, 0 to {len(ids) - 1}")
-    position %= len(ids)
+    position = position_of(position, len(ids))
     info = about(model, "trace", {"layers": layers, "position": position, "actions": describe(actions)}, prompt=prompt)
     found = resume(out, info, Trace, actions)
     if found is not None:
@@ -89,6 +88,8 @@ def trace(
         run = model.run(prompt, actions=[*first, *actions, *(tinymia.Replace(name, take) for name in names)])
     prob = softmax(run.logits[position:position + 1])[0]                                # [n_vocab]
     found.best = [[model.piece(int(i)), float(prob[i])] for i in best(prob, 5)]
+    if out is not None:
+        found.save(out)
     return found
 
 

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import sys
@@ -20,11 +19,13 @@ from pathlib import Path
 
 import tinymia
 from tinymia import Error, Model
-from tinymia_engine import indices
 from tinymia_files import check_target, note, read_text
 from tinymia_models import DEFAULT
 
-from ..pictures.heatmap import Heatmap, draw_png
+from ..measure.selection import chosen as chosen
+from ..pictures.drawing import need_matplotlib
+from ..pictures.heatmap import Heatmap
+from ..pictures.heatmap_png import draw_png
 from ..pictures.page import page, write_page
 from ..runs.result import Result, dumps
 from ..runs.streams import print_json
@@ -86,8 +87,8 @@ def check_file(flag: str, path: str, kinds: Sequence[str]) -> None:
     if Path(path).suffix not in kinds:
         raise Error(f"{flag} {path}: the kinds of file are {', '.join(kinds)}")
     check_target(path)
-    if path.endswith(".png") and importlib.util.find_spec("matplotlib") is None:
-        raise Error(f"{flag} {path}: drawing needs matplotlib: pip install 'tinymia[lab]'")
+    if path.endswith(".png"):
+        need_matplotlib(f"{flag} {path}")
 
 
 def out_file(args: argparse.Namespace) -> Path | None:
@@ -157,23 +158,6 @@ def prompt_ids(args: argparse.Namespace, model: Model, others: Sequence[str] = (
     if args.no_bos or args.no_special:
         return model.tokenize(prompt, False if args.no_bos else None, not args.no_special)
     return prompt
-
-
-def chosen(wanted: str | Sequence[int] | None, n: int, what: str) -> list[int]:
-    """Which of n layers or heads: numbers, a mask, or a text such as 0,3-5; all where None. Raises Error."""
-    if wanted is None:
-        return list(range(n))
-    if isinstance(wanted, str):
-        try:
-            ends = [[int(end) for end in part.split("-", 1)] for part in wanted.split(",")]
-        except ValueError:
-            raise Error(f"{what}s {wanted!r}: write 0,3-5 for {what}s 0, 3, 4 and 5") from None
-        wanted = [i for end in ends for i in range(end[0], end[-1] + 1)]
-    numbers = sorted(set(indices(wanted, what, n).tolist()))
-    for i in numbers:
-        if not 0 <= i < n:
-            raise Error(f"{what} {i} is out of range: there are {n} {what}s, 0 to {n - 1}")
-    return numbers
 
 
 def emit(args: argparse.Namespace, result: Result, text: str, picture: Heatmap | Sequence[Heatmap] | None = None,
