@@ -20,6 +20,7 @@ Source: Elhage et al., A Mathematical Framework for Transformer Circuits (2021),
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,14 +32,20 @@ from tinymia_engine import out_of_range, whole
 from tinymia_files import Tensor
 
 from ..flags.action_flags import change_flags, patch_flags, read_actions
-from ..flags.arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
-from ..flags.parser import least
+from ..flags.arguments import prompt_flags, prompt_ids
+from ..flags.command import Command
+from ..flags.parser import Parser, least
 from ..measure.answers import token_of
 from ..measure.selection import position_of
 from ..measure.sinks import tell_sink
 from ..runs.progress import keeping
 from ..runs.result import about, describe, resume
-from .attribute_result import Attribution, pictures, text
+from .attribute_result import Attribution, kinds, largest, pictures, text, title, top_neurons
+
+__all__ = [
+    "Attribution", "attribute", "back", "command", "kinds", "largest",
+    "pictures", "text", "title", "top_neurons",
+]  # fmt: skip
 
 TERMS = ("inp_embd", "kqv_merged", "ffn_out", "l_out", "result_norm")    # as actions left them
 COMPUTED = ("kqv_out", "result_output")                                 # before actions
@@ -158,12 +165,14 @@ def back(model: Model, weight: Tensor, direction: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- command line
 
 
-def command(argv: Sequence[str]) -> int:
-    """`tinymia attribute`."""
-    p = parser("attribute", "A logit, or a difference of two, split over the embedding, each head and each FFN.",
-               'tinymia attribute -p "Egypt -> Cairo, Norway -> Oslo, France ->" --answer Paris --against Italy\n'
-               "rounding: what the engine's rounding of activations adds; stream: what actions put in by other ways\n"
-               "than the parts themselves (at kqv_out, ffn_inp, l_out and behind), else float32 rounding")
+EPILOG = """\
+tinymia attribute -p "Egypt -> Cairo, Norway -> Oslo, France ->" --answer Paris --against Italy
+rounding: what the engine's rounding of activations adds; stream: what actions put in by other ways
+than the parts themselves (at kqv_out, ffn_inp, l_out and behind), else float32 rounding"""
+
+
+def add_flags(p: Parser) -> None:
+    """The prompt, whose logits are split and how far, and actions."""
     prompt_flags(p)
     p.add_argument("--answer", metavar="TEXT", help="or #id (default: the best token)")
     p.add_argument("--against", metavar="TEXT", help="or #id: split the answer's logit less this one's")
@@ -172,10 +181,15 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--top", type=least(1), default=20, metavar="N", help="lines of the lists (default 20)")
     patch_flags(p.add_argument_group("patch"))
     change_flags(p.add_argument_group("change"))
-    args = p.parse_args(argv)
-    model = open_model(args)
+
+
+def run(args: Namespace, model: Model, out: Path | None) -> Attribution:
+    """The attribution that the flags ask for."""
     prompt = prompt_ids(args, model)
     tell_sink(model, prompt)
-    found = attribute(model, prompt, args.answer, args.against, args.position, args.neurons,
-                      read_actions(args, model), out_file(args))
-    return emit(args, found, text(found, args.top), pictures(found))
+    return attribute(model, prompt, args.answer, args.against, args.position, args.neurons, read_actions(args, model),
+                     out)
+
+
+command = Command("attribute", "A logit, or a difference of two, split over the embedding, each head and each FFN.",
+                  add_flags, run, text, pictures, EPILOG, text_flags=("top",))

@@ -105,7 +105,7 @@ def top_neurons(found: Attribution, top: int) -> str:
     return f"neurons of FFN {il} (rest: rounding, bias, actions on ffn_out)\n{table(rows)}"
 
 
-def text(found: Attribution, top: int) -> str:
+def text(found: Attribution, top: int = 20) -> str:
     """What the terminal shows."""
     maps = [h.terminal(*screen()) for h in pictures(found)]
     split = [top_neurons(found, top)] if found.neuron_layer is not None else []

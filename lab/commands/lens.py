@@ -6,6 +6,7 @@ probabilities. Source: nostalgebraist, interpreting GPT: the logit lens (2020).
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +20,9 @@ from tinymia_engine import softmax
 from tinymia_kernels import rms_norm
 
 from ..flags.action_flags import change_flags, patch_flags, read_actions
-from ..flags.arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
-from ..flags.parser import least
+from ..flags.arguments import prompt_flags, prompt_ids
+from ..flags.command import Command
+from ..flags.parser import Parser, least
 from ..measure.answers import log_softmax, token_of
 from ..measure.selection import position_of
 from ..measure.sinks import tell_sink
@@ -203,7 +205,7 @@ def details(found: Lens, position: int) -> str:
     return f"position {j}, {visible(found.pieces[j])}\n{table(lines)}"
 
 
-def text(found: Lens, position: int, colour: str) -> str:
+def text(found: Lens, position: int = -1, colour: str = "prob") -> str:
     """What the terminal shows; without colours the numbers stand before the tokens."""
     width, colours = screen()
 
@@ -219,10 +221,8 @@ def text(found: Lens, position: int, colour: str) -> str:
 # ---------------------------------------------------------------------------------------- command line
 
 
-def command(argv: Sequence[str]) -> int:
-    """`tinymia lens`."""
-    p = parser("lens", "What each layer would say, at each position, if the model ended there: the logit lens.",
-               'example: tinymia lens -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --target Tallinn -o lens.html')
+def add_flags(p: Parser) -> None:
+    """The prompt, the tensors, what is told of them, and actions."""
     prompt_flags(p)
     p.add_argument("--tensor", action="append", metavar="NAME",
                    help="any of n_embd numbers a row (default l_out); more than once")
@@ -235,10 +235,16 @@ def command(argv: Sequence[str]) -> int:
                    help="the position that is told of in numbers (default -1, the last)")
     patch_flags(p.add_argument_group("patch"))
     change_flags(p.add_argument_group("change"))
-    args = p.parse_args(argv)
-    model = open_model(args)
+
+
+def run(args: Namespace, model: Model, out: Path | None) -> Lens:
+    """The lens that the flags ask for."""
     prompt = prompt_ids(args, model)
     tell_sink(model, prompt)
-    found = lens(model, prompt, args.tensor or "l_out", args.k, args.score, args.target,
-                 read_actions(args, model), out_file(args))
-    return emit(args, found, text(found, args.position, args.colour), pictures(found, args.colour))
+    return lens(model, prompt, args.tensor or "l_out", args.k, args.score, args.target, read_actions(args, model), out)
+
+
+command = Command(
+    "lens", "What each layer would say, at each position, if the model ended there: the logit lens.", add_flags, run,
+    text, pictures, 'example: tinymia lens -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --target Tallinn '
+    "-o lens.html", text_flags=("position", "colour"), picture_flags=("colour",))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..pictures.charts import BLUE, GREEN, GREY, Chart
+from ..pictures.charts import BLUE, GREEN, GREY, Chart, draw_png
 from ..pictures.heatmap import Heatmap
-from ..pictures.terminal import table, visible
+from ..pictures.page import page, write_page
+from ..pictures.terminal import screen, table, visible
 from ..runs.result import Result
 
 NO_LAYER = """\
@@ -87,3 +90,30 @@ def charts(found: TaskVector) -> list[Chart]:
     return [Chart("accuracy with the vector (development queries)", "layer", layers, found.tasks, found.by_layer),
             Chart("accuracy at the best layer (test queries)", "task", found.tasks,
                   ("baseline", "task vector", "regular"), found.accuracy.T, (GREY, BLUE, GREEN))]
+
+
+def pictures(found: TaskVector) -> list[Chart | Heatmap]:
+    """The charts, and accuracy by layer as a heatmap."""
+    return [*charts(found), accuracy_by_layer(found)]
+
+
+def text(found: TaskVector) -> str:
+    """What the terminal shows."""
+    first, *rest = tables(found)
+    return "\n\n".join([first, accuracy_by_layer(found).terminal(*screen()), *rest])
+
+
+def title(found: TaskVector) -> str:
+    """The title of the page and of the picture."""
+    return f"task vectors, {Path(found.about['model']['path']).name} (Hendel et al. 2023)"
+
+
+def write_png(found: TaskVector, path: Path) -> None:
+    """Draw the charts side by side."""
+    draw_png(path, charts(found), title(found))
+
+
+def write_html(found: TaskVector, path: Path) -> None:
+    """Write the page: pictures, then all tables."""
+    shown = [picture.html() for picture in pictures(found)]
+    write_page(path, page(title(found), [*shown, *(f"<pre>{escape(t)}</pre>" for t in tables(found))]))

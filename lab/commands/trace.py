@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from tinymia import Action, Context, Error, Lens, Log, Model, Save
 from tinymia_engine import best, softmax
 
 from ..flags.action_flags import change_flags, patch_flags, read_actions
-from ..flags.arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from ..flags.arguments import prompt_flags, prompt_ids
+from ..flags.command import Command
+from ..flags.parser import Parser
 from ..measure.formulas import cgraph, told
 from ..measure.selection import chosen, position_of
 from ..pictures.terminal import screen, table, visible
@@ -199,22 +202,32 @@ def _layers(first: int, last: int) -> str:
 # ---------------------------------------------------------------------------------------- command line
 
 
-def command(argv: Sequence[str]) -> int:
-    """`tinymia trace`."""
-    p = parser("trace", "The forward pass told op by op: formula, shapes, weights, values, a sentence.",
-               'example: tinymia trace -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --layer 3\n'
-               "x is the residual stream, i and j are positions, h is a head; a matrix times a row is written W x.",
-               pictures=())
+EPILOG = """\
+example: tinymia trace -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --layer 3
+x is the residual stream, i and j are positions, h is a head; a matrix times a row is written W x."""
+
+
+def add_flags(p: Parser) -> None:
+    """The prompt, the layers and the position that are told of, and actions."""
     prompt_flags(p)
     p.add_argument("--layer", metavar="LIST", help="layers that are told of: 0,3-5 (default 0)")
     p.add_argument("--all", action="store_true", help="every layer")
     p.add_argument("--position", type=int, default=-1, metavar="POS", help="whose values (default -1, the last)")
     patch_flags(p.add_argument_group("patch"))
     change_flags(p.add_argument_group("change"))
-    args = p.parse_args(argv)
+
+
+def before(args: Namespace) -> None:
+    """Raise Error for flags that do not go together."""
     if args.all and args.layer is not None:
         raise Error("--all tells of every layer: it does not go with --layer")
-    model = open_model(args)
+
+
+def run(args: Namespace, model: Model, out: Path | None) -> Trace:
+    """The trace that the flags ask for."""
     layers = None if args.all else args.layer or (0,)
-    found = trace(model, prompt_ids(args, model), layers, args.position, read_actions(args, model), out_file(args))
-    return emit(args, found, text(found))
+    return trace(model, prompt_ids(args, model), layers, args.position, read_actions(args, model), out)
+
+
+command = Command("trace", "The forward pass told op by op: formula, shapes, weights, values, a sentence.", add_flags,
+                  run, text, epilog=EPILOG, before=before, drawn=())

@@ -6,6 +6,8 @@
     model = open_model(args)
     result = lens(model, prompt_ids(args, model))
     return emit(args, result, text, heatmap)
+
+command.py puts these together, once for all commands.
 """
 
 from __future__ import annotations
@@ -63,20 +65,23 @@ def prompt_flags(g: argparse._ActionsContainer) -> None:
 
 
 def parser(
-    command: str, description: str, epilog: str = "", pictures: Sequence[str] = PICTURES, numerics: str = "f32"
+    command: str, description: str, epilog: str = "", pictures: Sequence[str] = PICTURES, numerics: str = "f32",
+    results: Sequence[str] = RESULTS,
 ) -> Parser:
-    """The flags that every command of the lab has; `pictures` are the kinds that it draws.
+    """The flags that every command of the lab has; `pictures` are the kinds of file that it draws, `results` those that
+    keep what it found.
 
     The lab computes in float32 where nothing else is asked for: the rounding of ggml's numerics is as large as many
     effects that are looked for.
     """
     p = Parser(f"tinymia {command}", description=description, epilog=epilog, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.set_defaults(specs=[], kinds=(*RESULTS, *pictures))
+    p.set_defaults(specs=[], kinds=(*results, *pictures))
     model_flags(p, numerics)
-    drawn = f"; {', '.join(pictures)} the picture" if pictures else ""
+    kept = [f"{' or '.join(results)} keeps the result, and long work goes on from there"] * bool(results)
+    drawn = [f"{', '.join(pictures)} the picture"] * bool(pictures)
     p.add_argument("-o", "--out", action="append", type=Output, default=[], metavar="FILE",
-                   help=f".npz or .json keeps the result, and long work goes on from there{drawn}; more than once")
+                   help=f"{'; '.join(kept + drawn)}; more than once")
     p.add_argument("--json", action="store_true", help="the result as one JSON object")
     p.add_argument("--debug", action="store_true", help="a traceback with errors")
     return p
@@ -161,10 +166,10 @@ def prompt_ids(args: argparse.Namespace, model: Model, others: Sequence[str] = (
 
 
 def emit(args: argparse.Namespace, result: Result, text: str, picture: Heatmap | Sequence[Heatmap] | None = None,
-         writers: Mapping[str, Writer] | None = None) -> int:
+         writers: Mapping[str, Writer] | None = None, kept: Path | None = None) -> int:
     """Print the text, or with --json the result, and write every file of -o: the exit status, 0.
 
-    `writers`, by suffix, draw what a heatmap cannot.
+    `writers`, by suffix, draw what a heatmap cannot; the file `kept` has the result already.
     """
     pictures = [picture] if isinstance(picture, Heatmap) else list(picture or ())
     title = " ".join(["tinymia", result.about["command"], result.about["model"]["name"]])
@@ -174,7 +179,8 @@ def emit(args: argparse.Namespace, result: Result, text: str, picture: Heatmap |
         **(writers or {}),
     }
     for path in args.out:
-        draw[Path(path).suffix](Path(path))
+        if Path(path) != kept:
+            draw[Path(path).suffix](Path(path))
     if args.json:
         print_json(dumps(result.to_json()))
     else:
