@@ -11,6 +11,7 @@ to use and interpret activation patching (2024), arXiv 2404.15255.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ import numpy as np
 
 from tinymia import Error, Model
 
-from ..flags.arguments import chosen, emit, open_model, out_file, parser
 from ..flags.chat import chat_flags, in_chat
+from ..flags.command import Command
+from ..flags.parser import Parser
 from ..flags.prompt_notes import tell_unknown
 from ..measure.answers import token_of
 from ..measure.patching import (
@@ -37,6 +39,7 @@ from ..measure.patching import (
     run_batch,
     runs_of,
 )
+from ..measure.selection import chosen
 from ..measure.sinks import tell_sink
 from ..pictures.heatmap import Heatmap
 from ..pictures.terminal import screen, signed, table, visible
@@ -129,8 +132,6 @@ def sweep(
         for batch, scores in zip(work, spread(model, run_batch, work, executor)):
             _fill(found, wanted.index(batch.layer), batch.columns, scores, ends)
             bar.step(len(batch.columns))
-    if out is not None:
-        found.save(out)
     return found
 
 
@@ -182,6 +183,11 @@ def picture(found: Sweep) -> Heatmap:
                    texts, hovers, diverging=diverging, limits=limits, upward=True)
 
 
+def pictures(found: Sweep) -> list[Heatmap]:
+    """The one picture of a sweep."""
+    return [picture(found)]
+
+
 def hover(found: Sweep, i: int, j: int) -> str:
     """All that is known of a cell."""
     kind = "position" if found.about["settings"]["tensor"] in BY_POSITION else "head"
@@ -202,9 +208,8 @@ def text(found: Sweep) -> str:
 # ---------------------------------------------------------------------------------------- command line
 
 
-def command(argv: Sequence[str]) -> int:
-    """`tinymia sweep`."""
-    p = parser("sweep", "Activation patching: pieces of one run put into another, one at a time.", EPILOG)
+def add_flags(p: Parser) -> None:
+    """The two prompts and their answers, and what is patched, measured and shown."""
     p.add_argument("--clean", required=True, metavar="TEXT", help="the prompt with the answer")
     p.add_argument("--corrupt", required=True, metavar="TEXT", help="as many tokens, another answer")
     chat_flags(p)
@@ -215,13 +220,22 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--noising", action="store_true", help="corrupt into the clean run instead of clean into corrupt")
     p.add_argument("--at", choices=("all", "last"), default="all", help="rows of a head that are patched")
     p.add_argument("--layers", metavar="LIST", help="such as 0,3-5 (default: all)")
-    args = p.parse_args(argv)
+
+
+def before(args: Namespace) -> None:
+    """Raise Error for flags that do not go together."""
     if args.at == "last" and args.tensor in BY_POSITION:
         raise Error(f"--at last goes with --tensor {' or '.join(BY_HEAD)}: {args.tensor} is patched row by row anyway")
-    model = open_model(args)
+
+
+def run(args: Namespace, model: Model, out: Path | None) -> Sweep:
+    """The sweep that the flags ask for."""
     tell_unknown(model, [args.clean, args.corrupt])
     clean, corrupt = (in_chat(args, model, text) for text in (args.clean, args.corrupt))
     tell_sink(model, clean, corrupt)
-    found = sweep(model, clean, corrupt, args.answer, args.against, tensor=args.tensor, metric=args.metric,
-                  noising=args.noising, at=args.at, layers=args.layers, out=out_file(args))
-    return emit(args, found, text(found), picture(found))
+    return sweep(model, clean, corrupt, args.answer, args.against, tensor=args.tensor, metric=args.metric,
+                 noising=args.noising, at=args.at, layers=args.layers, out=out)
+
+
+command = Command("sweep", "Activation patching: pieces of one run put into another, one at a time.", add_flags, run,
+                  text, pictures, EPILOG, before=before)

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from tinymia import Error, Model
+from tinymia_engine import out_of_range
 from tinymia_files import note
 from tinymia_files.vocab import CONTROL, UNKNOWN
 
@@ -89,7 +90,7 @@ def front(model: Model, bos: int | str | None = "auto") -> tuple[int, ...]:
         return ()
     token = int(bos) if isinstance(bos, int) or bos.isdecimal() else model.tokenizer.one(bos)
     if not 0 <= token < model.config.n_vocab:
-        raise Error(f"bos {token} is out of range: the model has {model.config.n_vocab} tokens")
+        raise Error(out_of_range("bos", token, model.config.n_vocab, "tokens", "the model has"))
     return (token,)
 
 
