@@ -137,7 +137,7 @@ def task_vector(
             for j, hits in enumerate(spread(model, conflict_trial, layered, executor), n):
                 found.conflict_hits[a, b, j] = hits
                 bar.step()
-            found.conflict[a, b] = found.conflict_hits[a, b, : len(items)].mean(0)
+            found.conflict[a, b] = found.conflict_hits[a, b, : len(queries)].mean(0)
         found.lens = [through_lens(model, found, i, k) for i in range(len(read))]
     return found
 
