@@ -39,11 +39,11 @@ class Result:
 
     def __init_subclass__(cls, **how: Any) -> None:
         super().__init_subclass__(**how)
-        cls.__repr__ = Result.__repr__   # or @dataclass would write one that prints every number
+        setattr(cls, "__repr__", Result.__repr__)   # noqa: B010  or @dataclass would write one that prints every number
 
     def __repr__(self) -> str:
         """The lines that its command prints, cut to a screen; its name where there is nothing to print yet."""
-        words = getattr(sys.modules[type(self).__module__], "text", None)   # of the file that defines the result
+        words: Any = getattr(sys.modules[type(self).__module__], "text", None)   # of the file that defines the result
         try:
             lines = words(self).splitlines()
         except Exception:   # not a command's, or its work was stopped half-way
