@@ -135,6 +135,6 @@ def test_the_command(tmp_path):
     assert status == 0 and json.loads(out)["groups"] == ["3.3"]
     for args, says in ((["--group", "2.1", "--heads", "1"], "--heads and --layers choose among single heads"),
                        (["--group", "nonsense"], "is not a part"),
-                       (["--group", "2.1", "--mode", "mean"], "mode mean goes with")):
+                       (["--group", "2.1", "--mode", "mean"], "--mode mean needs --prompts FILE")):
         status, _, err = command(*base, *args)
         assert status == 2 and says in err.splitlines()[-1], err
