@@ -160,7 +160,7 @@ def card_tables():
     card = (ROOT / "models" / "README.md").read_text("utf-8")
     blocks = re.findall(r"^```text\n(task +dev.*?)```$", card, re.M | re.S)
     rows = ([line.split() for line in block.splitlines()[1:]] for block in blocks)
-    return [{row[0]: tuple(map(float, row[-3:])) for row in table} for table in rows]
+    return [{row[0]: tuple(map(float, row[-3:])) for row in table if row[0] != "mean"} for table in rows]
 
 
 def test_the_card_measures_every_task_of_copycat_and_its_sentences_agree_with_its_tables():
@@ -172,8 +172,7 @@ def test_the_card_measures_every_task_of_copycat_and_its_sentences_agree_with_it
                             (held_out, "On average that is {:.2f}, {:.2f} and {:.2f},")):
         assert sentence.format(*np.mean(list(table.values()), axis=0)) in card
         short = [name for name, (_, vector, regular) in table.items() if vector < 0.9 * regular]
-        assert len(table) - len(short) == 25
-    assert card.count("25 of the 28 tasks reach 0.9") == 2
+        assert f"{len(table) - len(short)} of the 28 tasks reach 0.9" in card
 
 
 # ---------------------------------------------------------------------------------------- the file

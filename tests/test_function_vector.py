@@ -227,7 +227,7 @@ def test_the_command(tmp_path):
     assert status == 0 and json.loads(text)["effects"] == found.effects.tolist()
 
 
-@pytest.mark.parametrize(("args", "says"), [([], "no task"), (["copycat-capital", "--top", "0"], "top is 0")])
+@pytest.mark.parametrize(("args", "says"), [([], "no task"), (["copycat-capital", "--top", "0"], "--top 0")])
 def test_the_commands_errors_are_one_line(args, says):
     status, out, err = command("function-vector", *args)
     error = err.strip().splitlines()[-1]

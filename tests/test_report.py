@@ -145,7 +145,9 @@ def test_clicked_through(path, found):
         browser.click(*browser.middle(".attention .panel:nth-child(2)"))
         assert browser.js("document.querySelector('.attention h3').textContent").startswith("head 4.1, previous token")
         # Attribution: a head's part.
-        browser.move(*browser.middle("section:has(#attribution) .heatmap tbody tr:nth-child(4) td:nth-child(3)"))
+        cell = browser.middle("section:has(#attribution) .heatmap tbody tr:nth-child(4) td:nth-child(3)")
+        browser.move(1, 1)
+        browser.move(*cell)
         value = found.attributions[0].heads[2, 1]
         assert shown(browser) == f"layer 2, head 1\nlogits {value:.4g}"
         browser.click(*browser.middle("summary"))

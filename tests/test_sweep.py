@@ -8,8 +8,9 @@ from conftest import command, prompt, shared
 
 import tinymia
 from tinymia_lab.commands.sweep import Sweep, picture, sweep
-from tinymia_lab.measure import in_context, patching
+from tinymia_lab.measure import patching
 from tinymia_lab.measure.branches import Branches
+from tinymia_lab.runs import executors
 
 CLEAN, CORRUPT = "Egypt -> Cairo, France ->", "Egypt -> Cairo, Norway ->"
 POSITIONS, HEADS = ["l_out", "kqv_out", "ffn_out"], ["kqv", "kq_soft_max"]
@@ -284,7 +285,7 @@ def test_dask(copycat):
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, \
             distributed.Client(cluster) as client:
         found = sweep(copycat, CLEAN, CORRUPT, tensor="kqv", executor=client.get_executor())
-        opened = client.run(lambda: in_context._open.cache_info().misses)
+        opened = client.run(lambda: executors._open.cache_info().misses)
     assert list(opened.values()) == [1, 1]
     for name in METRICS:
         np.testing.assert_array_equal(getattr(found, name), getattr(alone, name))

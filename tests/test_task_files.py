@@ -6,6 +6,7 @@ import pytest
 from conftest import command
 
 import tinymia
+from tinymia_lab.flags.task_flags import said
 from tinymia_lab.measure import in_context, task_files
 from tinymia_lab.measure.task_files import TEMPLATES, Task, Template, names, read_task, read_tasks
 
@@ -120,7 +121,7 @@ def test_not_utf8_and_a_folder(tmp_path):
 def test_answers_are_the_tokens_after_the_prompt(copycat):
     digits = read_task("copycat-reverse-digits")
     whole = in_context.make_prompt(copycat, digits, [("1 2", "2 1")], "4 5 6", "6 5 4")
-    assert copycat.detokenize(whole.answer) == " 6 5 4"
+    assert said(copycat, whole.answer) == " 6 5 4"
     assert whole.ids + whole.answer == copycat.tokenize("1 2 to 2 1, 4 5 6 to 6 5 4")
     assert whole.tail == (whole.ids + whole.answer)[len(whole.ids) - 1 : -1]
     first = in_context.make_prompt(copycat, read_task(digits, score="first"), [], "4 5 6", "6 5 4")

@@ -82,8 +82,21 @@ class Others:
     """Tensors of another engine, asked for in our order; what comes before its turn waits, at most a layer of it."""
 
     def __init__(self, items: Iterator[Item], model: Model):
-        self.items, self.model, self.waiting = items, model, dict[str, Item]()
-        self.reached = -2  # how far the other engine has come: twice the layer, and one more when the layer is complete
+        self.items, self.model, self.next = items, model, None
+        self.begin(0)
+
+    def begin(self, step: int) -> bool:
+        """Go on to a pass, forgetting those before; whether the other engine has it."""
+        self.step, self.waiting = step, dict[str, Item]()
+        self.reached = -2  # how far it has come: twice the layer, and one more when the layer is complete
+        while (item := self._peek()) is not None and item.step < step:
+            self.next = None
+        return item is not None and item.step == step
+
+    def _peek(self) -> Item | None:
+        if self.next is None:
+            self.next = next(self.items, None)
+        return self.next
 
     def rank(self, name: str) -> int:
         op, il = self.model.table[name]
@@ -92,13 +105,14 @@ class Others:
         return 2 * il + (op.base == "l_out")
 
     def take(self, name: str) -> Item | None:
-        """The tensor of this name; None if the other engine has gone past its layer without it."""
+        """The tensor of this name; None if the other engine has gone past its layer, or its pass, without it."""
         while name not in self.waiting:
             if self.reached > self.rank(name) | 1:
                 return None
-            item = next(self.items, None)
-            if item is None:
+            item = self._peek()
+            if item is None or item.step != self.step:
                 return None
+            self.next = None
             self.waiting[item.name] = item
             self.reached = max(self.reached, self.rank(item.name) + (self.rank(item.name) & 1))
         return self.waiting.pop(name)
@@ -123,10 +137,30 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
 class Compared:
     """What a comparison found."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)    # a line of the table each
+    rows: list[dict[str, Any]] = field(default_factory=list)    # a line of the table each, of the pass over the prompt
+    later: dict[str, dict[str, Any]] = field(default_factory=dict)      # by name, of all passes after it together
+    steps: int = 0                                              # passes after the prompt's
     absent: list[str] = field(default_factory=list)             # names that the other engine does not have
-    ours: np.ndarray | None = None                              # logits
+    ours: np.ndarray | None = None                              # logits of the prompt
     theirs: np.ndarray | None = None
+    best: list[int] = field(default_factory=list)               # our best token after each pass
+    parts: dict[str, Any] | None = None                         # where the best tokens first differ, and by how much
+
+    def add_later(self, name: str, step: int, found: dict[str, Any]) -> None:
+        """Count a tensor of a pass after the prompt: how often every bit is the same, and the worst pass."""
+        row = self.later.setdefault(name, {"name": name, "passes": 0, "identical": 0, "nmse": -1.0})
+        row["passes"], row["identical"] = row["passes"] + 1, row["identical"] + found["identical"]
+        if not found["nmse"] <= row["nmse"]:  # which keeps NaN
+            row |= {"nmse": found["nmse"], "max_abs": found["max_abs"], "worst_pass": step}
+
+    def add_logits(self, step: int, ours: np.ndarray, theirs: np.ndarray) -> int:
+        """The last rows of both, [n_vocab]; returns the other's best token."""
+        a, b = int(ours.argmax()), int(theirs.argmax())
+        self.best.append(a)
+        if a != b and self.parts is None:
+            self.parts = {"token": step, "ours": a, "theirs": b, "margin_ours": float(ours[a] - ours[b]),
+                          "margin_theirs": float(theirs[b] - theirs[a])}
+        return b
 
 
 def compare(
@@ -139,10 +173,12 @@ def compare(
     inject: bool = False,
     on_pair: Callable[[Item], None] | None = None,
     progress: Progress | None = None,
+    steps: int = 0,
 ) -> Compared:
     """One pass of ours; each of `names` is compared as it is computed and, with inject, replaced by the other's.
 
-    Only those in `shown` get a row. `on_pair` is called with each tensor of the other's that was taken.
+    Only those in `shown` get a row. `on_pair` is called with each tensor of the other's that was taken. Up to `steps`
+    passes follow, each over the other's best token, after what either engine has in its cache.
     """
     out = Compared()
     edited = {name for action in actions for name in tinymia.match(action.name, model.table)}
@@ -150,21 +186,36 @@ def compare(
     def pair(x: np.ndarray, ctx: tinymia.Context) -> np.ndarray | None:
         item = others.take(ctx.name)
         if progress:
-            progress(ctx.name, len(out.rows))
+            progress(ctx.name if others.step == 0 else f"pass {others.step} {ctx.name}", len(out.rows))
         if item is None:
-            out.absent.append(ctx.name)
+            if ctx.name not in out.absent:
+                out.absent.append(ctx.name)
             return None
         if on_pair:
             on_pair(item)
         if ctx.name in shown:
-            out.rows.append({"name": ctx.name, "theirs": item.theirs, "op": ctx.op.op, "shape": list(x.shape),
-                         **distance(x, item.value), "edited": ctx.name in edited})
+            found = distance(x, item.value)
+            if others.step:
+                out.add_later(ctx.name, others.step, found)
+            else:
+                out.rows.append({"name": ctx.name, "theirs": item.theirs, "op": ctx.op.op, "shape": list(x.shape),
+                                 **found, "edited": ctx.name in edited})
         if ctx.name == "result_output":
-            out.ours, out.theirs = x, item.value
+            logits[:] = [x, item.value]
             return None
         return item.value.astype(np.float32) if inject else None
 
-    model.run(list(ids), actions=[*actions, *(tinymia.Replace(name, pair) for name in names)])
+    logits: list[np.ndarray] = []
+    pairs, cache = [tinymia.Replace(name, pair) for name in names], model.cache()
+    model.run(list(ids), actions=[*actions, *pairs], cache=cache)
+    if logits:
+        out.ours, out.theirs = logits
+    while steps and logits:
+        token = out.add_logits(out.steps, logits[0][-1], logits[1][-1])
+        if out.steps == steps or not others.begin(out.steps + 1):
+            break
+        out.steps += 1
+        model.run([token], actions=pairs, cache=cache)
     return out
 
 

@@ -69,6 +69,7 @@ class Item(NamedTuple):
     name: str               # ours
     theirs: str
     value: np.ndarray       # float32, in our shape
+    step: int = 0           # 0 for the pass over the prompt, 1 for the first token after it, ...
 
 
 @dataclass
@@ -204,17 +205,22 @@ class Callback:
 
     def __init__(self, llama_cpp: Any, model: Model, n_tok: int, wanted: set[str], outcome: Outcome,
                  edit: Callable[[str, np.ndarray], np.ndarray | None], put: Callable[[Item], None]):
-        self.ggml, self.model, self.names = Ggml(llama_cpp), model, Names(model)
-        self.sizes = {**model.config.sizes(), "n_tok": n_tok, "n_kv": n_tok}
+        self.ggml, self.model = Ggml(llama_cpp), model
         self.wanted, self.outcome, self.edit, self.put = wanted, outcome, edit, put
-        self.on, self.error = True, None
+        self.error = None
+        self.begin(0, n_tok, n_tok)
         self.function = llama_cpp.llama_cpp.ggml_backend_sched_eval_callback(self._call)
+
+    def begin(self, step: int, n_tok: int, n_kv: int) -> None:
+        """Before each pass."""
+        self.step, self.names = step, Names(self.model)
+        self.sizes = {**self.model.config.sizes(), "n_tok": n_tok, "n_kv": n_kv}
 
     def _call(self, t: int, ask: bool, _: Any) -> bool:
         if self.error is not None:
             return False
         if ask:  # a tensor that nobody asks for may be computed in one step with the next, and never exist
-            return self.on
+            return True
         try:
             self.take(t)
         except BaseException as e:  # ctypes would print it and go on
@@ -226,7 +232,9 @@ class Callback:
         name = self.names.ours(theirs, op)
         if name is None:
             what = step(theirs, op)
-            (self.outcome.steps if what else self.outcome.unknown)[what or re.sub(r"\d+", "*", f"{theirs} {op}")] += 1
+            if self.step == 0:
+                kind = what or re.sub(r"\d+", "*", f"{theirs} {op}")
+                (self.outcome.steps if what else self.outcome.unknown)[kind] += 1
         elif name in self.wanted:
             array, raw = self.ggml.read(t)
             dims = self.model.table[name][0].dims
@@ -236,12 +244,12 @@ class Callback:
                 self.outcome.unknown[f"{theirs} {op} of {list(array.shape)}, where ours is {list(shape)}"] += 1
                 return
             value = np.array(part, np.float32).reshape(shape)
-            new = self.edit(name, value)
+            new = self.edit(name, value) if self.step == 0 else None
             if new is not None:
                 part[...] = new.reshape(part.shape)
                 self.ggml.write(t, raw)
                 value = np.array(part, np.float32).reshape(shape)
-            self.put(Item(name, theirs, value))
+            self.put(Item(name, theirs, value, self.step))
 
 
 def compute(
@@ -258,8 +266,9 @@ def compute(
     n: int,
     setup: Callable[[Any, Any], None] | None = None,
 ) -> Outcome:
-    """One pass of llama.cpp over `ids`, then n greedy tokens; every wanted tensor goes through `edit`, then to `put`.
+    """llama.cpp over `ids`, then over n greedy tokens, a pass each; every wanted tensor of every pass goes to `put`.
 
+    Those of the pass over `ids` go through `edit` first.
     CPU only, K and V in F16 and, unless `repack`, weights used as they lie in the file. `text`, when given, is
     tokenised by llama.cpp too. setup(llama_cpp, context) is called once the context is there.
     """
@@ -288,12 +297,21 @@ def compute(
                 setup(llama_cpp, context)
             vocab = llama_cpp.llama_model_get_vocab(llama)
             outcome.tokens = None if text is None else tokenize(llama_cpp, vocab, text)
-            decode(llama_cpp, context, list(ids), 0)
-            if callback.error is not None:
-                raise callback.error
-            callback.on = False
+
+            def run(step: int, tokens: list[int], start: int) -> None:
+                callback.begin(step, len(tokens), start + len(tokens))
+                decode(llama_cpp, context, tokens, start)
+                if callback.error is not None:
+                    raise callback.error
+
+            run(0, list(ids), 0)
             if n:
-                outcome.output = greedy(llama_cpp, context, vocab, len(ids), n)
+                outcome.output = []
+            for step in range(1, n + 1):
+                outcome.output.append(best(llama_cpp, context, vocab))
+                if llama_cpp.llama_vocab_is_eog(vocab, outcome.output[-1]):
+                    break
+                run(step, outcome.output[-1:], len(ids) + step - 1)
         finally:
             if context:
                 llama_cpp.llama_free(context)
@@ -323,12 +341,7 @@ def decode(llama_cpp: Any, context: Any, ids: list[int], start: int) -> None:
         raise Error(f"llama.cpp gave up on {len(ids)} tokens: llama_decode returned {status}")
 
 
-def greedy(llama_cpp: Any, context: Any, vocab: Any, n_past: int, n: int) -> list[int]:
-    """Up to n tokens, the best each time; an end token is the last."""
-    n_vocab, out = llama_cpp.llama_vocab_n_tokens(vocab), []
-    while True:
-        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (n_vocab,))
-        out.append(int(logits.argmax()))
-        if len(out) == n or llama_cpp.llama_vocab_is_eog(vocab, out[-1]):
-            return out
-        decode(llama_cpp, context, out[-1:], n_past + len(out) - 1)
+def best(llama_cpp: Any, context: Any, vocab: Any) -> int:
+    """The token with the greatest logit, after the last row."""
+    logits = llama_cpp.llama_get_logits_ith(context, -1)
+    return int(np.ctypeslib.as_array(logits, (llama_cpp.llama_vocab_n_tokens(vocab),)).argmax())

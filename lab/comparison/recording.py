@@ -1,13 +1,14 @@
 """Recordings of llama.cpp's tensors: .npz files, so that numerics can be checked where there is no llama.cpp.
 
 They hold the tensors by our names, as --save writes them, so a row of llama.cpp's can also be patched in from one.
+Those of the passes after the prompt's have the pass behind their names: l_out-3@1, l_out-3@2.
 """
 
 from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,8 +36,8 @@ class Recorder:
         self.zip, self.names = zipfile.ZipFile(f, "w"), dict[str, str]()
 
     def add(self, item: Item) -> None:
-        self.names[item.name] = item.theirs
-        self._write(item.name, item.value)
+        self.names.setdefault(item.name, item.theirs)
+        self._write(f"{item.name}@{item.step}" if item.step else item.name, item.value)
 
     def finish(
         self, model: Model, prompt: str | None, ids: Sequence[int], how: dict[str, Any], outcome: Outcome
@@ -55,8 +56,8 @@ class Recorder:
 
 def read_recording(
     path: str | Path, model: Model, ids: Sequence[int], how: dict[str, Any], n_predict: int
-) -> tuple[dict[str, Item], Outcome]:
-    """The tensors of a recording, in our order; refuses one of another model, prompt or way of running."""
+) -> tuple[list[Item], Outcome]:
+    """The tensors of a recording, pass after pass, in our order; refuses one of another model, prompt or way to run."""
     tensors, about = read_tensors(path)
     had = about.get("llama.cpp")
     if not isinstance(had, dict) or not isinstance(had.get("names"), dict):
@@ -68,12 +69,17 @@ def read_recording(
     for key, value in how.items():
         if had.get(key) != value:
             raise FileError(f"{path}: recorded with {key} {had.get(key)}, and this run has {key} {value}")
-    for name, array in tensors.items():
-        if name not in model.table:
-            raise FileError(f"{path}: holds {name}, which is no tensor of this model")
-        dims, sizes = model.table[name][0].dims, {**model.config.sizes(), "n_tok": len(ids), "n_kv": len(ids)}
-        if array.shape != tuple(sizes[d] for d in dims):
-            raise FileError(f"{path}: {name} is {list(array.shape)}; it is {[sizes[d] for d in dims]} for this prompt")
+    items: dict[tuple[int, str], Item] = {}
+    for key, array in tensors.items():
+        name, at, step = key.partition("@")
+        if name not in model.table or (at and not (step.isascii() and step.isdigit() and len(step) < 7)):
+            raise FileError(f"{path}: holds {key}, which is not a tensor of this model")
+        k = int(step or 0)
+        sizes = {**model.config.sizes(), "n_tok": 1 if k else len(ids), "n_kv": len(ids) + k}
+        want = [sizes[d] for d in model.table[name][0].dims]
+        if list(array.shape) != want:
+            raise FileError(f"{path}: {key} is {list(array.shape)}; it is {want} for this prompt")
+        items[k, name] = Item(name, str(had["names"].get(name, name)), array, k)
     try:
         outcome = Outcome(str(had["version"]), tokens=had["tokens"], output=had["output"], absent=list(had["absent"]))
         outcome.steps.update(dict(had["steps"]))
@@ -85,15 +91,16 @@ def read_recording(
         if len(output) < n_predict and (not output or output[-1] not in model.tokenizer.end):
             raise FileError(f"{path}: recorded with -n {len(output)}, and this run has -n {n_predict}")
         outcome.output = output[:n_predict]
-    return {n: Item(n, str(had["names"].get(n, n)), tensors[n]) for n in model.table if n in tensors}, outcome
+    steps = sorted({step for step, _ in items if step <= n_predict})
+    return [items[step, name] for step in steps for name in model.table if (step, name) in items], outcome
 
 
 def check_recorded(
-    path: str | Path, given: Mapping[str, Item], names: Sequence[str], shown: set[str], asked: bool, inject: bool
+    path: str | Path, given: Collection[str], names: Sequence[str], shown: set[str], asked: bool, inject: bool
 ) -> set[str]:
     """The names to show: all that were recorded, or those asked for, which must have been."""
     lost = [name for name in names if name not in given and (inject or (asked and name in shown))]
     if lost:
         raise FileError(f"{path}: holds no {lost[0]}{': --inject needs every tensor' if inject else ''}; it holds "
                         f"{short(', '.join(given))}")
-    return shown & given.keys()
+    return shown & set(given)

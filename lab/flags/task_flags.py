@@ -62,6 +62,11 @@ def list_tasks(as_json: bool) -> int:
     return 0
 
 
+def said(model: Model, ids: list[int]) -> str:
+    """What tokens add to the text before them, the blank in front of the first word included."""
+    return b"".join(map(model.tokenizer.bytes, ids)).decode("utf-8", "replace")
+
+
 def tell_answers(model: Model, tasks: list[Task]) -> None:
     """A line on stderr for each task some of whose answers have more tokens than are scored, the first; and one on
     words that the bundled model does not know."""
@@ -71,7 +76,7 @@ def tell_answers(model: Model, tasks: list[Task]) -> None:
         for x, y in task.pairs:
             scored, all_ = (make_prompt(model, replace(task, score=s), [], x, y).answer for s in (task.score, "whole"))
             if scored != all_:
-                many.append(f"{model.detokenize(scored)!r} of {task.template.answer(y)!r}")
+                many.append(f"{said(model, scored)!r} of {task.template.answer(y)!r}")
         if many:
             note(f"note: {task.name}: {len(many)} of {len(task.pairs)} answers have several tokens; the first counts, "
                   f"as {many[0]} (--score whole: all)")

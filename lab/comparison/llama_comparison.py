@@ -1,0 +1,222 @@
+"""Every tensor of tinymia beside llama.cpp's, computed in the same process, pass after pass.
+
+llama.cpp runs in a thread of its own, a few tensors ahead; each pair is compared as it comes and let go, so that a long
+prompt of a big model needs the memory of a layer and not of two passes. docs/verify.md explains the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tinymia
+from tinymia import Action, Error, Model
+from tinymia_files import check_target, short, write_atomic
+
+from ..runs.result import files_in
+from .compare import Compared, Feed, Others, Progress, compare, divergence
+from .edits import Edits
+from .llama import FLASH, FUSED, Outcome, compute
+from .recording import Recorder, check_recorded, read_recording
+
+FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+def open_model(model: str | Path | Model, threads: int | None, numerics: str = "ggml") -> Model:
+    return model if isinstance(model, Model) else tinymia.load(model, threads, numerics)
+
+
+def default_tolerance(model: Model, inject: bool, flash: bool) -> float:
+    """What two right engines stay within: 1e-6 with float weights, 1e-4 with quantised ones; op by op 1e-10 and 1e-6.
+
+    llama.cpp's flash attention rounds otherwise: 1e-5 and 5e-3 then (measured: 3e-6 and 1e-3), and 1e-6 op by op.
+    """
+    floats = all(w.type_name in FLOATS for w in model.weights.values() if len(w.shape) > 1)
+    if inject:
+        return 1e-10 if floats and not flash else 1e-6
+    return (1e-5 if floats else 5e-3) if flash else (1e-6 if floats else 1e-4)
+
+
+def selection(model: Model, only: str | Sequence[str], flash: bool) -> tuple[list[str], set[str]]:
+    """(names that llama.cpp can have, those of them to show)."""
+    asked = [only] if isinstance(only, str) else list(only)
+    shown = {name for pattern in asked or ["all"] for name in tinymia.match(pattern, model.table)}
+    lacking = {**FUSED, **(FLASH if flash else {})}
+    names = [name for name, (op, _) in model.table.items() if op.base not in lacking]
+    if asked and not shown.intersection(names):
+        raise Error(f"llama.cpp has no {', '.join(asked)}: " + "; ".join(
+            f"{k} is {v}" for k, v in lacking.items() if any(model.table[n][0].base == k for n in shown)))
+    return names, shown
+
+
+def ahead(model: Model, n_tok: int) -> int:
+    """How many tensors llama.cpp may be ahead: what takes 16 MB, so that two engines seldom wait for each other."""
+    c = model.config
+    largest = 4 * n_tok * max(c.n_ff, c.n_vocab, c.n_head * n_tok, c.n_embd)
+    return min(max(2**24 // largest, 1), 64)
+
+
+def verify(
+    model: str | Path | Model,
+    prompt: str | Sequence[int],
+    *,
+    tolerance: float | None = None,
+    only: str | Sequence[str] = (),
+    inject: bool = False,
+    flash: bool = False,
+    repack: bool = False,
+    threads: int | None = None,
+    record: str | Path | None = None,
+    against: str | Path | None = None,
+    actions: Sequence[Action] = (),
+    n_predict: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare every tensor of a prompt with llama.cpp's: the table and the verdict as plain data.
+
+    tolerance: NMSE allowed (see default_tolerance). only: patterns of names. inject: each op is given llama.cpp's
+    inputs. flash, repack: llama.cpp's other ways to compute, which round otherwise: unless a tolerance is given, the
+    verdict is that of each op by itself. record: write llama.cpp's tensors to an .npz; against: read them from one.
+    actions: done to both. n_predict: go on greedily by so many tokens, a pass each, and compare those passes and the
+    text. Raises Error.
+    """
+    model = open_model(model, threads)
+    by_op = (flash or repack) and not inject and tolerance is None
+    tolerance = default_tolerance(model, inject, flash) if tolerance is None else tolerance
+    if not 0 <= tolerance < math.inf:
+        raise Error(f"tolerance {tolerance}: it must be 0 or more")
+    if record is not None and against is not None:
+        raise Error("a recording is either made (record) or compared with (against)")
+    if record is not None and Path(record).suffix != ".npz":
+        raise Error(f"{record}: recordings are .npz files")
+    if record is not None:
+        check_target(record, inputs=files_in(list(actions)))
+    text = prompt if isinstance(prompt, str) else None
+    ids, actions = model.ids(prompt), tinymia.listed(actions)
+    if not 0 < len(ids) + n_predict <= model.config.n_ctx:
+        raise Error(f"{len(ids)} tokens and {n_predict} more: the context has room for {model.config.n_ctx}")
+    how = {"flash": flash, "repack": repack, "actions": [repr(action) for action in actions]}
+    given = None if against is None else read_recording(against, model, ids, how, n_predict)
+    names, shown = selection(model, only, flash)
+    lacking = {k: v for k, v in {**FUSED, **(FLASH if flash else {})}.items()
+               if any(name.startswith(f"{k}-") for name in shown)}
+    if given is not None:
+        recorded = {item.name for item in given[0] if item.step == 0}
+        shown = check_recorded(against, recorded, names, shown, bool(only), inject)
+        by_op = by_op and recorded.issuperset(names)
+        names = [name for name in names if name in recorded]
+    edits = Edits(actions, model, len(ids))
+    lost = sorted(set(edits.by_name) - set(names))
+    if lost:
+        base = model.table[lost[0]][0].base
+        raise Error(f"{lost[0]} cannot be changed in llama.cpp: it is {(FUSED | FLASH)[base]}")
+    # Only a name that is watched has its ops materialised: without kq and its like asked for, our fused attention runs.
+    wanted = set(names) if inject else (set(names) & shown) | {"result_output"}
+    watched = [n for n in names if n in wanted and (n in shown or model.table[n][0].base not in FLASH)]
+
+    def run(recorder: Recorder | None) -> tuple[Compared, Outcome]:
+        on_pair = recorder and recorder.add
+        if given is not None:
+            others = Others(iter(given[0]), model)
+            return compare(model, ids, others, watched, shown, actions, inject, on_pair, progress, n_predict), given[1]
+        feed = Feed(lambda put: compute(
+            model, ids, text, set(watched) | edits.by_name.keys(), edits, put,
+            threads=model.threads, flash=flash, repack=repack, n=n_predict), ahead(model, len(ids)))
+        try:
+            others = Others(iter(feed), model)
+            found = compare(model, ids, others, watched, shown, actions, inject, on_pair, progress, n_predict)
+            outcome = feed.finish()
+        finally:
+            feed.close()
+        outcome.absent = found.absent
+        if recorder:
+            recorder.finish(model, text, ids, how, outcome)
+        return found, outcome
+
+    if record is None:
+        found, outcome = run(None)
+    else:
+        done: list[tuple[Compared, Outcome]] = []
+        write_atomic(record, lambda f: done.append(run(Recorder(f))))
+        found, outcome = done[0]
+    out: dict[str, Any] = {
+        "tinymia": tinymia.__version__, "llama_cpp": outcome.version, "model": str(model.path), "prompt": text,
+        "tokens": ids, "tokens_equal": outcome.tokens is None or outcome.tokens == ids, "tolerance": tolerance,
+        "inject": inject, **how, "threads": model.threads, "passes": 1 + found.steps,
+        "rows": [row | {"over": not row["nmse"] <= tolerance} for row in found.rows],
+        "decoding": [row | {"over": not row["nmse"] <= tolerance} for row in found.later.values()],
+        "lacking": lacking, "absent": outcome.absent, "unknown": dict(outcome.unknown), "steps": dict(outcome.steps),
+    }
+    if found.theirs is not None:
+        out |= divergence(found.ours, found.theirs)
+    if n_predict:
+        out["output"] = output(model.generate(ids, n_predict, actions).tokens, outcome.output or [], found)
+    if record is not None:
+        out["recorded"] = str(record)
+    if by_op:
+        out["by_op"] = verify(
+            model, prompt, only=only, inject=True, flash=flash, repack=repack, against=against, actions=actions,
+            n_predict=n_predict, progress=progress)
+    return judge(out)
+
+
+def output(ours: list[int], theirs: list[int], found: Compared) -> dict[str, Any]:
+    """Both continuations and, where they part, at which token and how far apart the two best logits are."""
+    same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+    equal = ours == theirs
+    parts = None if equal else {"token": same}
+    if parts and found.parts and found.parts["token"] == same:
+        parts = found.parts
+    return {"ours": ours, "theirs": theirs, "equal": equal, "same": same, "parts": parts}
+
+
+def judge(out: dict[str, Any]) -> dict[str, Any]:
+    """The verdict: from the rows or, where llama.cpp rounds otherwise, from those of each op by itself."""
+    rows, later, faults = out["rows"], out["decoding"], []
+    every = [*rows, *later]
+    same, of = sum(r["identical"] for r in rows), len(rows)
+    same_later, of_later = sum(r["identical"] for r in later), sum(r["passes"] for r in later)
+    over = [r for r in every if r["over"]]
+    out["first"] = next((r["name"] for r in rows if r["over"]), over[0]["name"] if over else None)
+    out["first_not_identical"] = next((r["name"] for r in every if r["identical"] < r.get("passes", 1)), None)
+    out["identical"], out["identical_decoding"], out["of_decoding"] = same, same_later, of_later
+    worst = max(every, key=lambda r: r["nmse"], default=None)
+    out["worst"] = worst and {"name": worst["name"], "nmse": worst["nmse"]}
+    by_op, parts = out.get("by_op"), parted(out)
+    if not out["tokens_equal"]:
+        faults.append("llama.cpp cuts the prompt into other tokens")
+    if out["absent"]:
+        faults.append(f"llama.cpp has no {short(', '.join(out['absent']))}")
+    far = f"{len(over)} of {len(every)} tensors are further apart than {out['tolerance']:g}, first " + (
+        f"{over[0]['name']} ({over[0]['nmse']:.2g})" if over else "")
+    if over and by_op is None:
+        faults.append(far)
+    if parts and by_op is None:
+        faults.append(parts)
+    if by_op and not by_op["ok"]:
+        faults.append(f"op by op {by_op['verdict'].removeprefix('DIFFERENT: ')}")
+    alike = f"{same} of {of} tensors bit-identical"
+    if later:
+        alike += f", and {same_later} of {of_later} in {out['passes'] - 1} passes of decoding"
+    if out["first_not_identical"]:
+        alike += f", the worst is {worst['name']} (NMSE {worst['nmse']:.2g})"
+    if by_op and by_op["ok"] and by_op["worst"]:
+        alike = f"each op by itself is within {by_op['tolerance']:g} (worst {by_op['worst']['nmse']:.2g}); {alike}"
+        alike += "".join(f"; by rounding {what}" for what in ([far] if over else []) + ([parts] if parts else []))
+    out["ok"] = not faults
+    out["verdict"] = f"DIFFERENT: {'; '.join(faults)}; {alike}" if faults else f"equal: {alike}"
+    return out
+
+
+def parted(out: dict[str, Any]) -> str:
+    """Where the continuations part; nothing where they are the same."""
+    parts = out.get("output", {}).get("parts")
+    if not parts:
+        return ""
+    at = f"the greedy continuations differ from token {parts['token'] + 1} on"
+    if "ours" not in parts:
+        return at
+    return (f"{at}, where the two best logits are {parts['margin_theirs']:.2g} apart in llama.cpp and "
+            f"{parts['margin_ours']:.2g} the other way round here")
