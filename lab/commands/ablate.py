@@ -1,7 +1,7 @@
 """`tinymia ablate`: what each attention head does for the answer, by what is lost without it.
 
 One head at a time loses its output, before Wo (its slice of kqv_merged): it becomes zero, the head's mean over a set of
-prompts, or what the head gave on another prompt. The effect is the metric then less the metric of the run as it is: a
+prompts, or what the head gave on another prompt. The effect is the metric then minus the metric of the run as it is: a
 head that the answer needs has a negative effect on logit difference, logit and probability. Zero is far from what later
 layers are used to, so that it hurts more than the loss of information alone; a mean or another prompt keep to what the
 head may give. Effects do not add up: where heads back each other up, none alone seems to matter.
@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from tinymia import Error, Model
-from tinymia_engine import best, indices, is_mask
+from tinymia_engine import indices, is_mask
 
 from ..flags.action_flags import integers
 from ..flags.arguments import prompt_flags, prompt_ids
 from ..flags.chat import in_chat
 from ..flags.command import Command
 from ..flags.parser import Parser, least
-from ..measure.answers import token_of
+from ..measure.answers import answer_and_rival
 from ..measure.head_ablation import METRICS, MODES, Layer, ablate_layer, check_mode, head_outputs, measure
 from ..measure.prompt_sets import POOLS, cut_prompts, pooled, read_prompts
 from ..measure.selection import chosen, positions
@@ -46,7 +46,7 @@ EPILOG = """\
   tinymia ablate -p "Egypt -> Cairo, Estonia ->" --mode mean --prompts examples/prompts.txt --metric kl
   tinymia ablate -p "Egypt -> Cairo, Estonia ->" --ffn --group 2.1,3.3 --group @-1:1
   tinymia ablate -p "Egypt -> Cairo, Estonia ->" --mode resample --other "Egypt -> Coptic, Estonia ->" --at -1
-A file of prompts has one a line, such as the three of examples/prompts.txt:
+A file of prompts has one per line, such as the three of examples/prompts.txt:
   Norway -> Oslo, Poland ->
   Italy -> Rome, France ->
   dog -> dogs, bird ->
@@ -90,11 +90,7 @@ def ablate(
     cache = model.cache()
     run = model.run(ids, keep=["inp_embd", "l_out"], logits="last", cache=cache)
     plain = run.logits[-1]
-    two = best(plain, 2)
-    token = int(two[0]) if answer is None else token_of(model, answer, prompt)
-    rival = next(int(i) for i in two if i != token) if against is None else token_of(model, against, prompt)
-    if token == rival:
-        raise Error(f"the answer and what it is against are the same token: {model.piece(token)!r}")
+    token, rival = answer_and_rival(model, plain, answer, against, prompt)
     settings = {"mode": mode, "answer": token, "against": rival, "pool": pool, "at": at, "layers": wanted,
                 "heads": which}
     note = about(model, "ablate", settings, prompt=prompt, **({"mean": given} if given else {}),

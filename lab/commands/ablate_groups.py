@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from tinymia import Error, Model
-from tinymia_engine import best, indices, is_mask
+from tinymia_engine import indices, is_mask
 
-from ..measure.answers import token_of
+from ..measure.answers import answer_and_rival
 from ..measure.head_ablation import METRICS, check_mode, measure
 from ..measure.knockout import Work, instead, read_group, run_group
 from ..measure.selection import chosen, positions
@@ -68,11 +68,7 @@ def ablate_groups(
     rows = positions(at, len(ids), "the prompt").tolist()
     read = [read_group(model, group, len(ids)) for group in groups]
     put = instead(model, mode, prompts, pool, other, at, len(ids))
-    order = best(plain, 2).tolist()
-    token = order[0] if answer is None else token_of(model, answer, prompt)
-    rival = next(i for i in order if i != token) if against is None else token_of(model, against, prompt)
-    if token == rival:
-        raise Error(f"the answer and what it is against are the same token: {model.piece(token)!r}")
+    token, rival = answer_and_rival(model, plain, answer, against, prompt)
     settings = {"groups": list(groups), "mode": mode, "answer": token, "against": rival, "pool": pool, "at": at}
     given = {"prompts": prompts} if prompts is not None else {"other": other} if other is not None else {}
     note = about(model, "ablate", settings, prompt=prompt, **given)

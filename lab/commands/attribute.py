@@ -9,8 +9,8 @@ run; the stream is a sum; so a logit is a sum over the stream's terms, each time
 What a part does by way of later layers is not in it. Two more kinds of part make the sum exact:
 
     rounding    the engine rounds activations before a product with weights that are not float32 (--numerics ggml), and
-                sums in float32. Heads are computed here without rounding, from kqv_merged and the decoded weights; what
-                kqv_out was more than they are is its rounding. The same for the product with the output matrix.
+                sums in float32. Heads are computed here without rounding, from kqv_merged and the decoded weights;
+                kqv_out minus their sum is its rounding. The product with the output matrix is treated the same way.
     stream      what actions put in by other ways than the terms themselves: at kqv_out, ffn_inp, l_out, and at the
                 output norm, result_norm, result_output; without actions float32 rounding of sums, about 1e-6
 
@@ -35,7 +35,7 @@ from ..flags.action_flags import change_flags, patch_flags, read_actions
 from ..flags.arguments import prompt_flags, prompt_ids
 from ..flags.command import Command
 from ..flags.parser import Parser, least
-from ..measure.answers import token_of
+from ..measure.answers import token_or
 from ..measure.selection import position_of
 from ..measure.sinks import tell_sink
 from ..runs.progress import keeping
@@ -75,7 +75,7 @@ def attribute(
     if neurons is not None and not 0 <= whole(neurons, "the layer of neurons") < c.n_layer:
         raise Error(out_of_range("layer", neurons, c.n_layer, "layers"))
     last = position == len(ids) - 1
-    wanted, other = (_token(model, t, prompt if last else ids[: position + 1]) for t in (answer, against))
+    wanted, other = (token_or(model, t, prompt if last else ids[: position + 1], None) for t in (answer, against))
     settings = {"answer": wanted, "against": other, "position": position, "neurons": neurons,
                 "actions": describe(actions)}
     info = about(model, "attribute", settings, prompt=prompt)
@@ -101,10 +101,6 @@ def attribute(
             result.neurons[:] = row[f"ffn_gate_par-{neurons}"] * back(
                 model, model.weights.blk[neurons].ffn_down.weight, direction)
     return result
-
-
-def _token(model: Model, answer: str | int | None, before: str | Sequence[int]) -> int | None:
-    return None if answer is None else token_of(model, answer, before)
 
 
 def _empty(model: Model, info: dict[str, object], ids: list[int], position: int, neurons: int | None) -> Attribution:

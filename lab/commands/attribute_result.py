@@ -49,7 +49,7 @@ class Attribution(Result):
 
 
 def title(found: Attribution) -> str:
-    """logit of ▁Paris, or ... less that of ▁Italy."""
+    """What the parts add up to: logit of ▁Paris, or logit of ▁Paris less that of ▁Italy."""
     less = "" if found.against_piece is None else f" less that of {visible(found.against_piece)}"
     return f"logit of {visible(found.answer_piece)}{less}"
 

@@ -23,7 +23,7 @@ from ..flags.action_flags import change_flags, patch_flags, read_actions
 from ..flags.arguments import prompt_flags, prompt_ids
 from ..flags.command import Command
 from ..flags.parser import Parser, least
-from ..measure.answers import log_softmax, token_of
+from ..measure.answers import log_softmax, token_or
 from ..measure.selection import position_of
 from ..measure.sinks import tell_sink
 from ..pictures.heatmap import Heatmap
@@ -77,7 +77,7 @@ def lens(
     model.lens(np.ones(model.config.n_embd, np.float32), k, score)      # complains of k and score
     ids = model.ids(prompt)
     actions = tinymia.listed(actions)
-    wanted = None if target is None else token_of(model, target, prompt, "target")
+    wanted = token_or(model, target, prompt, None, "target")
     settings = {"names": patterns, "k": k, "score": score, "target": wanted, "actions": describe(actions)}
     info = about(model, "lens", settings, prompt=prompt)
     result = resume(out, info, Lens, actions) or _empty(model, info, chosen, ids, min(k, model.config.n_vocab), wanted)

@@ -44,7 +44,7 @@ EPILOG = """\
   tinymia steer --vector capital.gguf -p "Norway ->" --coef 2 -n 1
 A control vector, -o FILE.gguf, has the directions of the chosen layers, as they are: what --coef 2 does here, llama.cpp
 does with --control-vector-scaled FILE.gguf:2. Its layers begin at 1. An .npz keeps all layers, and --vector takes both.
-A file of prompts has one a line:
+A file of prompts has one per line:
   examples/capitals.txt     Paris       Oslo        Cairo       ...
   examples/countries.txt    France      Norway      Egypt       ...
 """

@@ -26,7 +26,7 @@ from ..flags.chat import chat_flags, in_chat
 from ..flags.command import Command
 from ..flags.parser import Parser
 from ..flags.prompt_notes import tell_unknown
-from ..measure.answers import token_of
+from ..measure.answers import token_or
 from ..measure.patching import (
     BY_HEAD,
     BY_POSITION,
@@ -89,7 +89,7 @@ def sweep(
     at: str = "all", layers: str | Sequence[int] | None = None, executor: Executor | None = None,
     out: str | Path | None = None,
 ) -> Sweep:
-    """Activation patching between two prompts of as many tokens, one cell a patch.
+    """Activation patching between two prompts of as many tokens, one cell per patch.
 
     answer, against: text or id; by default the best token of the clean and of the corrupt run. tensor: l_out, kqv_out
     or ffn_out, by layer and position; kqv or kq_soft_max, by layer and head. metric: logit-difference, probability, kl
@@ -109,8 +109,8 @@ def sweep(
     wanted = chosen(layers, c.n_layer, "layer")
     setting = Setting(ids["clean"], ids["corrupt"], tensor, noising, at == "last", 0, 0)
     runs = runs_of(model, setting)
-    token = _token(model, answer, clean, runs.clean)
-    other = _token(model, against, clean, runs.corrupt)
+    token = token_or(model, answer, clean, int(runs.clean.argmax()))
+    other = token_or(model, against, clean, int(runs.corrupt.argmax()))
     setting = Setting(ids["clean"], ids["corrupt"], tensor, noising, at == "last", token, other)
     ends = measure(np.stack([runs.clean, runs.corrupt]), runs.clean, token, other)      # [2, 4]
     if metric == "logit-difference" and ends[0, 0] == ends[1, 0]:
@@ -135,13 +135,6 @@ def sweep(
     return found
 
 
-def _token(model: Model, given: str | int | None, prompt: str | Sequence[int], row: np.ndarray) -> int:
-    """The id that is meant, the best token of a row of logits where none is given. Raises Error."""
-    if given is None:
-        return int(row.argmax())
-    return token_of(model, given, prompt)
-
-
 def _nothing(model: Model, note: dict[str, Any], setting: Setting, layers: list[int], ends: np.ndarray) -> Sweep:
     """A result with nothing done."""
     clean, corrupt = ([model.piece(i) for i in ids] for ids in (setting.clean, setting.corrupt))
@@ -161,7 +154,7 @@ def _fill(found: Sweep, i: int, columns: list[int], scores: np.ndarray, ends: np
     with np.errstate(all="ignore"):  # NaN where both runs have the same logit difference
         found.logit_difference[i, columns] = (scores[..., 0] - ends[1, 0]) / (ends[0, 0] - ends[1, 0])
     found.probability[i, columns], found.rank[i, columns] = scores[..., 1], scores[..., 3]
-    found.kl[i, columns] = scores[..., 2]  # last: a cell that is no NaN here is done
+    found.kl[i, columns] = scores[..., 2]  # last: a cell that is not NaN here is done
 
 
 # ---------------------------------------------------------------------------------------- pictures

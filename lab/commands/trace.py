@@ -161,7 +161,7 @@ def _lines(words: str) -> list[str]:
 
 
 def _wrapped(start: str, parts: Sequence[str]) -> list[str]:
-    """Parts with commas between, as many a line as find room."""
+    """Parts with commas between, as many per line as find room."""
     lines = [f"    {start}{parts[0]}"]
     for part in parts[1:]:
         if len(lines[-1]) + len(part) + 3 > WIDTH:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from tinymia import Error, Model
-from tinymia_engine import out_of_range, whole
+from tinymia_engine import best, out_of_range, whole
 from tinymia_files import note
 
 Row = npt.NDArray[np.float32]   # logits of one position, [n_vocab]
@@ -46,6 +47,28 @@ def token_of(model: Model, given: str | int, prompt: str | Sequence[int], what: 
     if not 0 <= token < model.config.n_vocab:
         raise Error(out_of_range(what, f"#{token}", model.config.n_vocab, "tokens", "the model has"))
     return token
+
+
+Other = TypeVar("Other", int, None)
+
+
+def token_or(model: Model, given: str | int | None, prompt: str | Sequence[int], otherwise: Other,
+             what: str = "token") -> int | Other:
+    """The token that is meant by a text or an id; `otherwise` where nothing is given. Raises Error."""
+    return otherwise if given is None else token_of(model, given, prompt, what)
+
+
+def answer_and_rival(
+    model: Model, row: Row, answer: str | int | None, against: str | int | None, prompt: str | Sequence[int]
+) -> tuple[int, int]:
+    """The answer, by default the best token of a row of logits, and the token that it is held against, by default the
+    best one but the answer. Raises Error where they are the same."""
+    first, second = map(int, best(row, 2))
+    token = token_or(model, answer, prompt, first)
+    rival = token_or(model, against, prompt, second if token == first else first)
+    if token == rival:
+        raise Error(f"the answer and what it is against are the same token: {model.piece(token)!r}")
+    return token, rival
 
 
 def _told(model: Model, token: int) -> str:
