@@ -166,7 +166,7 @@ def as_llama_cpp_reads(path, strength):
 
 
 def llama_cpp_steered(model, ids, data, n, **how):
-    """llama.cpp's l_out of all layers and its logits, and n greedy tokens, with a control vector."""
+    """l_out of all layers and logits of llama.cpp's prompt pass, and n greedy tokens, with a control vector."""
     found, held = {}, np.ascontiguousarray(data).reshape(-1)
 
     def setup(llama_cpp, context):
@@ -176,7 +176,7 @@ def llama_cpp_steered(model, ids, data, n, **how):
 
     wanted = {"result_output", *(f"l_out-{il}" for il in range(model.config.n_layer))}
     outcome = llama.compute(model, ids, None, wanted, lambda name, x: None,
-                            lambda item: found.__setitem__(item.name, item.value), threads=1, flash=False,
+                            lambda item: found.setdefault(item.name, item.value), threads=1, flash=False,
                             repack=False, n=n, setup=setup, **how)
     assert found.keys() == wanted
     return found, outcome.output

@@ -82,7 +82,8 @@ class Others:
     """Tensors of another engine, asked for in our order; what comes before its turn waits, at most a layer of it."""
 
     def __init__(self, items: Iterator[Item], model: Model):
-        self.items, self.model, self.next = items, model, None
+        self.items, self.model = items, model
+        self.next: Item | None = None
         self.begin(0)
 
     def begin(self, step: int) -> bool:

@@ -313,13 +313,14 @@ def compute(
                     raise callback.error
 
             run(0, list(ids), 0)
+            new: list[int] = []
             if n:
-                outcome.output = []
+                outcome.output = new
             for step in range(1, n + 1):
-                outcome.output.append(best(llama_cpp, context, vocab))
-                if llama_cpp.llama_vocab_is_eog(vocab, outcome.output[-1]):
+                new.append(best(llama_cpp, context, vocab))
+                if llama_cpp.llama_vocab_is_eog(vocab, new[-1]):
                     break
-                run(step, outcome.output[-1:], len(ids) + step - 1)
+                run(step, new[-1:], len(ids) + step - 1)
         finally:
             if context:
                 llama_cpp.llama_free(context)

@@ -102,7 +102,7 @@ def verify(
     names, shown = selection(model, only, flash)
     lacking = {k: v for k, v in {**FUSED, **(FLASH if flash else {})}.items()
                if any(name.startswith(f"{k}-") for name in shown)}
-    if given is not None:
+    if given is not None and against is not None:
         recorded = {item.name for item in given[0] if item.step == 0}
         shown = check_recorded(against, recorded, names, shown, bool(only), inject)
         by_op = by_op and recorded.issuperset(names)
@@ -117,7 +117,7 @@ def verify(
     watched = [n for n in names if n in wanted and (n in shown or model.table[n][0].base not in FLASH)]
 
     def run(recorder: Recorder | None) -> tuple[Compared, Outcome]:
-        on_pair = recorder and recorder.add
+        on_pair = None if recorder is None else recorder.add
         if given is not None:
             others = Others(iter(given[0]), model)
             return compare(model, ids, others, watched, shown, actions, inject, on_pair, progress, n_predict), given[1]
@@ -149,7 +149,7 @@ def verify(
         "decoding": [row | {"over": not row["nmse"] <= tolerance} for row in found.later.values()],
         "lacking": lacking, "absent": outcome.absent, "unknown": dict(outcome.unknown), "steps": dict(outcome.steps),
     }
-    if found.theirs is not None:
+    if found.ours is not None and found.theirs is not None:
         out |= divergence(found.ours, found.theirs)
     if n_predict:
         out["output"] = output(model.generate(ids, n_predict, actions).tokens, outcome.output or [], found)
@@ -200,7 +200,7 @@ def judge(out: dict[str, Any]) -> dict[str, Any]:
     alike = f"{same} of {of} tensors bit-identical"
     if later:
         alike += f", and {same_later} of {of_later} in {out['passes'] - 1} passes of decoding"
-    if out["first_not_identical"]:
+    if out["first_not_identical"] and worst:
         alike += f", the worst is {worst['name']} (NMSE {worst['nmse']:.2g})"
     if by_op and by_op["ok"] and by_op["worst"]:
         alike = f"each op by itself is within {by_op['tolerance']:g} (worst {by_op['worst']['nmse']:.2g}); {alike}"
