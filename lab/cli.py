@@ -90,7 +90,8 @@ def parser() -> Parser:
     g.add_argument("--lens-position", type=integers, metavar="POS",
                    help="the rows that --logit-lens shows: 3 or 3,5 or -1, the last (default: all)")
     act("--log", nargs=1, metavar="NAME", help="shape, mean, rms, range and first values")
-    g.add_argument("-d", "--draw", type=Output, metavar="FILE.png", help="attention patterns: a row per layer, a panel per head")
+    g.add_argument("-d", "--draw", type=Output, metavar="FILE.png",
+                   help="attention patterns, a row of panels per layer")
     g.add_argument("--print-cgraph", action="store_true", help="every op in order: name, op, shape, inputs, weight")
     g.add_argument("--list-tensors", action="store_true", help="the weights: name, type, shape, bytes")
 
