@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tinymia import Error
-from tinymia_lab.comparison.llama import package, quiet, why
+from tinymia_lab.comparison.ggml import package, quiet, why
 
 
 def llama_cpp() -> Any:

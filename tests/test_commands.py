@@ -38,6 +38,15 @@ def test_a_command_is_a_function_its_result_its_words_its_flags_and_one_record(n
     assert here.command.parser().get_default("kinds")
 
 
+def test_verify_is_a_command_of_the_same_shape():
+    """Its result is a verdict: it is printed, or one JSON object, and decides the exit status."""
+    here = importlib.import_module("tinymia_lab.comparison.verify")
+    assert isinstance(here.command, Command) and here.command.name == "verify"
+    for part in ("add_flags", "before", "run", "text"):
+        assert getattr(here.command, part) is getattr(here, part)
+    assert here.text(here.Verified({"ok": True}, ["a", "b"])) == "a\nb"
+
+
 def test_printing_saving_and_opening_a_model_are_written_once():
     """No file in commands/ calls what flags/command.py calls for all of them."""
     for path in Path(tinymia_lab.__file__).parent.glob("commands/*.py"):

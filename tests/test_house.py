@@ -8,7 +8,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIMITS = {"kernels": 250, "lab": 250}
-LONGER = {"lab/comparison/llama.py", "lab/comparison/verify.py"}    # their parts are still to be taken out
 
 
 @cache
@@ -105,7 +104,7 @@ def test_imports_point_down_to_files_and_kernels(folder, above):
 def test_a_file_can_be_read_in_one_sitting(folder):
     long = {str(path.relative_to(ROOT)): n for path in (ROOT / folder).rglob("*.py")
             if (n := len(path.read_text("utf-8").splitlines())) > LIMITS[folder]}
-    assert long.keys() <= LONGER, long
+    assert not long
 
 
 def test_the_story_is_in_the_first_half_of_a_short_file():

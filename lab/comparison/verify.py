@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from tinymia import Error, Model
 from tinymia_files import short
 from tinymia_models import DEFAULT
 
 from ..flags.action_flags import Input, Output, change_flags, patch_flags, read_actions
-from ..flags.arguments import load_model, read_prompt
+from ..flags.arguments import read_prompt
+from ..flags.command import Command
 from ..flags.parser import Parser
 from ..flags.prompt_notes import tell_unknown
 from ..pictures.terminal import table
@@ -28,11 +30,32 @@ from .self_comparison import verify_self
 __all__ = ["command", "verify", "verify_self"]
 
 
-def parser() -> Parser:
-    about = ("Compare every tensor with llama.cpp's, computed in the same process. Exit status: 0 equal, 1 different, "
-             "2 for an error. docs/verify.md explains the numbers.")
-    p = Parser("tinymia verify", description=about, allow_abbrev=False)
-    p.set_defaults(specs=[], no_bos=False)
+class Verified(NamedTuple):
+    """A comparison: as an object for --json, and as the lines that people read."""
+
+    out: dict[str, Any]
+    lines: list[str]
+
+
+class Comparison(Command):
+    """The command whose result is a verdict, with an exit status of its own; nothing of it is kept or drawn by -o."""
+
+    def parser(self) -> Parser:
+        p = Parser(f"tinymia {self.name}", description=self.about, allow_abbrev=False)
+        p.set_defaults(specs=[], no_bos=False, out=[], kinds=())
+        self.add_flags(p)
+        return p
+
+    def show(self, args: Namespace, found: Any, out: Path | None) -> int:
+        if args.json:
+            print_json(dumps(found.out))
+        else:
+            print(self.text(found))
+        return 0 if found.out["ok"] else 1
+
+
+def add_flags(p: Parser) -> None:
+    """The model and the prompt, what is compared with what and how closely, and actions."""
     p.add_argument("-m", "--model", type=Input, metavar="FILE",
                    help=f"GGUF file (default: {DEFAULT}, which is bundled)")
     p.add_argument("-p", "--prompt", metavar="TEXT")
@@ -57,7 +80,6 @@ def parser() -> Parser:
     p.add_argument("--debug", action="store_true", help="a traceback with errors")
     patch_flags(p.add_argument_group("patch both"))
     change_flags(p.add_argument_group("change both"))
-    return p
 
 
 class Ticker:
@@ -79,11 +101,10 @@ class Ticker:
             print(f"\r{'':60s}\r", end="", file=sys.stderr, flush=True)
 
 
-def command(argv: Sequence[str]) -> int:
-    """`tinymia verify`: 0 equal, 1 different."""
-    args = parser().parse_args(argv)
-    prompt = read_prompt(args)
-    if prompt is None:
+def before(args: Namespace) -> None:
+    """Read the prompt, and raise Error for flags that do not go together."""
+    args.text = read_prompt(args)
+    if args.text is None:
         raise Error("no prompt: give one with -p or -f")
     if args.n_predict < 0:
         raise Error(f"-n {args.n_predict}: it must be 0 or more")
@@ -93,24 +114,28 @@ def command(argv: Sequence[str]) -> int:
         for flag, given in alone.items():
             if given:
                 raise Error(f"{flag} and --self do not go together: --self runs without llama.cpp")
-    model = load_model(args)
-    tell_unknown(model, [prompt])
+
+
+def run(args: Namespace, model: Model, out: Path | None) -> Verified:
+    """The comparison that the flags ask for."""
+    tell_unknown(model, [args.text])
     ticker = Ticker(len(model.table))
     common = {"tolerance": args.tolerance, "inject": args.inject, "progress": ticker}
     try:
         if args.self:
-            out = verify_self(model, prompt, **common, **({"only": args.only} if args.only else {}))
+            found = verify_self(model, args.text, **common, **({"only": args.only} if args.only else {}))
         else:
             actions = read_actions(args, model)
-            out = verify(model, prompt, only=args.only, flash=args.flash, repack=args.repack, record=args.record,
-                         against=args.against, actions=actions, n_predict=args.n_predict, **common)
+            found = verify(model, args.text, only=args.only, flash=args.flash, repack=args.repack, record=args.record,
+                           against=args.against, actions=actions, n_predict=args.n_predict, **common)
     finally:
         ticker.close()
-    if args.json:
-        print_json(dumps(out))
-    else:
-        print("\n".join(self_report(out) if args.self else report(out, model)))
-    return 0 if out["ok"] else 1
+    return Verified(found, self_report(found) if args.self else report(found, model))
+
+
+def text(found: Verified) -> str:
+    """What the terminal shows."""
+    return "\n".join(found.lines)
 
 
 def logits_line(out: dict[str, Any]) -> str:
@@ -181,3 +206,8 @@ def self_report(out: dict[str, Any]) -> list[str]:
         rows.append([r["name"], "[" + ", ".join(map(str, r["shape"])) + "]", f"{r['f32']['nmse']:.2e}",
                      f"{r['ggml']['nmse']:.2e}", f"{math.sqrt(r['ggml']['nmse']):.3%}", "OVER" * r["over"]])
     return [table(rows), "", *(f"{n} {logits_line(out[n])}" for n in ("f32", "ggml")), out["verdict"]]
+
+
+command = Comparison(
+    "verify", "Compare every tensor with llama.cpp's, computed in the same process. Exit status: 0 equal, 1 different, "
+    "2 for an error. docs/verify.md explains the numbers.", add_flags, run, text, before=before)

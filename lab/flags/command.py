@@ -21,7 +21,6 @@ from typing import Any
 
 from tinymia import Model
 
-from ..runs.result import Result
 from .arguments import PICTURES, RESULTS, emit, open_model, out_file, parser
 from .parser import Parser
 
@@ -38,7 +37,7 @@ class Command:
     name: str
     about: str                                                      # what --help begins with
     add_flags: Callable[[Parser], None]
-    run: Callable[[argparse.Namespace, Model, Path | None], Result]     # out: the file that it is kept in, or None
+    run: Callable[[argparse.Namespace, Model, Path | None], Any]     # a Result; out: the file that keeps it, or None
     text: Callable[..., str]
     pictures: Callable[..., Sequence[Any]] = nothing                # Heatmaps and Charts
     epilog: str = ""                                                # examples, at the end of --help
@@ -64,7 +63,10 @@ class Command:
         if status is not None:
             return status
         model, out = open_model(args), out_file(args)
-        found = self.run(args, model, out)
+        return self.show(args, self.run(args, model, out), out)
+
+    def show(self, args: argparse.Namespace, found: Any, out: Path | None) -> int:
+        """Print what was found and write the files of -o, of which `out` is written already; the exit status."""
         words, look = ({name: getattr(args, name) for name in names} for names in (self.text_flags, self.picture_flags))
         asked = {Path(path).suffix for path in args.out} & {*PICTURES} - self.writers.keys()
         return emit(args, found, self.text(found, **words), self.pictures(found, **look) if asked else None,
