@@ -33,6 +33,13 @@ class Ggml:
         "ggml_backend_tensor_set": (None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t),
     }
 
+    get_name: Any
+    op_desc: Any
+    nbytes: Any
+    nelements: Any
+    backend_tensor_get: Any
+    backend_tensor_set: Any
+
     def __init__(self, package: Any):
         folder = Path(package.__file__).parent / "lib"
         found = sorted(folder.glob("*ggml-base*"))
@@ -52,7 +59,8 @@ class Ggml:
         """(values with ggml's dimensions last to first, the bytes that they are a view of)."""
         head = Head.from_address(t)
         ne, nb = head.ne[:], head.nb[:]
-        dtype = {0: np.dtype(np.float32), 1: np.dtype(np.float16)}.get(head.type)
+        kinds: dict[int, np.dtype[Any]] = {0: np.dtype(np.float32), 1: np.dtype(np.float16)}
+        dtype = kinds.get(head.type)
         if math.prod(ne) != self.nelements(t) or dtype is None or nb[0] != dtype.itemsize:
             raise Error(f"llama.cpp's {self.label(t)[0]} is of ggml type {head.type} and shape {ne}, and floats are "
                         "expected: this version of llama.cpp may lay its tensors out in a way of its own")
