@@ -100,7 +100,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Ablate", "Action", "ActionError", "Add", "Cache", "Config", "Context", "Edit", "Error", "GGUFError", "Generation",
     "Lens", "Log", "Model", "Note", "Op", "Patch", "ProjectOut", "Record", "Replace", "Run", "Save", "Scale", "Tensor",
-    "UnknownName", "Weights", "load", "main", "match", "name_table",
+    "UnknownName", "Weights", "files_read", "listed", "load", "main", "match", "name_table",
 ]
 
 

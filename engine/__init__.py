@@ -11,7 +11,7 @@
 from . import given, sources
 from .action import NOT_HERE, Action, Context, Edit, Positions, Record, Source, files_read, listed
 from .actions import Ablate, Add, Lens, Log, Patch, ProjectOut, Replace, Save, Scale
-from .given import ArgumentError, indices, is_mask, whole
+from .given import ArgumentError, indices, is_mask, out_of_range, whole
 from .sampling import Sampler, best, softmax
 from .sources import read_sources
 from .weights import Block, Linear, Weights
@@ -19,5 +19,6 @@ from .weights import Block, Linear, Weights
 __all__ = [
     "NOT_HERE", "Ablate", "Action", "Add", "ArgumentError", "Block", "Context", "Edit", "Lens", "Linear", "Log",
     "Patch", "Positions", "ProjectOut", "Record", "Replace", "Sampler", "Save", "Scale", "Source", "Weights", "best",
-    "files_read", "given", "indices", "is_mask", "listed", "read_sources", "softmax", "sources", "whole",
+    "files_read", "given", "indices", "is_mask", "listed", "out_of_range", "read_sources", "softmax", "sources",
+    "whole",
 ]

@@ -63,7 +63,7 @@ class Context:
         wanted = given.indices(at, "position", n if self.phase == "prompt" else None, f"{self.name}: ")
         wanted = np.where(wanted < 0, wanted + n, wanted)
         if must and self.phase == "prompt" and ((wanted < 0) | (wanted >= n)).any():
-            raise ActionError(f"{self.name}: position {at} is out of range: the prompt has {n} tokens, 0 to {n - 1}")
+            raise ActionError(f"{self.name}: {given.out_of_range('position', at, n, 'tokens', 'the prompt has')}")
         rows, which = np.nonzero(self.positions[:, None] == wanted)
         return rows, which
 
@@ -132,7 +132,7 @@ class Edit(Action):
             raise ActionError(f"{name} has no heads; kqv_merged, kqv, kq_soft_max, kq, Qcur, Kcur and Vcur have")
         heads = given.indices(self.heads, "head", n, f"{name}: ").tolist()
         if not all(0 <= h < n for h in heads):
-            raise ActionError(f"{name}: head {heads} is out of range: there are {n} heads, 0 to {n - 1}")
+            raise ActionError(f"{name}: {given.out_of_range('head', heads, n, 'heads')}")
         return replace(self, heads=heads)
 
     def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | NotHere:

@@ -33,6 +33,11 @@ def whole(value: Any, what: str) -> int:
     raise Error(f"{what} is {short(value)}; it must be a whole number")
 
 
+def out_of_range(what: str, given: Any, n: int, things: str, holder: str = "there are") -> str:
+    """The message for a number, or numbers, beyond 0 to n - 1: head 9 is out of range: there are 4 heads, 0 to 3."""
+    return f"{what} {given} is out of range: {holder} {n} {things}, 0 to {n - 1}"
+
+
 def is_mask(given: Any) -> bool:
     """Whether it chooses by True and False."""
     if isinstance(given, np.ndarray) or hasattr(given, "__array__"):
@@ -79,7 +84,7 @@ def token_ids(ids: Any, n: int) -> list[int]:
     found = [] if empty else indices(ids, "id").tolist()
     bad = [i for i in found if not 0 <= i < n]
     if bad:
-        raise Error(f"token id {bad[0]} is out of range: there are {n} tokens, 0 to {n - 1}")
+        raise Error(out_of_range("token id", bad[0], n, "tokens"))
     return found
 
 

@@ -40,7 +40,8 @@ class Arithmetic:
     def embed(self, weight: Any, tokens: np.ndarray) -> np.ndarray:
         """Look up the row of each token: float32 [n_tok, n_embd]."""
         fmt, raw = weight.stored
-        x = get_rows(raw, fmt, *weight.shape, tokens)
+        n_vocab, n_embd = weight.shape
+        x = get_rows(raw, fmt, n_vocab, n_embd, tokens)
         return x if weight.scale is None else x * weight.scale
 
     def rms_norm(self, x: np.ndarray, eps: float) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -24,8 +23,10 @@ from .flags.arguments import load_model, model_flags, prompt_flags, read_prompt
 from .flags.chat import chat_of
 from .flags.parser import Parser, least
 from .flags.prompt_notes import tell_unknown
+from .measure.formulas import cgraph
+from .pictures.drawing import need_matplotlib
 from .pictures.terminal import notes, table, visible
-from .runs.printer import Printer, cgraph
+from .runs.printer import Printer
 from .runs.progress import interruptible
 from .runs.streams import Stream, is_terminal, print_generated, print_json, streams
 
@@ -89,7 +90,8 @@ def parser() -> Parser:
     g.add_argument("--lens-position", type=integers, metavar="POS",
                    help="the rows that --logit-lens shows: 3 or 3,5 or -1, the last (default: all)")
     act("--log", nargs=1, metavar="NAME", help="shape, mean, rms, range and first values")
-    g.add_argument("-d", "--draw", type=Output, metavar="FILE.png", help="attention patterns, a row of panels a layer")
+    g.add_argument("-d", "--draw", type=Output, metavar="FILE.png",
+                   help="attention patterns: a row per layer, a panel per head")
     g.add_argument("--print-cgraph", action="store_true", help="every op in order: name, op, shape, inputs, weight")
     g.add_argument("--list-tensors", action="store_true", help="the weights: name, type, shape, bytes")
 
@@ -110,7 +112,7 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """What main does once the flags are read."""
+    """Do what the flags say, and return the exit status."""
     if args.list_models:
         models = listed()
         if args.json:
@@ -118,10 +120,10 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(table([list(models[0]), *(list(m.values()) for m in models)]))
         return 0
-    if args.draw and importlib.util.find_spec("matplotlib") is None:
-        raise Error("--draw needs matplotlib: pip install 'tinymia[lab]'")
     if args.draw and not args.draw.endswith(".png"):
         raise Error(f"--draw {args.draw}: it draws .png files")
+    if args.draw:
+        need_matplotlib(f"--draw {args.draw}")
     for flag, given in (("--lens-score", args.lens_score), ("--lens-position", args.lens_position)):
         if given and all(spec.flag != "lens" for spec in args.specs):
             raise Error(f"{flag} goes with --logit-lens")

@@ -31,7 +31,8 @@ from tinymia_lab.flags.arguments import check_file, chosen, emit, out_file, pars
 from tinymia_lab.measure import head_ablation
 from tinymia_lab.measure.answers import answer_token, kl, logit_difference, probability, rank
 from tinymia_lab.pictures.colours import ink, rgb
-from tinymia_lab.pictures.heatmap import Heatmap, draw_png, paint
+from tinymia_lab.pictures.heatmap import Heatmap, paint
+from tinymia_lab.pictures.heatmap_png import draw_png
 from tinymia_lab.pictures.page import page
 from tinymia_lab.pictures.terminal import fit, table, visible, wide
 from tinymia_lab.runs.progress import Progress, clock, keeping

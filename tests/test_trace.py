@@ -202,8 +202,7 @@ def test_layers_that_are_left_out_are_named(copycat):
 
 def test_saved_and_read_again(copycat, tmp_path):
     for name in ("x.npz", "x.json"):
-        first = trace(copycat, PROMPT, [0])
-        first.save(tmp_path / name)
+        first = trace(copycat, PROMPT, [0], out=tmp_path / name)    # the function itself keeps it there
         assert Trace.load(tmp_path / name) == first == trace(copycat, PROMPT, [0], out=tmp_path / name)
         with pytest.raises(tinymia.Error, match="settings layers"):
             trace(copycat, PROMPT, [1], out=tmp_path / name)

@@ -1,7 +1,7 @@
 """`tinymia ablate`: what each attention head does for the answer, by what is lost without it.
 
 One head at a time loses its output, before Wo (its slice of kqv_merged): it becomes zero, the head's mean over a set of
-prompts, or what the head gave on another prompt. The effect is the metric then less the metric of the run as it is: a
+prompts, or what the head gave on another prompt. The effect is the metric then minus the metric of the run as it is: a
 head that the answer needs has a negative effect on logit difference, logit and probability. Zero is far from what later
 layers are used to, so that it hurts more than the loss of information alone; a mean or another prompt keep to what the
 head may give. Effects do not add up: where heads back each other up, none alone seems to matter.
@@ -13,64 +13,44 @@ Interpretability in the Wild (2022), arXiv 2211.00593 (mean, logit difference); 
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinymia import Error, Model
-from tinymia_engine import best, indices, is_mask
+from tinymia_engine import indices, is_mask
 
 from ..flags.action_flags import integers
-from ..flags.arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from ..flags.arguments import prompt_flags, prompt_ids
 from ..flags.chat import in_chat
-from ..flags.parser import least
-from ..measure.answers import token_of
-from ..measure.head_ablation import METRICS, MODES, Layer, ablate_layer, check_mode, head_outputs, measure, positions
+from ..flags.command import Command
+from ..flags.parser import Parser, least
+from ..measure.answers import answer_and_rival
+from ..measure.head_ablation import METRICS, MODES, Layer, ablate_layer, check_mode, head_outputs, measure
 from ..measure.prompt_sets import POOLS, cut_prompts, pooled, read_prompts
-from ..pictures.heatmap import Heatmap
-from ..pictures.terminal import screen, signed, table, visible
+from ..measure.selection import chosen, positions
 from ..runs.executors import commit, spread
 from ..runs.progress import keeping
-from ..runs.result import Result, about, resume
-from .ablate_groups import group_command, group_flags, in_words
+from ..runs.result import about, resume
+from .ablate_groups import GroupAblation, group_flags, run_groups
+from .ablate_result import Ablation, heads_table, heatmap, pictures, ranked, text
+
+__all__ = ["Ablation", "ablate", "command", "heads_table", "heatmap", "pictures", "ranked", "text"]
 
 EPILOG = """\
   tinymia ablate -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --answer Tallinn --against Oslo -o heads.html
   tinymia ablate -p "Egypt -> Cairo, Estonia ->" --mode mean --prompts examples/prompts.txt --metric kl
   tinymia ablate -p "Egypt -> Cairo, Estonia ->" --ffn --group 2.1,3.3 --group @-1:1
   tinymia ablate -p "Egypt -> Cairo, Estonia ->" --mode resample --other "Egypt -> Coptic, Estonia ->" --at -1
-A file of prompts has one a line, such as the three of examples/prompts.txt:
+A file of prompts has one per line, such as the three of examples/prompts.txt:
   Norway -> Oslo, Poland ->
   Italy -> Rome, France ->
   dog -> dogs, bird ->
 """
-
-
-@dataclass
-class Ablation(Result):
-    """The metrics with one head ablated at a time. What was not asked for, or is not done yet, is NaN, or -1."""
-
-    pieces: list[str]           # of the prompt's tokens, [n_tok]
-    answer: int                 # ids
-    against: int
-    answer_piece: str
-    against_piece: str
-    metrics: list[str]          # logit-difference, logit and probability of the answer, kl: [n_metric]
-    plain: np.ndarray           # float64 [n_metric]: of the run as it is
-    values: np.ndarray          # float64 [n_metric, n_layer, n_head]; kl: of the ablated from the run as it is, nats
-    best: np.ndarray            # int32 [n_layer, n_head]: id of the best token
-    best_pieces: list[list[str]]
-    means: np.ndarray           # float64 [n_layer, n_head, d_head_v]: mode mean, of the prompts so far
-    n_means: np.ndarray         # int64 []: prompts in the means so far
-
-    @property
-    def effects(self) -> np.ndarray:
-        """Metrics less those of the run as it is: float64 [n_metric, n_layer, n_head]."""
-        return self.values - self.plain[:, None, None]
 
 
 def ablate(
@@ -110,11 +90,7 @@ def ablate(
     cache = model.cache()
     run = model.run(ids, keep=["inp_embd", "l_out"], logits="last", cache=cache)
     plain = run.logits[-1]
-    two = best(plain, 2)
-    token = int(two[0]) if answer is None else token_of(model, answer, prompt)
-    rival = next(int(i) for i in two if i != token) if against is None else token_of(model, against, prompt)
-    if token == rival:
-        raise Error(f"the answer and what it is against are the same token: {model.piece(token)!r}")
+    token, rival = answer_and_rival(model, plain, answer, against, prompt)
     settings = {"mode": mode, "answer": token, "against": rival, "pool": pool, "at": at, "layers": wanted,
                 "heads": which}
     note = about(model, "ablate", settings, prompt=prompt, **({"mean": given} if given else {}),
@@ -140,8 +116,6 @@ def ablate(
                 found.best_pieces[il][head] = model.piece(int(row.argmax()))
             found.values[:, il, which] = np.array([measure(row, plain, token, rival) for row in logits]).T
             bar.step(len(which))
-    if out is not None:
-        found.save(out)
     return found
 
 
@@ -156,53 +130,11 @@ def _nothing(note: dict[str, Any], model: Model, ids: list[int], answer: int, ag
     )
 
 
-# ---------------------------------------------------------------------------------------- pictures
-
-
-def ranked(found: Ablation, metric: str) -> list[tuple[int, int]]:
-    """Heads (layer, head) by the size of their effect, the largest first."""
-    effects = np.nan_to_num(np.abs(found.effects[METRICS.index(metric)]), nan=-1.0)
-    order = np.argsort(-effects, axis=None, kind="stable")
-    return [(int(i) // effects.shape[1], int(i) % effects.shape[1]) for i in order if effects.flat[i] >= 0]
-
-
-def heads_table(found: Ablation, metric: str, k: int) -> str:
-    """The k heads of the largest effect, with all metrics and what the model says without them."""
-    mark = ["effect"] + [f"{name} *" if name == metric else name for name in found.metrics]
-    rows = [["head", *mark, "says"], ["none", "", *(f"{v:.4g}" for v in found.plain), ""]]
-    for il, head in ranked(found, metric)[:k]:
-        effect = found.effects[METRICS.index(metric), il, head]
-        rows.append([f"{il}.{head}", signed(effect), *(f"{v:.4g}" for v in found.values[:, il, head]),
-                     visible(found.best_pieces[il][head])])
-    return table(rows)
-
-
-def heatmap(found: Ablation, metric: str) -> Heatmap:
-    """Effects, layer x head."""
-    effects = found.effects[METRICS.index(metric)]
-    layers, heads = ([str(i) for i in range(n)] for n in effects.shape)
-
-    def hover(il: int, head: int) -> str:
-        lines = [[name, f"{v:.4g}", f"{v - p:+.4g}"] for name, v, p in
-                 zip(found.metrics, found.values[:, il, head], found.plain)]
-        return f"head {il}.{head}, says {visible(found.best_pieces[il][head])}\n{table(lines)}"
-
-    settings = found.about["settings"]
-    where = "" if settings["at"] is None else f" at {settings['at']}"
-    return Heatmap(
-        effects, layers, heads, f"effect of each head's ablation ({settings['mode']}{where}): "
-        + visible(found.about["prompts"]["prompt"]["text"]), "head", "layer", f"change of {in_words(found, metric)}",
-        hovers=[[hover(il, head) for head in range(len(heads))] for il in range(len(layers))], diverging=True,
-        upward=True,
-    )
-
-
 # ---------------------------------------------------------------------------------------- command line
 
 
-def command(argv: Sequence[str]) -> int:
-    """`tinymia ablate`."""
-    p = parser("ablate", "Silence one attention head at a time, and see what becomes of the answer.", EPILOG)
+def add_flags(p: Parser) -> None:
+    """The prompt, its answer, what is ablated and how, and what is shown."""
     prompt_flags(p)
     p.add_argument("--answer", metavar="TEXT", help="text, or #id (default: the model's best token)")
     p.add_argument("--against", metavar="TEXT", help="of the logit difference (default: its best token but the answer)")
@@ -219,21 +151,27 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--metric", choices=METRICS, default=METRICS[0], help="that the table and the picture go by "
                    f"(default {METRICS[0]})")
     p.add_argument("-k", type=least(1), default=20, metavar="N", help="heads in the table (20)")
-    args = p.parse_args(argv)
+
+
+def before(args: Namespace) -> None:
+    """Raise Error for flags that do not go together, and read the prompts of --prompts."""
     for mode, flag, given in (("mean", "--prompts FILE", args.prompts), ("resample", "--other TEXT", args.other)):
         if (args.mode == mode) != (given is not None):
             word = flag.split()[0]
             raise Error(f"--mode {mode} needs {flag}" if given is None else f"{word} goes with --mode {mode}")
-    prompts = None if args.prompts is None else read_prompts(args.prompts)
-    model = open_model(args)
-    prompt = prompt_ids(args, model, [*(prompts or ()), args.other or ""])
-    cut = None if prompts is None else [in_chat(args, model, text) for text in prompts]
+    args.prompts = None if args.prompts is None else read_prompts(args.prompts)
+
+
+def run(args: Namespace, model: Model, out: Path | None) -> Ablation | GroupAblation:
+    """The ablation that the flags ask for: of single heads, or with --ffn or --group of groups."""
+    prompt = prompt_ids(args, model, [*(args.prompts or ()), args.other or ""])
+    prompts = None if args.prompts is None else [in_chat(args, model, text) for text in args.prompts]
     other = None if args.other is None else in_chat(args, model, args.other)
     if args.ffn or args.group:
-        return group_command(args, model, prompt, cut, other)
-    found = ablate(model, prompt, args.answer, args.against, args.mode, prompts=cut,
-                   pool=args.pool, other=other, at=args.at, layers=args.layers, heads=args.heads,
-                   out=out_file(args))
-    picture = heatmap(found, args.metric)
-    text = f"{picture.unit}, the largest first\n{heads_table(found, args.metric, args.k)}"
-    return emit(args, found, f"{picture.terminal(*screen())}\n\n{text}", picture)
+        return run_groups(args, model, prompt, prompts, other, out)
+    return ablate(model, prompt, args.answer, args.against, args.mode, prompts=prompts, pool=args.pool, other=other,
+                  at=args.at, layers=args.layers, heads=args.heads, out=out)
+
+
+command = Command("ablate", "Silence one attention head at a time, and see what becomes of the answer.", add_flags,
+                  run, text, pictures, EPILOG, text_flags=("metric", "k"), picture_flags=("metric",), before=before)

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from tinymia import Error, Model
-from tinymia_engine import best, indices, is_mask
+from tinymia_engine import indices, is_mask
 
-from ..flags.arguments import chosen, emit, out_file
-from ..measure.answers import token_of
-from ..measure.head_ablation import METRICS, check_mode, measure, positions
+from ..measure.answers import answer_and_rival
+from ..measure.head_ablation import METRICS, check_mode, measure
 from ..measure.knockout import Work, instead, read_group, run_group
+from ..measure.selection import chosen, positions
 from ..pictures.heatmap import Heatmap
 from ..pictures.terminal import table, visible
 from ..runs.executors import spread
@@ -68,11 +68,7 @@ def ablate_groups(
     rows = positions(at, len(ids), "the prompt").tolist()
     read = [read_group(model, group, len(ids)) for group in groups]
     put = instead(model, mode, prompts, pool, other, at, len(ids))
-    order = best(plain, 2).tolist()
-    token = order[0] if answer is None else token_of(model, answer, prompt)
-    rival = next(i for i in order if i != token) if against is None else token_of(model, against, prompt)
-    if token == rival:
-        raise Error(f"the answer and what it is against are the same token: {model.piece(token)!r}")
+    token, rival = answer_and_rival(model, plain, answer, against, prompt)
     settings = {"groups": list(groups), "mode": mode, "answer": token, "against": rival, "pool": pool, "at": at}
     given = {"prompts": prompts} if prompts is not None else {"other": other} if other is not None else {}
     note = about(model, "ablate", settings, prompt=prompt, **given)
@@ -87,8 +83,6 @@ def ablate_groups(
             found.best[i], found.best_pieces[i] = logits.argmax(), model.piece(int(logits.argmax()))
             found.values[:, i] = measure(logits, plain, token, rival)
             bar.step()
-    if out is not None:
-        found.save(out)
     return found
 
 
@@ -103,11 +97,19 @@ def groups_table(found: GroupAblation, metric: str, k: int) -> str:
     return table(rows)
 
 
-def groups_map(found: GroupAblation, metric: str, unit: str) -> Heatmap:
+def groups_text(found: GroupAblation, metric: str = METRICS[0], k: int = 20) -> str:
+    """What the terminal shows."""
+    return f"change of {in_words(found, metric)}, the largest first\n{groups_table(found, metric, k)}"
+
+
+text = groups_text      # what a result shows of itself
+
+
+def groups_map(found: GroupAblation, metric: str = METRICS[0]) -> Heatmap:
     """Effects, a row for each group."""
     return Heatmap(found.effects[METRICS.index(metric)][:, None], found.groups, [metric],
                    "effect of ablating groups: " + visible(found.about["prompts"]["prompt"]["text"]), "metric",
-                   "without", f"change of {unit}", diverging=True)
+                   "without", f"change of {in_words(found, metric)}", diverging=True)
 
 
 def in_words(found: Any, metric: str) -> str:
@@ -125,17 +127,14 @@ def group_flags(p: argparse.ArgumentParser) -> None:
                         "ffn-3-5, 23.4@-1:3 (head 23.4 at the last position no longer sees position 3), @4:3 (no head)")
 
 
-def group_command(
+def run_groups(
     args: argparse.Namespace, model: Model, prompt: str | Sequence[int],
-    prompts: Sequence[str | Sequence[int]] | None, other: str | Sequence[int] | None,
-) -> int:
-    """`tinymia ablate` with --ffn or --group."""
+    prompts: Sequence[str | Sequence[int]] | None, other: str | Sequence[int] | None, out: Path | None,
+) -> GroupAblation:
+    """The ablation of groups that --ffn and --group ask for."""
     if args.heads or (args.layers and not args.ffn):
         raise Error("--heads and --layers choose among single heads: leave them out beside --group and --ffn "
                     "(--layers goes with --ffn)")
     ffns = chosen(args.layers, model.config.n_layer, "layer") if args.ffn else []
-    found = ablate_groups(model, prompt, [*args.group, *(f"ffn-{il}" for il in ffns)], args.answer, args.against,
-                          args.mode, prompts=prompts, pool=args.pool, other=other, at=args.at, out=out_file(args))
-    unit = in_words(found, args.metric)
-    text = f"change of {unit}, the largest first\n{groups_table(found, args.metric, args.k)}"
-    return emit(args, found, text, groups_map(found, args.metric, unit))
+    return ablate_groups(model, prompt, [*args.group, *(f"ffn-{il}" for il in ffns)], args.answer, args.against,
+                         args.mode, prompts=prompts, pool=args.pool, other=other, at=args.at, out=out)

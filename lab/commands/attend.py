@@ -7,6 +7,7 @@ the prompt.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +18,22 @@ import numpy as np
 import tinymia
 from tinymia import Action, Context, Error, Model
 from tinymia_engine import best as best_of
-from tinymia_files.vocab import NORMAL
 
 from ..flags.action_flags import Output, change_flags, patch_flags, read_actions
-from ..flags.arguments import check_file, chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
-from ..flags.parser import least
+from ..flags.arguments import check_file, prompt_flags, prompt_ids
+from ..flags.command import Command
+from ..flags.parser import Parser, least
+from ..measure.attention_scores import first_score, induction_score, previous_score, repeated_tokens
+from ..measure.selection import chosen
 from ..measure.sinks import tell_sink
 from ..pictures.attention_page import check_size, viewer
 from ..pictures.draw import draw
-from ..pictures.heatmap import Heatmap, draw_png
+from ..pictures.heatmap import Heatmap
+from ..pictures.heatmap_png import draw_png
 from ..pictures.page import page, write_page
 from ..pictures.terminal import screen, table, visible
 from ..runs.progress import keeping
 from ..runs.result import Result, about, describe, resume
-
-RANDOM, COPIES = 25, 4      # tokens that repeat, and how often
 
 
 @dataclass
@@ -54,45 +56,6 @@ SCORES = {
     "induction": "to what followed an earlier copy, in random tokens that repeat",
     "induction_here": "to what followed an earlier copy, in the prompt",
 }
-
-
-def previous_score(pattern: np.ndarray) -> np.ndarray:
-    """Mean weight of the token before, over all queries but the first: [..., n_tok, n_tok] -> [...]."""
-    return _mean(np.diagonal(pattern, -1, -2, -1))
-
-
-def first_score(pattern: np.ndarray) -> np.ndarray:
-    """Mean weight of the first token, over all queries but the first: [..., n_tok, n_tok] -> [...]."""
-    return _mean(pattern[..., 1:, 0])
-
-
-def induction_score(pattern: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
-    """Mean weight of the tokens that followed earlier copies of the query's token, over the queries that have one.
-
-    [..., n_tok, n_tok] -> [...], NaN where there is none. Source: Olsson et al., In-context Learning and Induction
-    Heads (2022), prefix matching; weights on several earlier copies are added up.
-    """
-    ids = np.asarray(tokens)
-    after = np.zeros((len(ids), len(ids)), bool)            # [query, key]: the key follows a copy of the query
-    after[:, 1:] = np.tril(ids[:, None] == ids[None, :], -1)[:, :-1]
-    queries = after.any(1)
-    return _mean((pattern * after).sum(-1)[..., queries])
-
-
-def _mean(x: np.ndarray) -> np.ndarray:
-    """Over the last axis; NaN where it is empty."""
-    return x.mean(-1) if x.shape[-1] else np.full(x.shape[:-1], np.nan, np.float32)
-
-
-def repeated_tokens(model: Model, seed: int) -> list[int]:
-    """BOS and 25 random tokens four times, fewer of them where the context is short."""
-    c, tokenizer = model.config, model.tokenizer
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
-    room = c.n_ctx - len(start)
-    plain = np.flatnonzero(np.array(tokenizer.types[: c.n_vocab]) == NORMAL)
-    n = max(1, min(RANDOM, room // 2, len(plain)))
-    some = np.random.default_rng(seed).choice(plain, n, replace=False).tolist()
-    return start + some * max(1, min(COPIES, room // n))
 
 
 def attend(
@@ -170,7 +133,7 @@ def score_maps(found: Attention) -> list[Heatmap]:
 
 
 def strongest(found: Attention, n: int = 5) -> str:
-    """The heads with the highest scores, layer.head, a line a score."""
+    """The heads with the highest scores, layer.head, a line per score."""
     lines: list[list[Any]] = []
     for name, what in SCORES.items():
         values: np.ndarray = getattr(found, name)
@@ -188,22 +151,31 @@ def pattern_map(found: Attention, layer: int, head: int) -> Heatmap:
                    f"attention of head {layer}.{head}", "key", "query", "weight", limits=(0.0, 1.0))
 
 
+def pictures(found: Attention) -> list[Heatmap]:
+    """The scores, and the pattern where one head was asked for and its pattern was kept."""
+    one = len(found.layers) == len(found.heads) == 1 and found.patterns.size
+    return score_maps(found) + ([pattern_map(found, found.layers[0], found.heads[0])] if one else [])
+
+
 def text(found: Attention) -> str:
-    """What the terminal shows: the scores, and the pattern where one head was asked for."""
-    maps = score_maps(found)
-    if len(found.layers) == len(found.heads) == 1:
-        maps.append(pattern_map(found, found.layers[0], found.heads[0]))
-    return "\n\n".join([*(h.terminal(*screen()) for h in maps), strongest(found)])
+    """What the terminal shows."""
+    return "\n\n".join([*(h.terminal(*screen()) for h in pictures(found)), strongest(found)])
+
+
+def patterns_html(found: Attention) -> str:
+    """The patterns to click through, a fragment for a page."""
+    scores = {"previous token": found.previous, "first token": found.first, "induction": found.induction}
+    return viewer(found.pieces, found.layers, found.heads, found.patterns, scores)
 
 
 def write_html(found: Attention, path: Path) -> None:
     """The page: viewer and scores."""
     title = f"attention: {visible(found.about['prompts']['prompt']['text'])}"
-    write_page(path, page(title, [viewer(found), *(h.html() for h in score_maps(found))]))
+    write_page(path, page(title, [patterns_html(found), *(h.html() for h in score_maps(found))]))
 
 
 def write_png(found: Attention, path: Path) -> None:
-    """A row of panels a layer, a panel a head."""
+    """The patterns as a PNG: a row of panels per layer, a panel per head."""
     title = f"{found.about['model']['name']}: {found.about['prompts']['prompt']['text']}"
     draw(dict(zip(found.layers, found.patterns)), path, found.pieces, title, found.heads)
 
@@ -211,10 +183,8 @@ def write_png(found: Attention, path: Path) -> None:
 # ---------------------------------------------------------------------------------------- command line
 
 
-def command(argv: Sequence[str]) -> int:
-    """`tinymia attend`."""
-    p = parser("attend", "Where each head looks, and what kind of head that makes it.",
-               'example: tinymia attend -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" -o attention.html')
+def add_flags(p: Parser) -> None:
+    """The prompt, the heads whose patterns are kept, the picture of scores, and actions."""
     prompt_flags(p)
     p.add_argument("--layers", metavar="LIST", help="whose patterns are kept and drawn: 0,3-5 (default: all)")
     p.add_argument("--heads", metavar="LIST", help="of these layers: 0,3-5 (default: all)")
@@ -222,19 +192,30 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--seed", type=least(0), default=0, metavar="N", help="of the random tokens that repeat (default 0)")
     patch_flags(p.add_argument_group("patch"))
     change_flags(p.add_argument_group("change"))
-    args = p.parse_args(argv)
+
+
+def before(args: Namespace) -> None:
+    """Raise Error for a picture of scores that could not be written."""
     if args.scores:
         check_file("--scores", args.scores, [".png"])
-    model = open_model(args)
+
+
+def run(args: Namespace, model: Model, out: Path | None) -> Attention:
+    """The attention that the flags ask for; patterns only as exact as what shows or keeps them needs."""
     prompt = prompt_ids(args, model)
     tell_sink(model, prompt)
     layers, heads = chosen(args.layers, model.config.n_layer, "layer"), chosen(args.heads, model.config.n_head, "head")
     if any(path.endswith(".html") for path in args.out):
-        check_size(len(layers), len(heads), len(model.tokenize(prompt) if isinstance(prompt, str) else prompt))
+        check_size(len(layers), len(heads), len(model.ids(prompt)))
     kept = "float16" if args.out or len(layers) == len(heads) == 1 else None
-    kept = "float32" if args.json or out_file(args) else kept
-    found = attend(model, prompt, layers, heads, args.seed, read_actions(args, model), out_file(args), kept)
+    kept = "float32" if args.json or out else kept
+    found = attend(model, prompt, layers, heads, args.seed, read_actions(args, model), out, kept)
     if args.scores:
         draw_png(args.scores, score_maps(found))
-    return emit(args, found, text(found),
-                writers={".png": lambda path: write_png(found, path), ".html": lambda path: write_html(found, path)})
+    return found
+
+
+command = Command(
+    "attend", "Where each head looks, and what kind of head that makes it.", add_flags, run, text, pictures,
+    'example: tinymia attend -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" -o attention.html', before=before,
+    writers={".png": write_png, ".html": write_html})

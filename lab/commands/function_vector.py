@@ -16,10 +16,10 @@ Unlike there, all test queries count, also those that the model misses with righ
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
-from html import escape
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,21 @@ import numpy as np
 
 from tinymia import Error, Model
 
-from ..flags.arguments import emit, open_model, out_file, parser
-from ..flags.parser import least
-from ..flags.task_flags import list_tasks, task_flags, tasks_of, tell_answers
+from ..flags.command import Command
+from ..flags.parser import Parser, least
+from ..flags.task_flags import before_tasks, task_flags, tell_answers
 from ..measure.head_effects import Prompts, draw_prompts, head_effects, head_outputs, measure_query, written
 from ..measure.sinks import front, tell_front
 from ..measure.task_files import Task, check_counts, read_tasks
-from ..pictures.charts import Chart, draw_png
-from ..pictures.heatmap import Heatmap
-from ..pictures.page import page, write_page
-from ..pictures.terminal import screen, signed, table
 from ..runs.executors import commit, spread
 from ..runs.progress import keeping
-from ..runs.result import Result, about, resume
+from ..runs.result import about, resume
+from .function_vector_result import FunctionVector, charts, heatmaps, pictures, tables, text, write_html, write_png
+
+__all__ = [
+    "FunctionVector", "charts", "command", "function_vector", "heatmaps", "pictures",
+    "tables", "text", "write_html", "write_png",
+]  # fmt: skip
 
 EPILOG = """\
 TASK is a name (--list) or a JSON file: [["France", "Paris"], ...] or {"template": "{x} -> {y}", "pairs": [...]}.
@@ -47,38 +49,6 @@ Heads are ranked by their mean effect over all tasks given (--heads own: by the 
   tinymia function-vector copycat-next-letters copycat-previous-letters copycat-first-letters -o heads.png
   tinymia function-vector -m llama2.gguf antonyms country-capital en-fr --template todd --top 20 -o run.npz
 """
-NO_LAYER = """\
-on the development queries the vector gives no more right answers at any layer than there are without it. The
-heads of the vector may not carry the task (--heads own, --top 20), or the vector may be too short (--coef 2), or the
-labels alone tell the task, so that the effects of heads say little."""
-
-
-@dataclass
-class FunctionVector(Result):
-    """Tables by task, in the order of `tasks`. What is not there, or not done yet, is NaN."""
-
-    tasks: list[str]
-    effects: np.ndarray         # float64 [n_layer, n_head]: mean causal indirect effect over tasks and prompts
-    heads: list[list[list[int]]]    # of each task: (layer, head), the largest effect first
-    vectors: np.ndarray         # float32 [n_task, n_embd]: the function vector, coef included
-    dev_accuracy: np.ndarray    # float64 [n_task, 2, n_layer + 2], on the development queries; see below
-    accuracy: np.ndarray        # float64 [n_task, 2, n_layer + 2], on the test queries; bare query, shuffled
-                                # demonstrations: alone, with the vector at each layer, and last with right
-                                # demonstrations instead
-    means: np.ndarray           # float64 [n_task, n_layer, n_head, d_head_v]: mean head outputs, before Wo
-    n_means: np.ndarray         # float64 [n_task]: prompts in the means so far
-    prompt_effects: np.ndarray  # float64 [n_task, n_effect, n_layer, n_head]
-    dev_hits: np.ndarray        # float64 [n_task, n_dev, 2, n_layer + 2], 0 or 1
-    hits: np.ndarray            # float64 [n_task, n_test, 2, n_layer + 2]
-
-    @property
-    def layers(self) -> np.ndarray:
-        """The layer with the highest dev_accuracy after the bare query, after shuffled examples; the lowest where
-        several tie, -1 where none does better than without the vector: intp [n_task, 2]."""
-        with_it = self.dev_accuracy[..., 1:-1]
-        return np.where(with_it.max(-1) > self.dev_accuracy[..., 0], with_it.argmax(-1), -1)
-
-
 def function_vector(
     model: Model, tasks: str | Path | Task | Sequence[str | Path | Task], *, shots: int | None = None, top: int = 10,
     heads: str = "shared", coef: float = 1.0, n_mean: int = 100, n_effect: int = 25, n_dev: int = 20, n_test: int = 50,
@@ -140,8 +110,6 @@ def function_vector(
                     bar.step()
             found.dev_accuracy[i] = found.dev_hits[i, : len(p.dev)].mean(0)
             found.accuracy[i] = found.hits[i, : len(p.test)].mean(0)
-    if out is not None:
-        found.save(out)
     return found
 
 
@@ -157,54 +125,8 @@ def _nothing(note: dict[str, Any], tasks: list[str], model: Model, prompts: list
                           prompt_effects, dev_hits, hits)
 
 
-def tables(found: FunctionVector) -> list[str]:
-    """What was found, as text: accuracies, heads, and a word of warning where the effects say nothing."""
-    rows, none = [], []
-    for i, (name, layers) in enumerate(zip(found.tasks, found.layers.tolist())):
-        cells = []
-        for what, accuracy, layer in zip(("bare", "shuffled"), found.accuracy[i], layers):
-            shown = ("-", "-") if layer < 0 else (layer, f"{accuracy[layer + 1]:.2f}")
-            cells += [f"{accuracy[0]:.2f}", *shown]
-            none += [f"{name} ({what})"] if layer < 0 else []
-        rows.append([name, *(int(np.isfinite(hits[i, :, 0, 0]).sum()) for hits in (found.dev_hits, found.hits)), *cells,
-                     f"{found.accuracy[i, 0, -1]:.2f}"])
-    parts = [table([["task", "dev", "test", "bare", "layer", "+ vector", "shuffled", "layer", "+ vector",
-                     "right examples"], *rows])]
-    if none:
-        parts.append(f"-: {', '.join(none)}: {NO_LAYER}")
-    known = [name for name, (_, shuffled) in zip(found.tasks, found.accuracy) if shuffled[0] >= 0.9 * shuffled[-1]]
-    if known:
-        parts.append(f"{', '.join(known)}: answered with shuffled examples as well as with right ones. The labels "
-                     "alone tell the task,\nso that giving a head its mean cannot help, and its effect says little.")
-    own = found.about["settings"]["heads"] == "own"
-    by_task = list(found.prompt_effects.mean(1)) if own else [found.effects]
-    columns = [[f"{il}.{head} {signed(effects[il, head])}" for il, head in heads]
-               for effects, heads in zip(by_task, found.heads)]
-    title = [f"{name}: head, effect" for name in found.tasks] if own else ["head, effect"]
-    return [*parts, "heads of the vector\n" + table([title, *(list(row) for row in zip(*columns))])]
-
-
-def heatmaps(found: FunctionVector) -> list[Heatmap]:
-    """Effects of the heads; accuracies by layer."""
-    layers = [str(il) for il in range(len(found.effects))]
-    heads = Heatmap(found.effects, layers, [str(h) for h in range(found.effects.shape[1])],
-                    "causal indirect effect of each head (probability of the answer)", "head", "layer",
-                    "change of probability", [[signed(v, 3) for v in row] for row in found.effects], diverging=True,
-                    upward=True)
-    return [heads, *(Heatmap(chart.values, found.tasks, layers, chart.title, "layer", "task", "accuracy",
-                             limits=(0.0, 1.0)) for chart in charts(found))]
-
-
-def charts(found: FunctionVector) -> list[Chart]:
-    """Accuracies by layer as lines."""
-    layers = [str(il) for il in range(len(found.effects))]
-    return [Chart(f"accuracy with the vector, {what}", "layer", layers, found.tasks, found.accuracy[:, i, 1:-1])
-            for i, what in enumerate(("bare query", "shuffled examples"))]
-
-
-def command(argv: Sequence[str]) -> int:
-    """`tinymia function-vector`."""
-    p = parser("function-vector", "Function vectors: the heads that carry a task, and what they write.", EPILOG)
+def add_flags(p: Parser) -> None:
+    """Tasks and their prompts, what the vector is made of, and how it is judged."""
     task_flags(p, 10)
     p.add_argument("--top", type=least(1), default=10, metavar="N", help="heads in the vector (10)")
     p.add_argument("--heads", choices=("shared", "own"), default="shared",
@@ -214,19 +136,16 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--n-effect", type=least(1), default=25, metavar="N", help="shuffled prompts for the effects (25)")
     p.add_argument("--n-dev", type=least(1), default=20, metavar="N", help="queries to choose the layers (20)")
     p.add_argument("--n-test", type=least(1), default=50, metavar="N", help="test queries, at most (50)")
-    args = p.parse_args(argv)
-    if args.list:
-        return list_tasks(args.json)
-    tasks, model = tasks_of(args), open_model(args)
+
+
+def run(args: Namespace, model: Model, out: Path | None) -> FunctionVector:
+    """The function vectors that the flags ask for."""
     tell_front(model, args.bos)
-    tell_answers(model, tasks)
-    found = function_vector(model, tasks, shots=args.shots, top=args.top, heads=args.heads, coef=args.coef,
-                            n_mean=args.n_mean, n_effect=args.n_effect, n_dev=args.n_dev, n_test=args.n_test,
-                            bos=args.bos, seed=args.seed, out=out_file(args))
-    title = f"function vectors, {model.path.name} (Todd et al. 2023)"
-    (first, *rest), maps, lines = tables(found), heatmaps(found), charts(found)
-    sections = [maps[0].html(), *(line.html() for line in lines), *(f"<pre>{escape(t)}</pre>" for t in (first, *rest))]
-    return emit(args, found, "\n\n".join([first, *(m.terminal(*screen()) for m in maps), *rest]), writers={
-        ".png": lambda path: draw_png(path, [maps[0], *lines], title),
-        ".html": lambda path: write_page(path, page(title, sections)),
-    })
+    tell_answers(model, args.task)
+    return function_vector(model, args.task, shots=args.shots, top=args.top, heads=args.heads, coef=args.coef,
+                           n_mean=args.n_mean, n_effect=args.n_effect, n_dev=args.n_dev, n_test=args.n_test,
+                           bos=args.bos, seed=args.seed, out=out)
+
+
+command = Command("function-vector", "Function vectors: the heads that carry a task, and what they write.", add_flags,
+                  run, text, pictures, EPILOG, before=before_tasks, writers={".png": write_png, ".html": write_html})

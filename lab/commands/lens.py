@@ -6,6 +6,7 @@ probabilities. Source: nostalgebraist, interpreting GPT: the logit lens (2020).
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,15 +14,17 @@ from pathlib import Path
 import numpy as np
 
 import tinymia
-from tinymia import Action, Error, Model
+from tinymia import Action, Model
 from tinymia_engine import best as best_of
 from tinymia_engine import softmax
 from tinymia_kernels import rms_norm
 
 from ..flags.action_flags import change_flags, patch_flags, read_actions
-from ..flags.arguments import emit, open_model, out_file, parser, prompt_flags, prompt_ids
-from ..flags.parser import least
-from ..measure.answers import log_softmax, token_of
+from ..flags.arguments import prompt_flags, prompt_ids
+from ..flags.command import Command
+from ..flags.parser import Parser, least
+from ..measure.answers import log_softmax, token_or
+from ..measure.selection import position_of
 from ..measure.sinks import tell_sink
 from ..pictures.heatmap import Heatmap
 from ..pictures.terminal import screen, table, visible
@@ -74,7 +77,7 @@ def lens(
     model.lens(np.ones(model.config.n_embd, np.float32), k, score)      # complains of k and score
     ids = model.ids(prompt)
     actions = tinymia.listed(actions)
-    wanted = None if target is None else token_of(model, target, prompt, "target")
+    wanted = token_or(model, target, prompt, None, "target")
     settings = {"names": patterns, "k": k, "score": score, "target": wanted, "actions": describe(actions)}
     info = about(model, "lens", settings, prompt=prompt)
     result = resume(out, info, Lens, actions) or _empty(model, info, chosen, ids, min(k, model.config.n_vocab), wanted)
@@ -187,10 +190,8 @@ def hover(found: Lens, i: int, j: int) -> str:
 def details(found: Lens, position: int) -> str:
     """One position down the layers: best token, score, probability, entropy, and the target's."""
     y, rows = labels(found.names)
-    score, n_tok = found.about["settings"]["score"], len(found.pieces)
-    if not -n_tok <= position < n_tok:
-        raise Error(f"position {position} is out of range: the prompt has {n_tok} tokens, 0 to {n_tok - 1}")
-    j = position % n_tok
+    score = found.about["settings"]["score"]
+    j = position_of(position, len(found.pieces))
     head = [y, "best", score, "probability", "entropy"]
     target = visible(found.target_piece or "")
     lines = [head + [f"rank of {target}", score, "probability"] * (found.target is not None)]
@@ -204,7 +205,7 @@ def details(found: Lens, position: int) -> str:
     return f"position {j}, {visible(found.pieces[j])}\n{table(lines)}"
 
 
-def text(found: Lens, position: int, colour: str) -> str:
+def text(found: Lens, position: int = -1, colour: str = "prob") -> str:
     """What the terminal shows; without colours the numbers stand before the tokens."""
     width, colours = screen()
 
@@ -220,10 +221,8 @@ def text(found: Lens, position: int, colour: str) -> str:
 # ---------------------------------------------------------------------------------------- command line
 
 
-def command(argv: Sequence[str]) -> int:
-    """`tinymia lens`."""
-    p = parser("lens", "What each layer would say, at each position, if the model ended there: the logit lens.",
-               'example: tinymia lens -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --target Tallinn -o lens.html')
+def add_flags(p: Parser) -> None:
+    """The prompt, the tensors, what is told of them, and actions."""
     prompt_flags(p)
     p.add_argument("--tensor", action="append", metavar="NAME",
                    help="any of n_embd numbers a row (default l_out); more than once")
@@ -236,10 +235,16 @@ def command(argv: Sequence[str]) -> int:
                    help="the position that is told of in numbers (default -1, the last)")
     patch_flags(p.add_argument_group("patch"))
     change_flags(p.add_argument_group("change"))
-    args = p.parse_args(argv)
-    model = open_model(args)
+
+
+def run(args: Namespace, model: Model, out: Path | None) -> Lens:
+    """The lens that the flags ask for."""
     prompt = prompt_ids(args, model)
     tell_sink(model, prompt)
-    found = lens(model, prompt, args.tensor or "l_out", args.k, args.score, args.target,
-                 read_actions(args, model), out_file(args))
-    return emit(args, found, text(found, args.position, args.colour), pictures(found, args.colour))
+    return lens(model, prompt, args.tensor or "l_out", args.k, args.score, args.target, read_actions(args, model), out)
+
+
+command = Command(
+    "lens", "What each layer would say, at each position, if the model ended there: the logit lens.", add_flags, run,
+    text, pictures, 'example: tinymia lens -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --target Tallinn '
+    "-o lens.html", text_flags=("position", "colour"), picture_flags=("colour",))

@@ -5,9 +5,9 @@ With interventions the lens and the attribution are shown without and with them,
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import tinymia
 from tinymia import Action, Error, Model
@@ -15,28 +15,23 @@ from tinymia_engine import best as best_of
 from tinymia_engine import softmax, whole
 
 from ..flags.action_flags import change_flags, patch_flags, read_actions
-from ..flags.arguments import chosen, emit, open_model, parser, prompt_flags, prompt_ids
-from ..flags.parser import least
+from ..flags.arguments import prompt_flags, prompt_ids
+from ..flags.command import Command
+from ..flags.parser import Parser, least
+from ..measure.selection import chosen
 from ..pictures.attention_page import MOST, check_size
+from ..pictures.heatmap import Heatmap
 from ..pictures.page import write_page
-from ..pictures.terminal import table, visible
-from ..runs.result import Result, about, describe
-from .attend import Attention, attend
-from .attribute import Attribution, attribute, kinds, largest
-from .lens import Lens, details, lens
+from ..runs.result import about, describe
+from .attend import attend
+from .attribute import attribute
+from .attribute_result import pictures as attribute_pictures
+from .lens import lens
+from .lens import pictures as lens_pictures
 from .report_page import report_page
+from .report_result import Report, text
 
-
-@dataclass
-class Report(Result):
-    """What the page shows. Lists have one entry, or two with interventions: without them, with them."""
-
-    pieces: list[str]               # of the prompt's tokens, [n_tok]
-    outputs: list[str]              # the text that the model went on with
-    comes: list[list[Any]]          # [piece, its probability in each run]: what comes after the prompt
-    lenses: list[Lens]
-    attention: Attention            # with the interventions
-    attributions: list[Attribution]
+__all__ = ["Report", "command", "pictures", "report", "text"]
 
 
 def report(
@@ -80,26 +75,16 @@ def report(
     return Report(info, pieces, outputs, comes, lenses, attention, attributions)
 
 
-def text(found: Report) -> str:
-    """What the terminal shows."""
-    parts = [f'{name}: "{output}"' for name, output in zip(("output", "with interventions"), found.outputs)]
-    shares = [[visible(piece), *(f"{p:.1%}" for p in row)] for piece, *row in found.comes]
-    parts.append(table([["what comes", "probability", "with interventions"][: len(found.outputs) + 1], *shares]))
-    parts += [details(found.lenses[-1], -1), largest(found.attributions[-1], 10), kinds(found.attributions[-1])]
-    return "\n\n".join(parts)
-
-
 # ---------------------------------------------------------------------------------------- command line
 
 
-def command(argv: Sequence[str]) -> int:
-    """`tinymia report`."""
-    p = parser("report", "All about a prompt in one page that needs no network: tokens, lens, attention, attribution, "
-               "interventions, the text without and with them.",
-               'tinymia report -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --scale kqv_out-1 0 -o report.html\n'
-               "what it shows is kept as numbers by the commands lens, attend and attribute",
-               pictures=(".html",))
-    p.set_defaults(kinds=(".html",))
+EPILOG = """\
+tinymia report -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --scale kqv_out-1 0 -o report.html
+what it shows is kept as numbers by the commands lens, attend and attribute"""
+
+
+def add_flags(p: Parser) -> None:
+    """The prompt, whose logit is split, whose patterns are kept, and interventions."""
     prompt_flags(p)
     p.add_argument("-n", "--n-predict", type=least(0), default=16, metavar="N", help="new tokens (default 16)")
     p.add_argument("--answer", metavar="TEXT", help="or #id: whose logit is split (default: the best token)")
@@ -107,8 +92,25 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--layers", metavar="LIST", help="whose attention patterns are kept: 0,3-5 (default: all)")
     patch_flags(p.add_argument_group("patch"))
     change_flags(p.add_argument_group("change"))
-    args = p.parse_args(argv)
-    model = open_model(args)
-    found = report(model, prompt_ids(args, model), args.answer, args.against, args.n_predict, args.layers,
-                   read_actions(args, model))
-    return emit(args, found, text(found), writers={".html": lambda path: write_page(path, report_page(found))})
+
+
+def run(args: Namespace, model: Model, out: Path | None) -> Report:
+    """The report that the flags ask for; it is not kept in a file of numbers."""
+    return report(model, prompt_ids(args, model), args.answer, args.against, args.n_predict, args.layers,
+                  read_actions(args, model))
+
+
+def pictures(found: Report) -> list[Heatmap]:
+    """The lens and the attribution, with interventions where there are some."""
+    return [*lens_pictures(found.lenses[-1]), *attribute_pictures(found.attributions[-1])]
+
+
+def write_html(found: Report, path: Path) -> None:
+    """Write the page."""
+    write_page(path, report_page(found))
+
+
+command = Command(
+    "report", "All about a prompt in one page that needs no network: tokens, lens, attention, attribution, "
+    "interventions, the text without and with them.", add_flags, run, text, pictures, EPILOG, results=(),
+    drawn=(".html",), writers={".html": write_html})

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tinymia_files import dumps
 
-from ..pictures.attention_page import viewer
 from ..pictures.colours import rgb
 from ..pictures.page import page
 from ..pictures.terminal import signed, visible
-from . import attribute, lens
-
-if TYPE_CHECKING:
-    from .report import Report
+from . import attend, lens
+from .attribute_result import Attribution, kinds, pictures, title
+from .report_result import Report
 
 WITHOUT, WITH = "without interventions", "with interventions"
 PARTS = 16      # bars of an attribution
@@ -71,7 +69,7 @@ def _tokens(found: Report) -> str:
 
 
 def _interventions(found: Report) -> str:
-    """What was done, an action a line, its settings in words."""
+    """The interventions, an action per line, its settings in words."""
     actions = found.about["settings"]["actions"]
     if not actions:
         return "<p>None: the model ran as it is.</p>"
@@ -95,24 +93,24 @@ def _lens(found: Report) -> str:
 
 
 def _attention(found: Report) -> str:
-    return (f"<p class=faint>{WITH}</p>" if len(found.outputs) > 1 else "") + viewer(found.attention)
+    return (f"<p class=faint>{WITH}</p>" if len(found.outputs) > 1 else "") + attend.patterns_html(found.attention)
 
 
 def _attribution(found: Report) -> str:
     """Bars of the largest parts, then layer x head and layer x kind; one scale of colours for both runs."""
-    maps = [attribute.pictures(one) for one in found.attributions]
+    maps = [pictures(one) for one in found.attributions]
     spans = [max(max(map(abs, h.span)) for h in kind) for kind in zip(*maps)]
     most = max(abs(value) for one in found.attributions for _, value in one.parts()) or 1.0
     shown = []
     for one, pair in zip(found.attributions, maps):
         same = [replace(h, limits=(-span, span)) for h, span in zip(pair, spans)]
-        sums = f"<p class=faint>{escape(attribute.kinds(one))}</p>"
+        sums = f"<p class=faint>{escape(kinds(one))}</p>"
         shown.append(bars(one, most) + sums + "".join(h.html() for h in same))
     return ("<p class=faint>The logit as a sum of what each part writes directly; what a part does by way of later "
             f"layers is not in it. Rounding: of the engine's; stream: what actions put in besides.</p>{_named(shown)}")
 
 
-def bars(one: attribute.Attribution, most: float) -> str:
+def bars(one: Attribution, most: float) -> str:
     """The largest parts of a logit, what the others sum up to, and the logit; a bar of half the width is `most`."""
     parts = sorted(one.parts(), key=lambda part: -abs(part[1]))
     shades = rgb(np.array([value for _, value in parts[:PARTS]]), -most, most, True)
@@ -126,7 +124,7 @@ def bars(one: attribute.Attribution, most: float) -> str:
     if parts[PARTS:]:
         rows.append(f"<tr><th scope=row>{len(parts) - PARTS} smaller parts<td>{signed(rest, 3)}<td>")
     rows.append(f"<tr><th scope=row>sum<td>{signed(one.logit, 3)}<td>")
-    return (f"<figure class=bars><figcaption>{escape(attribute.title(one))}, in logits</figcaption><div class=scroll>"
+    return (f"<figure class=bars><figcaption>{escape(title(one))}, in logits</figcaption><div class=scroll>"
             f"<table>{''.join(rows)}</table></div></figure>")
 
 

@@ -1,7 +1,7 @@
 """`tinymia steer`: a direction in the residual stream, the difference of two sets of prompts, and the text with it.
 
-Of every prompt l_out is taken at its last token, or as the mean over its tokens. The mean over the positive prompts
-less that over the negative ones is the vector of a layer. Coefficient times vector is added to l_out of the chosen
+From every prompt l_out is taken at its last token, or as the mean over its tokens. The mean over the positive prompts
+minus that over the negative ones is the vector of a layer. Coefficient times vector is added to l_out of the chosen
 layers, at every position of the chosen passes. With all passes that is what llama.cpp does with a control vector.
 
 Source: Turner et al., Activation Addition (2023), arXiv 2308.10248; Rimsky et al., Steering Llama 2 via Contrastive
@@ -10,9 +10,9 @@ Activation Addition (2023), arXiv 2312.06681 (difference of means; one layer, a 
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,20 @@ import numpy as np
 from tinymia import Add, Error, Generation, Model
 
 from ..flags.action_flags import Input
-from ..flags.arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
+from ..flags.arguments import prompt_flags, prompt_ids
 from ..flags.chat import in_chat
-from ..flags.parser import least
+from ..flags.command import Command
+from ..flags.parser import Parser, least
 from ..flags.prompt_notes import tell_unknown
-from ..measure.control_vector import read_control_vector, write_control_vector
+from ..measure.control_vector import read_control_vector
 from ..measure.prompt_sets import POOLS, cut_prompts, pooled, read_prompts
-from ..pictures.terminal import table, visible
+from ..measure.selection import chosen
 from ..runs.executors import commit, spread
 from ..runs.progress import keeping
-from ..runs.result import Result, about, describe, resume
+from ..runs.result import about, describe, resume
+from .steer_result import Steering, text, write_gguf
+
+__all__ = ["Steering", "command", "read_vector", "steer", "steering", "text", "write_gguf"]
 
 WHEN = ("prompt", "decode", "all")
 
@@ -40,27 +44,10 @@ EPILOG = """\
   tinymia steer --vector capital.gguf -p "Norway ->" --coef 2 -n 1
 A control vector, -o FILE.gguf, has the directions of the chosen layers, as they are: what --coef 2 does here, llama.cpp
 does with --control-vector-scaled FILE.gguf:2. Its layers begin at 1. An .npz keeps all layers, and --vector takes both.
-A file of prompts has one a line:
+A file of prompts has one per line:
   examples/capitals.txt     Paris       Oslo        Cairo       ...
   examples/countries.txt    France      Norway      Egypt       ...
 """
-
-
-@dataclass
-class Steering(Result):
-    """A vector for each layer, and what the model says without and with it."""
-
-    layers: list[int]       # where it is added
-    vectors: np.ndarray     # float32 [n_layer, n_embd]; NaN for layers without one
-    means: np.ndarray       # float64 [2, n_layer, n_embd]: of the positive and of the negative prompts so far
-    counts: np.ndarray      # int64 [2]: prompts in the means so far
-    plain: str | None       # text without the vector; None without a prompt
-    plain_tokens: list[int]
-    texts: list[dict[str, Any]]     # coef, text, tokens: one for each coefficient
-
-    def directions(self) -> dict[int, np.ndarray]:
-        """The vectors of the chosen layers, float32 [n_embd] by layer."""
-        return {il: self.vectors[il] for il in self.layers}
 
 
 def steer(
@@ -129,8 +116,8 @@ def steer(
                     text, tokens = said.text, said.tokens
                 found.texts.append({"coef": k, "text": text, "tokens": tokens})
                 bar.step()
-    if out is not None:
-        found.save(out)
+        found.best = [[[piece for piece, _ in model.lens(sign * v, 4)[0]] for sign in (1, -1)]
+                      if np.isfinite(v).all() else [] for v in found.vectors]
     return found
 
 
@@ -185,25 +172,8 @@ def read_vector(model: Model, vector: str | Path | np.ndarray) -> tuple[np.ndarr
 # ---------------------------------------------------------------------------------------- command line
 
 
-def text(model: Model, found: Steering) -> str:
-    """The vector of each layer (* where it is added): its length, and that of the mean of the prompts; its best tokens
-    through the lens; then the texts."""
-    rows = [["layer", "length", "of the mean", "towards", "away from"]]
-    for il in np.flatnonzero(np.isfinite(found.vectors).all(1)).tolist():
-        v, mean = found.vectors[il], found.means[:, il].mean(0)
-        best = [" ".join(visible(piece) for piece, _ in model.lens(sign * v, 4)[0]) for sign in (1, -1)]
-        rows.append([f"{il}{' *' if il in found.layers else ''}", f"{np.linalg.norm(v):.3g}",
-                     f"{np.linalg.norm(mean):.3g}" if np.isfinite(mean).all() else "", *best])
-    said = [] if found.plain is None else ["", f'without: "{found.plain}"']
-    said += [f'coef {t["coef"]:g}: "{t["text"]}"' for t in found.texts]
-    return "\n".join([table(rows), *said])
-
-
-def command(argv: Sequence[str]) -> int:
-    """`tinymia steer`."""
-    p = parser("steer", "A direction, the difference of two sets of prompts, added while the model writes.", EPILOG,
-               pictures=())
-    p.set_defaults(kinds=(".npz", ".json", ".gguf"))
+def add_flags(p: Parser) -> None:
+    """The prompt, what the vector is made of, and where and how strongly it is added."""
     prompt_flags(p)
     p.add_argument("--positive", type=Input, metavar="FILE",
                    help="prompts that have what the vector stands for: one per line, or a JSON list (.json); with "
@@ -218,13 +188,19 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--when", choices=WHEN, default="all",
                    help="passes that it is added in: over the prompt, over generated tokens, or all (default)")
     p.add_argument("-n", "--n-predict", type=least(1), default=32, metavar="N", help="tokens at most (default 32)")
-    args = p.parse_args(argv)
+
+
+def before(args: Namespace) -> None:
+    """Raise Error unless there is one vector, and read the prompts that it is made of."""
     made = [args.positive is not None, args.negative is not None]
     if any(made) == (args.vector is not None) or any(made) != all(made):
         raise Error("give --positive FILE and --negative FILE, of which a vector is made, or --vector FILE")
-    sets = [None if path is None else read_prompts(path) for path in (args.positive, args.negative)]
-    model = open_model(args)
-    others, prompt = [text for one in sets for text in one or ()], None
+    args.sets = [None if path is None else read_prompts(path) for path in (args.positive, args.negative)]
+
+
+def run(args: Namespace, model: Model, out: Path | None) -> Steering:
+    """The steering that the flags ask for."""
+    others, prompt = [text for one in args.sets for text in one or ()], None
     if args.prompt is None and args.file is None:
         tell_unknown(model, others)
     else:
@@ -232,9 +208,10 @@ def command(argv: Sequence[str]) -> int:
     for path in args.out:
         if path.endswith(".gguf") and args.layers and 0 in chosen(args.layers, model.config.n_layer, "layer"):
             raise Error(f"-o {path}: llama.cpp's control vectors begin at layer 1: leave 0 out of --layers")
-    chats = [said if said is None else [in_chat(args, model, text) for text in said] for said in sets]
-    found = steer(model, prompt, *chats, vector=args.vector, layers=args.layers, pool=args.pool, coef=args.coef,
-                  when=args.when, n=args.n_predict, out=out_file(args))
-    return emit(args, found, text(model, found), writers={
-        ".gguf": lambda path: write_control_vector(path, found.directions(), "llama", found.about),
-    })
+    sets = [said if said is None else [in_chat(args, model, text) for text in said] for said in args.sets]
+    return steer(model, prompt, *sets, vector=args.vector, layers=args.layers, pool=args.pool, coef=args.coef,
+                 when=args.when, n=args.n_predict, out=out)
+
+
+command = Command("steer", "A direction, the difference of two sets of prompts, added while the model writes.",
+                  add_flags, run, text, epilog=EPILOG, before=before, drawn=(), writers={".gguf": write_gguf})

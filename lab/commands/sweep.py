@@ -11,6 +11,7 @@ to use and interpret activation patching (2024), arXiv 2404.15255.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ import numpy as np
 
 from tinymia import Error, Model
 
-from ..flags.arguments import chosen, emit, open_model, out_file, parser
 from ..flags.chat import chat_flags, in_chat
+from ..flags.command import Command
+from ..flags.parser import Parser
 from ..flags.prompt_notes import tell_unknown
-from ..measure.answers import token_of
+from ..measure.answers import token_or
 from ..measure.patching import (
     BY_HEAD,
     BY_POSITION,
@@ -37,6 +39,7 @@ from ..measure.patching import (
     run_batch,
     runs_of,
 )
+from ..measure.selection import chosen
 from ..measure.sinks import tell_sink
 from ..pictures.heatmap import Heatmap
 from ..pictures.terminal import screen, signed, table, visible
@@ -86,7 +89,7 @@ def sweep(
     at: str = "all", layers: str | Sequence[int] | None = None, executor: Executor | None = None,
     out: str | Path | None = None,
 ) -> Sweep:
-    """Activation patching between two prompts of as many tokens, one cell a patch.
+    """Activation patching between two prompts of as many tokens, one cell per patch.
 
     answer, against: text or id; by default the best token of the clean and of the corrupt run. tensor: l_out, kqv_out
     or ffn_out, by layer and position; kqv or kq_soft_max, by layer and head. metric: logit-difference, probability, kl
@@ -106,8 +109,8 @@ def sweep(
     wanted = chosen(layers, c.n_layer, "layer")
     setting = Setting(ids["clean"], ids["corrupt"], tensor, noising, at == "last", 0, 0)
     runs = runs_of(model, setting)
-    token = _token(model, answer, clean, runs.clean)
-    other = _token(model, against, clean, runs.corrupt)
+    token = token_or(model, answer, clean, int(runs.clean.argmax()))
+    other = token_or(model, against, clean, int(runs.corrupt.argmax()))
     setting = Setting(ids["clean"], ids["corrupt"], tensor, noising, at == "last", token, other)
     ends = measure(np.stack([runs.clean, runs.corrupt]), runs.clean, token, other)      # [2, 4]
     if metric == "logit-difference" and ends[0, 0] == ends[1, 0]:
@@ -129,16 +132,7 @@ def sweep(
         for batch, scores in zip(work, spread(model, run_batch, work, executor)):
             _fill(found, wanted.index(batch.layer), batch.columns, scores, ends)
             bar.step(len(batch.columns))
-    if out is not None:
-        found.save(out)
     return found
-
-
-def _token(model: Model, given: str | int | None, prompt: str | Sequence[int], row: np.ndarray) -> int:
-    """The id that is meant, the best token of a row of logits where none is given. Raises Error."""
-    if given is None:
-        return int(row.argmax())
-    return token_of(model, given, prompt)
 
 
 def _nothing(model: Model, note: dict[str, Any], setting: Setting, layers: list[int], ends: np.ndarray) -> Sweep:
@@ -160,7 +154,7 @@ def _fill(found: Sweep, i: int, columns: list[int], scores: np.ndarray, ends: np
     with np.errstate(all="ignore"):  # NaN where both runs have the same logit difference
         found.logit_difference[i, columns] = (scores[..., 0] - ends[1, 0]) / (ends[0, 0] - ends[1, 0])
     found.probability[i, columns], found.rank[i, columns] = scores[..., 1], scores[..., 3]
-    found.kl[i, columns] = scores[..., 2]  # last: a cell that is no NaN here is done
+    found.kl[i, columns] = scores[..., 2]  # last: a cell that is not NaN here is done
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -180,6 +174,11 @@ def picture(found: Sweep) -> Heatmap:
     return Heatmap(found.values, [str(il) for il in found.layers], found.columns,
                    f"{s['tensor']}{where}, {how}", kind, "layer", UNITS[metric].format(visible(found.answer_piece)),
                    texts, hovers, diverging=diverging, limits=limits, upward=True)
+
+
+def pictures(found: Sweep) -> list[Heatmap]:
+    """The one picture of a sweep."""
+    return [picture(found)]
 
 
 def hover(found: Sweep, i: int, j: int) -> str:
@@ -202,9 +201,8 @@ def text(found: Sweep) -> str:
 # ---------------------------------------------------------------------------------------- command line
 
 
-def command(argv: Sequence[str]) -> int:
-    """`tinymia sweep`."""
-    p = parser("sweep", "Activation patching: pieces of one run put into another, one at a time.", EPILOG)
+def add_flags(p: Parser) -> None:
+    """The two prompts and their answers, and what is patched, measured and shown."""
     p.add_argument("--clean", required=True, metavar="TEXT", help="the prompt with the answer")
     p.add_argument("--corrupt", required=True, metavar="TEXT", help="as many tokens, another answer")
     chat_flags(p)
@@ -215,13 +213,22 @@ def command(argv: Sequence[str]) -> int:
     p.add_argument("--noising", action="store_true", help="corrupt into the clean run instead of clean into corrupt")
     p.add_argument("--at", choices=("all", "last"), default="all", help="rows of a head that are patched")
     p.add_argument("--layers", metavar="LIST", help="such as 0,3-5 (default: all)")
-    args = p.parse_args(argv)
+
+
+def before(args: Namespace) -> None:
+    """Raise Error for flags that do not go together."""
     if args.at == "last" and args.tensor in BY_POSITION:
         raise Error(f"--at last goes with --tensor {' or '.join(BY_HEAD)}: {args.tensor} is patched row by row anyway")
-    model = open_model(args)
+
+
+def run(args: Namespace, model: Model, out: Path | None) -> Sweep:
+    """The sweep that the flags ask for."""
     tell_unknown(model, [args.clean, args.corrupt])
     clean, corrupt = (in_chat(args, model, text) for text in (args.clean, args.corrupt))
     tell_sink(model, clean, corrupt)
-    found = sweep(model, clean, corrupt, args.answer, args.against, tensor=args.tensor, metric=args.metric,
-                  noising=args.noising, at=args.at, layers=args.layers, out=out_file(args))
-    return emit(args, found, text(found), picture(found))
+    return sweep(model, clean, corrupt, args.answer, args.against, tensor=args.tensor, metric=args.metric,
+                 noising=args.noising, at=args.at, layers=args.layers, out=out)
+
+
+command = Command("sweep", "Activation patching: pieces of one run put into another, one at a time.", add_flags, run,
+                  text, pictures, EPILOG, before=before)

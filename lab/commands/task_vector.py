@@ -15,10 +15,10 @@ Source: Hendel, Geva, Globerson, In-Context Learning Creates Task Vectors (2023)
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
-from html import escape
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ import numpy as np
 
 from tinymia import Error, Model
 
-from ..flags.arguments import emit, open_model, out_file, parser
-from ..flags.parser import least
-from ..flags.task_flags import list_tasks, task_flags, tasks_of, tell_answers
+from ..flags.command import Command
+from ..flags.parser import Parser, least
+from ..flags.task_flags import before_tasks, task_flags, tell_answers
 from ..measure.sinks import front, tell_front
 from ..measure.task_files import Task, check_counts, read_tasks
 from ..measure.task_trials import (
@@ -44,13 +44,15 @@ from ..measure.task_trials import (
     theta_trial,
     vector_trial,
 )
-from ..pictures.charts import draw_png
-from ..pictures.page import page, write_page
-from ..pictures.task_vector_tables import accuracy_by_layer, charts, tables
-from ..pictures.terminal import screen
 from ..runs.executors import commit, spread
 from ..runs.progress import keeping
-from ..runs.result import Result, about, resume
+from ..runs.result import about, resume
+from .task_vector_result import TaskVector, accuracy_by_layer, charts, pictures, tables, text, write_html, write_png
+
+__all__ = [
+    "VECTORS", "TaskVector", "accuracy_by_layer", "charts", "command", "pictures",
+    "tables", "task_vector", "text", "write_html", "write_png",
+]  # fmt: skip
 
 EPILOG = """\
 TASK is a name (--list) or a JSON file: [["France", "Paris"], ...] or {"template": "{x} -> {y}", "pairs": [...]}.
@@ -58,28 +60,6 @@ TASK is a name (--list) or a JSON file: [["France", "Paris"], ...] or {"template
   tinymia task-vector -m llama2.gguf country-capital antonyms en-fr --template hendel -o run.npz
 """
 VECTORS = ("mean", "own", "add")
-
-
-@dataclass
-class TaskVector(Result):
-    """Tables by task, in the order of `tasks`. What is not there, or not done yet, is NaN."""
-
-    tasks: list[str]
-    by_layer: np.ndarray        # float64 [n_task, n_layer]: accuracy with the vector on the development queries
-    baseline: np.ndarray        # float64 [n_task]: accuracy of the same queries without it
-    layer: np.ndarray           # float64 [n_task]: the best of by_layer, the lowest where several tie
-    accuracy: np.ndarray        # float64 [n_task, 3]: baseline, vector at that layer, regular, on the test queries
-    probability: np.ndarray     # float64 [n_task, 3]: of the answer, mean over the test queries
-    rank: np.ndarray            # float64 [n_task, 3]: of the answer, from 1, median
-    conflict: np.ndarray        # float64 [n_task, n_task, 4]: prompt of a task, vector of another; see `conflict_hits`
-    vectors: np.ndarray         # float64 [n_task, n_layer, n_embd]: mean theta of the development queries;
-                                # "add": minus the mean of their own rows
-    n_vectors: np.ndarray       # float64 [n_task]: queries in that mean so far
-    lens: list[list[dict[str, Any]]]    # of each task: {"layer", "best": [[piece, probability], ...]}
-    dev_hits: np.ndarray        # float64 [n_task, n_dev, 1 + n_layer], 0 or 1: bare, then with the vector at each layer
-    tests: np.ndarray           # float64 [n_task, n_test, 3, 3]: right, probability, rank; as in `accuracy`
-    conflict_hits: np.ndarray   # float64 [n_task, n_task, n_test, 4]: the prompt unchanged, share of answers of its
-                                # own task, of the other; with the other's vector, of its own task, of the other
 
 
 def task_vector(
@@ -158,14 +138,16 @@ def task_vector(
                 found.conflict_hits[a, b, j] = hits
                 bar.step()
             found.conflict[a, b] = found.conflict_hits[a, b, : len(queries)].mean(0)
-    found.lens, last = [], model.config.n_layer - 1
-    for i, best in enumerate(found.layer.astype(int)):
-        layers = dict.fromkeys((int(best), min(int(best) + 2, last)))
-        best_tokens = ([list(pair) for pair in model.lens(found.vectors[i, il], k, "prob")[0]] for il in layers)
-        found.lens.append([{"layer": il, "best": tokens} for il, tokens in zip(layers, best_tokens)])
-    if out is not None:
-        found.save(out)
+        found.lens = [through_lens(model, found, i, k) for i in range(len(read))]
     return found
+
+
+def through_lens(model: Model, found: TaskVector, i: int, k: int) -> list[dict[str, Any]]:
+    """The k best tokens of a task's vector, at its layer and two layers on."""
+    best = int(found.layer[i])
+    layers = dict.fromkeys((best, min(best + 2, model.config.n_layer - 1)))
+    return [{"layer": il, "best": [list(pair) for pair in model.lens(found.vectors[i, il], k, "prob")[0]]}
+            for il in layers]
 
 
 def _nothing(
@@ -180,9 +162,8 @@ def _nothing(
     return TaskVector(note, tasks, *whole)
 
 
-def command(argv: Sequence[str]) -> int:
-    """`tinymia task-vector`."""
-    p = parser("task-vector", "Task vectors: what examples leave behind, put into prompts without examples.", EPILOG)
+def add_flags(p: Parser) -> None:
+    """Tasks and their prompts, what the vector is made of, and how it is judged."""
     task_flags(p, 5)
     p.add_argument("--dummies", type=least(1), default=2, metavar="N", help="dummy queries a vector is the mean of (2)")
     p.add_argument("--n-dev", type=least(1), default=50, metavar="N", help="queries to choose the layer, at most (50)")
@@ -193,19 +174,16 @@ def command(argv: Sequence[str]) -> int:
                    help="add mean theta minus the mean of bare queries, instead of putting theta in")
     p.add_argument("--conflict", action="store_true", help="put each task's vector into the other tasks' prompts")
     p.add_argument("-k", type=least(1), default=5, metavar="N", help="tokens of the lens (5)")
-    args = p.parse_args(argv)
-    if args.list:
-        return list_tasks(args.json)
-    tasks, model = tasks_of(args), open_model(args)
+
+
+def run(args: Namespace, model: Model, out: Path | None) -> TaskVector:
+    """The task vectors that the flags ask for."""
     tell_front(model, args.bos)
-    tell_answers(model, tasks)
-    found = task_vector(model, tasks, shots=args.shots, dummies=args.dummies, n_dev=args.n_dev, n_test=args.n_test,
-                        conflict=args.conflict, bos=args.bos, vector=args.vector, seed=args.seed, k=args.k,
-                        out=out_file(args))
-    drawn, title, (first, *rest) = charts(found), f"task vectors, {model.path.name} (Hendel et al. 2023)", tables(found)
-    layers = accuracy_by_layer(found)
-    sections = [*(chart.html() for chart in drawn), layers.html(), *(f"<pre>{escape(t)}</pre>" for t in (first, *rest))]
-    return emit(args, found, "\n\n".join([first, layers.terminal(*screen()), *rest]), writers={
-        ".png": lambda path: draw_png(path, drawn, title),
-        ".html": lambda path: write_page(path, page(title, sections)),
-    })
+    tell_answers(model, args.task)
+    return task_vector(model, args.task, shots=args.shots, dummies=args.dummies, n_dev=args.n_dev, n_test=args.n_test,
+                       conflict=args.conflict, bos=args.bos, vector=args.vector, seed=args.seed, k=args.k, out=out)
+
+
+command = Command("task-vector", "Task vectors: what examples leave behind, put into prompts without examples.",
+                  add_flags, run, text, pictures, EPILOG, before=before_tasks,
+                  writers={".png": write_png, ".html": write_html})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ import numpy as np
 
 import tinymia
 from tinymia import Action, Context, Error, Lens, Log, Model, Save
-from tinymia_engine import best, softmax, whole
+from tinymia_engine import best, softmax
 
-from ..cli import cgraph
 from ..flags.action_flags import change_flags, patch_flags, read_actions
-from ..flags.arguments import chosen, emit, open_model, out_file, parser, prompt_flags, prompt_ids
-from ..measure.formulas import told
+from ..flags.arguments import prompt_flags, prompt_ids
+from ..flags.command import Command
+from ..flags.parser import Parser
+from ..measure.formulas import cgraph, told
+from ..measure.selection import chosen, position_of
 from ..pictures.terminal import screen, table, visible
 from ..runs.progress import Progress, interruptible
 from ..runs.result import Result, about, describe, resume
@@ -51,13 +54,12 @@ def trace(
     """Every op of some layers, all where None, and of what comes before and after them, with its values at a position.
 
     An op that actions change has its values as they left them, and in "changed" what they were as computed.
-    out: an .npz or .json file that the result is kept in. Raises Error.
+    out: an .npz or .json file that the result is kept in; where it holds this trace already, that one is returned.
+    Raises Error.
     """
     layers = chosen(layers, model.config.n_layer, "layer")
     ids, actions = model.ids(prompt), tinymia.listed(actions)
-    if not -len(ids) <= whole(position, "the position") < len(ids):
-        raise Error(f"position {position} is out of range: the prompt has {len(ids)} tokens, 0 to {len(ids) - 1}")
-    position %= len(ids)
+    position = position_of(position, len(ids))
     info = about(model, "trace", {"layers": layers, "position": position, "actions": describe(actions)}, prompt=prompt)
     found = resume(out, info, Trace, actions)
     if found is not None:
@@ -89,6 +91,8 @@ def trace(
         run = model.run(prompt, actions=[*first, *actions, *(tinymia.Replace(name, take) for name in names)])
     prob = softmax(run.logits[position:position + 1])[0]                                # [n_vocab]
     found.best = [[model.piece(int(i)), float(prob[i])] for i in best(prob, 5)]
+    if out is not None:
+        found.save(out)
     return found
 
 
@@ -157,7 +161,7 @@ def _lines(words: str) -> list[str]:
 
 
 def _wrapped(start: str, parts: Sequence[str]) -> list[str]:
-    """Parts with commas between, as many a line as find room."""
+    """Parts with commas between, as many per line as find room."""
     lines = [f"    {start}{parts[0]}"]
     for part in parts[1:]:
         if len(lines[-1]) + len(part) + 3 > WIDTH:
@@ -198,22 +202,32 @@ def _layers(first: int, last: int) -> str:
 # ---------------------------------------------------------------------------------------- command line
 
 
-def command(argv: Sequence[str]) -> int:
-    """`tinymia trace`."""
-    p = parser("trace", "The forward pass told op by op: formula, shapes, weights, values, a sentence.",
-               'example: tinymia trace -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --layer 3\n'
-               "x is the residual stream, i and j are positions, h is a head; a matrix times a row is written W x.",
-               pictures=())
+EPILOG = """\
+example: tinymia trace -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --layer 3
+x is the residual stream, i and j are positions, h is a head; a matrix times a row is written W x."""
+
+
+def add_flags(p: Parser) -> None:
+    """The prompt, the layers and the position that are told of, and actions."""
     prompt_flags(p)
     p.add_argument("--layer", metavar="LIST", help="layers that are told of: 0,3-5 (default 0)")
     p.add_argument("--all", action="store_true", help="every layer")
     p.add_argument("--position", type=int, default=-1, metavar="POS", help="whose values (default -1, the last)")
     patch_flags(p.add_argument_group("patch"))
     change_flags(p.add_argument_group("change"))
-    args = p.parse_args(argv)
+
+
+def before(args: Namespace) -> None:
+    """Raise Error for flags that do not go together."""
     if args.all and args.layer is not None:
         raise Error("--all tells of every layer: it does not go with --layer")
-    model = open_model(args)
+
+
+def run(args: Namespace, model: Model, out: Path | None) -> Trace:
+    """The trace that the flags ask for."""
     layers = None if args.all else args.layer or (0,)
-    found = trace(model, prompt_ids(args, model), layers, args.position, read_actions(args, model), out_file(args))
-    return emit(args, found, text(found))
+    return trace(model, prompt_ids(args, model), layers, args.position, read_actions(args, model), out)
+
+
+command = Command("trace", "The forward pass told op by op: formula, shapes, weights, values, a sentence.", add_flags,
+                  run, text, epilog=EPILOG, before=before, drawn=())

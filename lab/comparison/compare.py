@@ -14,6 +14,7 @@ import numpy as np
 import tinymia
 from tinymia import Action, Model
 
+from ..measure.answers import kl as kl_of
 from .llama import Item
 
 END = object()
@@ -221,10 +222,7 @@ def compare(
 
 
 def divergence(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
-    """Of the logits: KL(theirs || ours) in nats, mean and largest; at how many positions the best token is the same."""
-    kl = []
-    for a, b in zip(ours, theirs):
-        p, q = (x - x.max() - np.log(np.exp(x - x.max()).sum()) for x in (b.astype(np.float64), a.astype(np.float64)))
-        kl.append(max(float(np.exp(p) @ (p - q)), 0.0))
+    """KL(theirs || ours) of the logits in nats, mean and largest; at how many positions the best token is the same."""
+    kl = [max(kl_of(b, a), 0.0) for a, b in zip(ours, theirs)]
     equal = int((ours.argmax(1) == theirs.argmax(1)).sum())
     return {"kl": {"mean": float(np.mean(kl)), "max": max(kl)}, "greedy": {"equal": equal, "of": len(kl)}}

@@ -313,14 +313,13 @@ def compute(
                     raise callback.error
 
             run(0, list(ids), 0)
-            new: list[int] = []
-            if n:
-                outcome.output = new
+            output: list[int] = []
+            outcome.output = output if n else None
             for step in range(1, n + 1):
-                new.append(best(llama_cpp, context, vocab))
-                if llama_cpp.llama_vocab_is_eog(vocab, new[-1]):
+                output.append(best(llama_cpp, context, vocab))
+                if llama_cpp.llama_vocab_is_eog(vocab, output[-1]):
                     break
-                run(step, new[-1:], len(ids) + step - 1)
+                run(step, output[-1:], len(ids) + step - 1)
         finally:
             if context:
                 llama_cpp.llama_free(context)

@@ -200,7 +200,7 @@ def judge(out: dict[str, Any]) -> dict[str, Any]:
     alike = f"{same} of {of} tensors bit-identical"
     if later:
         alike += f", and {same_later} of {of_later} in {out['passes'] - 1} passes of decoding"
-    if out["first_not_identical"] and worst:
+    if worst and out["first_not_identical"]:
         alike += f", the worst is {worst['name']} (NMSE {worst['nmse']:.2g})"
     if by_op and by_op["ok"] and by_op["worst"]:
         alike = f"each op by itself is within {by_op['tolerance']:g} (worst {by_op['worst']['nmse']:.2g}); {alike}"

@@ -51,9 +51,8 @@ def verify_self(
         for row in found.rows:
             both = rows.setdefault(row["name"], {"name": row["name"], "shape": row["shape"]})
             both[numerics] = {"nmse": row["nmse"], "max_abs": row["max_abs"]}
-        ours, theirs = found.ours, found.theirs
-        assert ours is not None and theirs is not None      # logits are in every selection
-        out[numerics] = divergence(ours, theirs) | {"worst": max(row["nmse"] for row in found.rows)}
+        assert found.ours is not None and found.theirs is not None      # result_output is always compared
+        out[numerics] = divergence(found.ours, found.theirs) | {"worst": max(row["nmse"] for row in found.rows)}
     out |= {"tokens": ids, "prompt": prompt if isinstance(prompt, str) else None}
     out["rows"] = [row | {"over": not row["f32"]["nmse"] <= tolerance} for row in rows.values()]
     over = [row for row in out["rows"] if row["over"]]

@@ -6,12 +6,13 @@
     model = open_model(args)
     result = lens(model, prompt_ids(args, model))
     return emit(args, result, text, heatmap)
+
+command.py puts these together, once for all commands.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import sys
@@ -20,11 +21,13 @@ from pathlib import Path
 
 import tinymia
 from tinymia import Error, Model
-from tinymia_engine import indices
 from tinymia_files import check_target, note, read_text
 from tinymia_models import DEFAULT
 
-from ..pictures.heatmap import Heatmap, draw_png
+from ..measure.selection import chosen as chosen
+from ..pictures.drawing import need_matplotlib
+from ..pictures.heatmap import Heatmap
+from ..pictures.heatmap_png import draw_png
 from ..pictures.page import page, write_page
 from ..runs.result import Result, dumps
 from ..runs.streams import print_json
@@ -62,20 +65,23 @@ def prompt_flags(g: argparse._ActionsContainer) -> None:
 
 
 def parser(
-    command: str, description: str, epilog: str = "", pictures: Sequence[str] = PICTURES, numerics: str = "f32"
+    command: str, description: str, epilog: str = "", pictures: Sequence[str] = PICTURES, numerics: str = "f32",
+    results: Sequence[str] = RESULTS,
 ) -> Parser:
-    """The flags that every command of the lab has; `pictures` are the kinds that it draws.
+    """The flags that every command of the lab has; `pictures` are the kinds of file that it draws, `results` those that
+    keep what it found.
 
     The lab computes in float32 where nothing else is asked for: the rounding of ggml's numerics is as large as many
     effects that are looked for.
     """
     p = Parser(f"tinymia {command}", description=description, epilog=epilog, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.set_defaults(specs=[], kinds=(*RESULTS, *pictures))
+    p.set_defaults(specs=[], kinds=(*results, *pictures))
     model_flags(p, numerics)
-    drawn = f"; {', '.join(pictures)} the picture" if pictures else ""
+    kept = [f"{' or '.join(results)} keeps the result, and long work goes on from there"] * bool(results)
+    drawn = [f"{', '.join(pictures)} the picture"] * bool(pictures)
     p.add_argument("-o", "--out", action="append", type=Output, default=[], metavar="FILE",
-                   help=f".npz or .json keeps the result, and long work goes on from there{drawn}; more than once")
+                   help=f"{'; '.join(kept + drawn)}; more than once")
     p.add_argument("--json", action="store_true", help="the result as one JSON object")
     p.add_argument("--debug", action="store_true", help="a traceback with errors")
     return p
@@ -86,8 +92,8 @@ def check_file(flag: str, path: str, kinds: Sequence[str]) -> None:
     if Path(path).suffix not in kinds:
         raise Error(f"{flag} {path}: the kinds of file are {', '.join(kinds)}")
     check_target(path)
-    if path.endswith(".png") and importlib.util.find_spec("matplotlib") is None:
-        raise Error(f"{flag} {path}: drawing needs matplotlib: pip install 'tinymia[lab]'")
+    if path.endswith(".png"):
+        need_matplotlib(f"{flag} {path}")
 
 
 def out_file(args: argparse.Namespace) -> Path | None:
@@ -159,28 +165,11 @@ def prompt_ids(args: argparse.Namespace, model: Model, others: Sequence[str] = (
     return prompt
 
 
-def chosen(wanted: str | Sequence[int] | None, n: int, what: str) -> list[int]:
-    """Which of n layers or heads: numbers, a mask, or a text such as 0,3-5; all where None. Raises Error."""
-    if wanted is None:
-        return list(range(n))
-    if isinstance(wanted, str):
-        try:
-            ends = [[int(end) for end in part.split("-", 1)] for part in wanted.split(",")]
-        except ValueError:
-            raise Error(f"{what}s {wanted!r}: write 0,3-5 for {what}s 0, 3, 4 and 5") from None
-        wanted = [i for end in ends for i in range(end[0], end[-1] + 1)]
-    numbers = sorted(set(indices(wanted, what, n).tolist()))
-    for i in numbers:
-        if not 0 <= i < n:
-            raise Error(f"{what} {i} is out of range: there are {n} {what}s, 0 to {n - 1}")
-    return numbers
-
-
 def emit(args: argparse.Namespace, result: Result, text: str, picture: Heatmap | Sequence[Heatmap] | None = None,
-         writers: Mapping[str, Writer] | None = None) -> int:
+         writers: Mapping[str, Writer] | None = None, kept: Path | None = None) -> int:
     """Print the text, or with --json the result, and write every file of -o: the exit status, 0.
 
-    `writers`, by suffix, draw what a heatmap cannot.
+    `writers`, by suffix, draw what a heatmap cannot; the file `kept` has the result already.
     """
     pictures = [picture] if isinstance(picture, Heatmap) else list(picture or ())
     title = " ".join(["tinymia", result.about["command"], result.about["model"]["name"]])
@@ -190,7 +179,8 @@ def emit(args: argparse.Namespace, result: Result, text: str, picture: Heatmap |
         **(writers or {}),
     }
     for path in args.out:
-        draw[Path(path).suffix](Path(path))
+        if Path(path) != kept:
+            draw[Path(path).suffix](Path(path))
     if args.json:
         print_json(dumps(result.to_json()))
     else:

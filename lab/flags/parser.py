@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
     def guarded(self, argv: Sequence[str]) -> list[str]:
         """The arguments with a mark on values that begin with a dash, such as -> and -1,-2, which argparse would take
-        for flags. A word that looks like a flag is no value; numbers are values: -inf."""
+        for flags. A word that looks like a flag is not a value; numbers are values: -inf."""
         rest, out = list(argv), list[str]()
         while rest:
             out.append(rest.pop(0))

@@ -44,6 +44,14 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
     return read_tasks(args.task, template, separator, args.score, prefix)
 
 
+def before_tasks(args: argparse.Namespace) -> int | None:
+    """Read the tasks into `args.task` before a model is opened; with --list print all and end: the exit status."""
+    if args.list:
+        return list_tasks(args.json)
+    args.task = tasks_of(args)
+    return None
+
+
 def list_tasks(as_json: bool) -> int:
     """Print what comes with the lab; the exit status."""
     rows = [(task.name, len(task.pairs), str(task.template), task.about) for task in map(read_task, names())]

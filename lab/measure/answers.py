@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from tinymia import Error, Model
-from tinymia_engine import whole
+from tinymia_engine import best, out_of_range, whole
 from tinymia_files import note
 
 Row = npt.NDArray[np.float32]   # logits of one position, [n_vocab]
@@ -44,8 +45,30 @@ def token_of(model: Model, given: str | int, prompt: str | Sequence[int], what: 
     """The token that is meant by a text, as above, or by an id. Raises Error for one that the model does not have."""
     token = answer_token(model, given, prompt) if isinstance(given, str) else whole(given, f"the {what}")
     if not 0 <= token < model.config.n_vocab:
-        raise Error(f"{what} #{token} is out of range: the model has {model.config.n_vocab} tokens")
+        raise Error(out_of_range(what, f"#{token}", model.config.n_vocab, "tokens", "the model has"))
     return token
+
+
+Other = TypeVar("Other", int, None)
+
+
+def token_or(model: Model, given: str | int | None, prompt: str | Sequence[int], otherwise: Other,
+             what: str = "token") -> int | Other:
+    """The token that is meant by a text or an id; `otherwise` where nothing is given. Raises Error."""
+    return otherwise if given is None else token_of(model, given, prompt, what)
+
+
+def answer_and_rival(
+    model: Model, row: Row, answer: str | int | None, against: str | int | None, prompt: str | Sequence[int]
+) -> tuple[int, int]:
+    """The answer, by default the best token of a row of logits, and the token that it is held against, by default the
+    best one but the answer. Raises Error where they are the same."""
+    first, second = map(int, best(row, 2))
+    token = token_or(model, answer, prompt, first)
+    rival = token_or(model, against, prompt, second if token == first else first)
+    if token == rival:
+        raise Error(f"the answer and what it is against are the same token: {model.piece(token)!r}")
+    return token, rival
 
 
 def _told(model: Model, token: int) -> str:
@@ -65,7 +88,7 @@ def _following(model: Model, text: str, before: str) -> list[int]:
 
 
 def _ids(model: Model, text: str, bos: bool | None = None) -> list[int]:
-    """Without the EOS that some vocabularies put last."""
+    """Token ids of a text, without the EOS that some vocabularies put last."""
     ids = model.tokenize(text, bos)
     return ids[:-1] if model.tokenizer.add_eos else ids
 
@@ -76,7 +99,7 @@ def _note(line: str) -> None:
 
 
 def logit_difference(row: Row, answer: int, against: int) -> float:
-    """Logit of the answer less that of another token."""
+    """Logit of the answer minus that of another token."""
     return float(row[answer]) - float(row[against])
 
 
@@ -87,7 +110,7 @@ def log_softmax(row: Row) -> npt.NDArray[np.float64]:
 
 
 def probability(row: Row, answer: int) -> float:
-    """Of the answer, 0 to 1."""
+    """Probability of the answer, 0 to 1."""
     return float(np.exp(log_softmax(row)[answer]))
 
 
@@ -97,6 +120,6 @@ def rank(row: Row, answer: int) -> int:
 
 
 def kl(row: Row, row2: Row) -> float:
-    """KL divergence of the second from the first, sum p log(p / q), in nats."""
+    """KL divergence of the second row of logits from the first, sum p log(p / q), in nats."""
     p, q = log_softmax(row), log_softmax(row2)
     return float((np.exp(p) * (p - q)).sum())

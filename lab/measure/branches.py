@@ -53,7 +53,7 @@ class Branches(Cache):
         self.il, self.rows = il, (k, v)
 
     def ops(self, ops: Any) -> Any:
-        """The same arithmetic, with each branch's rows among its own keys and values."""
+        """The arithmetic of the cache, with each branch's rows among its own keys and values."""
         if len(self.places) > 1:    # a branch of one row is then not a pass of one token
             ops = ops.several()
 

@@ -123,3 +123,22 @@ def angle(model: Model) -> str:
 def _named(dims: Sequence[str], shape: Sequence[int]) -> list[list[Any]]:
     """[[name, size], ...] of a shape."""
     return [[name, int(size)] for name, size in zip(dims, shape)]
+
+
+def cgraph(model: Model, n_tok: int | None) -> list[dict[str, Any]]:
+    """Every op in the order of computation: name, op, shape, inputs, weight and its type."""
+    sizes = {**model.config.sizes(), "n_tok": n_tok or "n_tok", "n_kv": n_tok or "n_kv"}
+    rows = []
+    for name, (op, il) in model.table.items():
+        below = (model.config.n_layer if il is None else il) - 1
+        before = f"l_out-{below}" if below >= 0 else "inp_embd"
+        inputs = [before if i == "x" else i if il is None else f"{i}-{il}" for i in op.inputs]
+        weight = op.weight and f"{op.weight}.weight" if il is None else op.weight and f"blk.{il}.{op.weight}.weight"
+        if weight and weight not in model.weights:  # output tied to the embedding
+            weight = "token_embd.weight"
+        tensor = model.weights[weight] if weight else None
+        rows.append({
+            "name": name, "op": op.op, "shape": [sizes[d] for d in op.dims], "inputs": inputs, "weight": weight,
+            "type": tensor and tensor.type_name, "weight_shape": tensor and list(tensor.shape),
+        })
+    return rows

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinymia import Cache, Context, Error, Model, Replace
-from tinymia_engine import indices
 
 from .answers import kl, logit_difference, probability
 from .branches import ROWS, Branches
 from .prompt_sets import POOLS, cut_prompts
+from .selection import positions
 
 MODES = ("zero", "mean", "resample")
 METRICS = ("logit-difference", "logit", "probability", "kl")    # in the order of measure()
@@ -56,18 +56,6 @@ def ablate_layer(model: Model, work: Layer) -> np.ndarray:
 def measure(row: np.ndarray, plain: np.ndarray, answer: int, against: int) -> list[float]:
     """Logit difference, logit and probability of the answer, and KL divergence from the run as it is, in nats."""
     return [logit_difference(row, answer, against), float(row[answer]), probability(row, answer), kl(plain, row)]
-
-
-def positions(at: int | Sequence[int] | None, n_tok: int, whose: str) -> np.ndarray:
-    """Positions from 0, each once, intp; negative ones count from the end. Raises Error."""
-    wanted = np.arange(n_tok) if at is None else indices(at, "position", n_tok)
-    rows = np.where(wanted < 0, wanted + n_tok, wanted)
-    for i, row in zip(wanted.tolist(), rows):
-        if not 0 <= row < n_tok:
-            raise Error(f"position {i} is out of range: {whose} has {n_tok} tokens, 0 to {n_tok - 1}")
-    if len(set(rows.tolist())) < max(len(rows), 1):
-        raise Error(f"positions {wanted.tolist()}: each must be there once, and one at least")
-    return rows
 
 
 def head_outputs(model: Model, other: str | Sequence[int], at: int | Sequence[int] | None, n_tok: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The prompts of the function-vector experiment, and what is measured on them, a prompt at a time.
+"""The prompts of the function-vector experiment, and what is measured on them, one prompt after another.
 
 Source: Todd, Li, Sen Sharma, Mueller, Wallace, Bau, Function Vectors in Large Language Models (2023), arXiv 2310.15213.
 """

@@ -92,7 +92,7 @@ def right(logits: np.ndarray, answer: Sequence[int]) -> bool:
 
 
 def rank(logits: np.ndarray, answer: Sequence[int]) -> int:
-    """Of the answer in the last rows, [.., n_vocab]: the worst rank of its tokens; 1 where the answer is right."""
+    """The worst rank of the answer's tokens in the last rows, [.., n_vocab]; 1 where the answer is right."""
     rows, tokens = logits[-len(answer) :], np.array(answer)
     own = rows[np.arange(len(tokens)), tokens][:, None]
     before = (rows > own) | ((rows == own) & (np.arange(rows.shape[1]) < tokens[:, None]))
@@ -100,7 +100,7 @@ def rank(logits: np.ndarray, answer: Sequence[int]) -> int:
 
 
 def probability(logits: np.ndarray, answer: Sequence[int]) -> float:
-    """Of the answer: the product of its tokens' probabilities in the last rows, [.., n_vocab]."""
+    """Probability of the answer: the product of its tokens' probabilities in the last rows, [.., n_vocab]."""
     rows = softmax(np.ascontiguousarray(logits[-len(answer) :], np.float32))
     return float(np.prod(rows[np.arange(len(answer)), list(answer)], dtype=np.float64))
 

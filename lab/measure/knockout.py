@@ -24,9 +24,8 @@ import numpy as np
 
 from tinymia import Ablate, Action, Context, Error, Model, Replace
 
-from ..flags.arguments import chosen
-from .head_ablation import positions
 from .prompt_sets import cut_prompts, pooled
+from .selection import chosen, positions
 
 RANGE = r"-?\d+(?:-\d+)?"
 PART = re.compile(rf"(?:(?P<kind>attn|ffn)-(?P<layers>\d+(?:-\d+)?)|(?P<il>\d+(?:-\d+)?)\.(?P<heads>\d+(?:-\d+)?))?"

@@ -93,7 +93,7 @@ def runs_of(model: Model, setting: Setting) -> Runs:
 
 
 def first_change(setting: Setting, runs: Runs, layer: int, column: int) -> int | None:
-    """The first row through which a patch can change the last logits; None when it changes nothing.
+    """The first row through which a patch can change the last logits; None where it changes nothing.
 
     Rows before it are equal in both runs, bit for bit. In the last layer only the last row counts.
     """
@@ -156,7 +156,7 @@ def patched(model: Model, batch: Batch, runs: Runs) -> np.ndarray:
 
 
 def measure(rows: np.ndarray, clean: np.ndarray, answer: int, against: int) -> np.ndarray:
-    """METRICS of rows of logits [n, n_vocab]: logit of `answer` less that of `against`, probability and rank of the
+    """METRICS of rows of logits [n, n_vocab]: logit of `answer` minus that of `against`, probability and rank of the
     answer, KL divergence in nats from the clean run; float64 [n, 4]."""
     before, after = log_softmax(clean), log_softmax(rows)
     difference = rows[:, answer].astype(np.float64) - rows[:, against]

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from tinymia import Error, Model
+from tinymia_engine import out_of_range
 from tinymia_files import note
 from tinymia_files.vocab import CONTROL, UNKNOWN
 
@@ -89,7 +90,7 @@ def front(model: Model, bos: int | str | None = "auto") -> tuple[int, ...]:
         return ()
     token = int(bos) if isinstance(bos, int) or bos.isdecimal() else model.tokenizer.one(bos)
     if not 0 <= token < model.config.n_vocab:
-        raise Error(f"bos {token} is out of range: the model has {model.config.n_vocab} tokens")
+        raise Error(out_of_range("bos", token, model.config.n_vocab, "tokens", "the model has"))
     return (token,)
 
 
@@ -131,8 +132,8 @@ def sink(model: Model, ids: Sequence[int]) -> Sink | None:
 
 def tell_sink(model: Model, prompt: str | Sequence[int], other: str | Sequence[int] | None = None) -> None:
     """A line on stderr where a word stands in the sink at position 0; with another prompt, if they differ there."""
-    ids, beside = (model.tokenize(p) if isinstance(p, str) else p for p in (prompt, () if other is None else other))
-    if other is not None and list(ids[:1]) == list(beside[:1]):
+    ids = model.ids(prompt)
+    if other is not None and ids[0] == model.ids(other)[0]:
         return
     found = sink(model, ids)
     if found is None:

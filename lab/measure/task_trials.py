@@ -1,4 +1,4 @@
-"""The prompts of the task-vector experiment, and what is measured on them, a query at a time.
+"""The prompts of the task-vector experiment, and what is measured on them, one query after another.
 
 Source: Hendel, Geva, Globerson, In-Context Learning Creates Task Vectors (2023), arXiv 2310.15916.
 """
@@ -122,7 +122,7 @@ class Given(NamedTuple):
 
 
 def measure_trial(model: Model, item: tuple[Trial, int, Given | None]) -> np.ndarray:
-    """Of the bare query alone, with the vector at the layer, and after the demonstrations: [3]; whether the answer is
+    """For the bare query alone, with the vector at the layer, and after the demonstrations, [3]: whether the answer is
     right, its probability, its rank: [3, 3]. The vector is the query's own theta, or the one given."""
     trial, layer, given = item
     shown, bare = Reader(model), Reader(model)
@@ -147,7 +147,8 @@ def conflict_trial(model: Model, item: tuple[list[Prompt], list[Prompt], int, Gi
 def conflict_prompts(
     model: Model, a: Task, b: Task, tests: list[Draw], shots: int, dummies: int, seed: int
 ) -> list[tuple[list[Prompt], list[Prompt]]]:
-    """Of the test queries of A that B answers otherwise: B's prompts with dummies, A's prompt with either answer."""
+    """For every test query that tasks A and B answer differently: B's prompts with dummy queries, and A's prompt
+    paired with A's and with B's answer."""
     other, found = dict(b.pairs), []
     rng = np.random.default_rng([seed, zlib.crc32(a.name.encode()), zlib.crc32(b.name.encode())])
     for (x, y), shown, _ in tests:

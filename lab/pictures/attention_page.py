@@ -1,4 +1,4 @@
-"""Attention patterns to click through in a page: a panel a head, one of them large, every weight told when pointed at.
+"""Attention patterns to click through in a page: a panel per head, one of them large; a weight is told when pointed at.
 
 A weight is stored as the byte round(255 sqrt(weight)), so that weak ones keep their digits: it is off by 0.004 at most.
 Keys after the query, which a causal model does not see, are left out: 32 layers of 32 heads on 50 tokens take 1.7 MB.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,9 +16,6 @@ from tinymia_files import Error
 
 from .colours import SEQUENTIAL
 from .terminal import visible
-
-if TYPE_CHECKING:
-    from ..commands.attend import Attention
 
 STYLE = """
 .attention .bar{display:flex;flex-wrap:wrap;gap:.5rem;align-items:center;margin:.5rem 0}
@@ -164,7 +161,7 @@ def check_size(n_layer: int, n_head: int, n_tok: int, most: int = MOST) -> None:
 def pack(patterns: np.ndarray) -> tuple[bytes, bool]:
     """(bytes, whether keys after the query are left out): [n_layer, n_head, n_tok, n_tok], row by row of each pattern.
 
-    A head at a time: what is made on the way takes more room than the patterns.
+    The heads are packed one by one: the arrays made on the way take more room than the patterns.
     """
     levels = np.empty(patterns.shape, np.uint8)
     for at in np.ndindex(patterns.shape[:-2]):
@@ -174,14 +171,18 @@ def pack(patterns: np.ndarray) -> tuple[bytes, bool]:
     return (levels[..., queries, keys] if causal else levels).tobytes(), causal
 
 
-def viewer(found: Attention) -> str:
-    """A fragment for a page of page.py, whose style and tips it uses; there may be several in a page."""
-    check_size(len(found.layers), len(found.heads), len(found.pieces))
-    weights, causal = pack(found.patterns)
-    kept = np.ix_(found.layers, found.heads)
-    scores = {"previous token": found.previous, "first token": found.first, "induction": found.induction}
+def viewer(pieces: Sequence[str], layers: Sequence[int], heads: Sequence[int], patterns: np.ndarray,
+           scores: Mapping[str, np.ndarray]) -> str:
+    """A fragment for a page of page.py, whose style and tips it uses; there may be several in a page.
+
+    patterns: [len(layers), len(heads), n_tok, n_tok], query and key, of these layers and heads; scores: by their names,
+    [n_layer, n_head] each, of all heads of the model.
+    """
+    check_size(len(layers), len(heads), len(pieces))
+    weights, causal = pack(patterns)
+    kept = np.ix_(layers, heads)
     data = json.dumps({
-        "pieces": [visible(piece) for piece in found.pieces], "layers": found.layers, "heads": found.heads,
+        "pieces": [visible(piece) for piece in pieces], "layers": list(layers), "heads": list(heads),
         "causal": causal, "weights": b64encode(weights).decode(), "ramp": SEQUENTIAL,
         "scores": {name: [[None if np.isnan(v) else round(float(v), 3) for v in row] for row in values[kept]]
                    for name, values in scores.items()},

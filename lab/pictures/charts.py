@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinymia_files import Error, printable, write_atomic
+from tinymia_files import printable
 
+from .drawing import write_png
 from .heatmap import Heatmap, number
+from .heatmap_png import colour_scale, paint_cells
 from .terminal import fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 GREY, BLUE, GREEN = "#8c8c8c", "#2a6fbb", "#3a9a55"     # without, with the vector, with examples
 HUES = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c8c8c")   # Okabe and Ito (2008)
@@ -37,7 +40,7 @@ class Chart:
     y: str = "accuracy"
 
     def colour(self, i: int) -> str:
-        """Of a series."""
+        """The colour of series i."""
         return self.colours[i] if self.colours else HUES[i % len(HUES)]
 
     def html(self) -> str:
@@ -80,7 +83,7 @@ class Chart:
                 f'fill="{self.colour(i)}" data-tip="{tip}"/>')
 
     def draw(self, ax: Axes) -> None:
-        """The same with matplotlib."""
+        """Draw the chart in axes of matplotlib."""
         at = np.arange(len(self.places))
         for i, (label, row) in enumerate(zip(self.labels, self.values)):
             if self.colours:
@@ -101,31 +104,25 @@ class Chart:
 
 def draw_heatmap(ax: Axes, heatmap: Heatmap) -> None:
     """A heatmap beside charts: no numbers in the cells."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
-
-    from .colours import stops
-
-    colours = LinearSegmentedColormap.from_list("", stops(heatmap.diverging) / 255)
-    norm = Normalize(*heatmap.span)
-    shown = ScalarMappable(norm, colours)
-    ax.imshow(heatmap.values, cmap=colours, norm=norm, aspect="auto", interpolation="nearest",
-              origin="lower" if heatmap.upward else "upper")
-    for axis, labels in ((ax.xaxis, heatmap.columns), (ax.yaxis, heatmap.rows)):
-        some = -(-len(labels) // 16)
-        axis.set_ticks(range(0, len(labels), some), labels[::some])
+    paint_cells(ax, heatmap)
+    for axis, labels, order in ((ax.xaxis, heatmap.columns, range(len(heatmap.columns))),
+                                (ax.yaxis, heatmap.rows, heatmap.order)):
+        some = range(0, len(labels), -(-len(labels) // 16))
+        axis.set_ticks([order.index(i) for i in some], [labels[i] for i in some])
     ax.set(title=heatmap.title, xlabel=heatmap.x, ylabel=heatmap.y)
-    ax.figure.colorbar(shown, ax=ax, label=heatmap.unit)
+    ax.figure.colorbar(colour_scale(heatmap), ax=ax, label=heatmap.unit)
 
 
 def draw_png(path: str | Path, panels: Sequence[Chart | Heatmap], title: str) -> None:
     """Write charts and heatmaps side by side as a PNG. Raises Error without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise Error(f"{path}: drawing needs matplotlib: pip install 'tinymia[lab]'") from e
+    write_png(path, lambda: _figure(panels, title))
+
+
+def _figure(panels: Sequence[Chart | Heatmap], title: str) -> Figure:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.5 * len(panels), 4.2), dpi=120, layout="constrained")
     for ax, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
         panel.draw(ax) if isinstance(panel, Chart) else draw_heatmap(ax, panel)
     figure.suptitle(printable(title).replace("$", r"\$"), fontsize=10)
-    write_atomic(path, lambda f: figure.savefig(f, format="png"))
+    return figure

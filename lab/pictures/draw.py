@@ -1,4 +1,4 @@
-"""Attention patterns as one picture: a row of panels a layer, a panel a head, down a panel queries, across it keys.
+"""Attention patterns as one picture: a row of panels per layer, a panel per head, a row of it per query.
 
 The picture is a single image with the panels side by side, so that 32 layers of 32 heads take seconds.
 """
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tinymia_files import Error, printable, write_atomic
+from tinymia_files import Error, printable
+
+from .drawing import drawable, write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,10 +25,10 @@ if TYPE_CHECKING:
 Patterns = Mapping[int, npt.NDArray[np.float32]]    # layer: [n_head, n_tok, n_kv]
 
 # In pixels:
-WIDE = 2400             # what the panels of a row, or of a column, share
-LEAST, MOST = 100, 480  # what a panel gets of it
+WIDE = 2400             # total width of one row of panels, or height of one column of them
+LEAST, MOST = 100, 480  # least and greatest width of one panel
 GAP = 8                 # between panels
-LABEL = 11              # what a token must have for its text to be written
+LABEL = 11              # the smallest cell beside which the text of its token is written
 DPI = 100
 
 
@@ -36,7 +38,7 @@ class Layout:
 
     pool: int           # weights that share a pixel, each way
     zoom: int           # pixels of a weight, each way; pool or zoom is 1
-    high: int           # a panel
+    high: int           # of one panel
     wide: int
     tops: list[int]     # of each layer's panels
     lefts: list[int]    # of each head's panels
@@ -47,8 +49,8 @@ def draw(patterns: Patterns, path: str | os.PathLike[str], tokens: Sequence[str]
     """Write attention patterns, {layer: float32 [n_head, n_tok, n_kv]}, to `path` as one PNG.
 
     `tokens` are the texts of the n_kv keys; the queries are the last n_tok of them. `heads` are the numbers of the
-    heads, where these are not all. Colours run from 0 to 1 on a
-    square-root scale, so that weak attention shows beside strong. Where weights share a pixel it shows the largest.
+    heads, where these are not all. Colours run from 0 to 1 on a square-root scale, so that weak attention shows beside
+    strong. Where weights share a pixel it shows the largest.
     Raises tinymia.Error without matplotlib, and for patterns, tokens or a path that do not fit.
     """
     shapes = {np.shape(p) for p in patterns.values()}
@@ -57,12 +59,9 @@ def draw(patterns: Patterns, path: str | os.PathLike[str], tokens: Sequence[str]
         raise Error(f"a picture needs patterns of one shape [n_head, n_tok, n_kv], not {sorted(shapes) or 'none'}")
     if tokens is not None and len(tokens) != shape[2]:
         raise Error(f"a picture with {shape[2]} keys needs as many tokens, not {len(tokens)}")
-    try:
-        figure = _figure(patterns, _layout(len(patterns), *shape), tokens, printable(" ".join((title or "").split())),
-                         range(shape[0]) if heads is None else heads)
-    except ImportError:
-        raise Error("drawing needs matplotlib: pip install 'tinymia[lab]'") from None
-    write_atomic(os.fspath(path), lambda file: figure.savefig(file, format="png"))
+    write_png(path, lambda: _figure(patterns, _layout(len(patterns), *shape), tokens,
+                                    printable(" ".join((title or "").split())),
+                                    range(shape[0]) if heads is None else heads))
 
 
 def _layout(n_layer: int, n_head: int, n_tok: int, n_kv: int) -> Layout:
@@ -136,15 +135,3 @@ def _write_numbers(axes: Axes, at: Layout, layers: list[int], heads: Sequence[in
     for head, left in zip(heads, at.lefts, strict=True):
         axes.text(left + at.wide / 2, -8, f"{head}", ha="center", va="bottom", fontsize=12)
     axes.text(x, -8, "layer / head", ha="right", va="bottom", fontsize=8)
-
-
-def drawable(texts: Sequence[str], most: int = 14) -> list[str]:
-    """Texts as the font can show them: line ends drawn, long ones cut, and a code point for what it lacks."""
-    from matplotlib.font_manager import findfont, get_font
-
-    font, labels = get_font(findfont("monospace")), []
-    for text in texts:
-        text = text.translate({ord("\n"): "↵", ord("\t"): "⇥"})
-        text = "".join(c if font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in text)
-        labels.append(text if len(text) <= most else text[: most - 1] + "…")
-    return labels

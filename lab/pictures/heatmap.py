@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +20,7 @@ LABEL = 14      # ... and the label of a row
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Rows and columns with names, a number a cell; NaN is a cell that is not there."""
+    """Rows and columns with names, one number per cell; NaN is a cell that is not there."""
 
     values: np.ndarray                              # float [n_rows, n_cols]
     rows: Sequence[str]                             # labels, [n_rows]
@@ -66,7 +65,7 @@ class Heatmap:
         return (-most, most) if self.diverging else (float(found.min()), float(found.max()))
 
     def colours(self) -> np.ndarray:
-        """Of the cells: uint8 [n_rows, n_cols, 3]."""
+        """Colours of the cells: uint8 [n_rows, n_cols, 3]."""
         return rgb(self.values, *self.span, self.diverging)
 
     def text(self, row: int, column: int) -> str:
@@ -156,10 +155,3 @@ def blocks(widths: Sequence[int], room: int) -> list[list[int]]:
         groups[-1].append(j)
         used += width + 1
     return groups
-
-
-def draw_png(path: str | Path, heatmaps: Sequence[Heatmap]) -> None:
-    """Write heatmaps one below the other as a PNG. Raises Error without matplotlib."""
-    from .heatmap_png import draw
-
-    draw(path, heatmaps)

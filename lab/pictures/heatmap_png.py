@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinymia_files import Error, write_atomic
-
 from .colours import ink, stops
+from .drawing import drawable, write_png
 from .heatmap import Heatmap
 from .terminal import visible
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
 # In pixels:
@@ -41,13 +41,23 @@ class Layout:
     bottom: float
 
 
-def draw(path: str | Path, heatmaps: Sequence[Heatmap]) -> None:
-    """Write heatmaps one below the other. Raises Error without matplotlib."""
-    try:
-        figure = _figure(heatmaps)
-    except ImportError:
-        raise Error("drawing needs matplotlib: pip install 'tinymia[lab]'") from None
-    write_atomic(os.fspath(path), lambda file: figure.savefig(file, format="png"))
+def draw_png(path: str | Path, heatmaps: Sequence[Heatmap]) -> None:
+    """Write heatmaps as a PNG, one below the other. Raises Error without matplotlib."""
+    write_png(path, lambda: _figure(heatmaps))
+
+
+def paint_cells(axes: Axes, h: Heatmap) -> None:
+    """Draw the cells of a heatmap in the axes, the row that stands on top first; a cell that is not there is grey."""
+    there = np.isfinite(h.values)[..., None]
+    axes.imshow(np.where(there, h.colours(), np.uint8(225))[list(h.order)], aspect="auto", interpolation="nearest")
+
+
+def colour_scale(h: Heatmap) -> ScalarMappable:
+    """The colours of a heatmap and the numbers that they stand for, as a colour bar needs them."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    return ScalarMappable(Normalize(*h.span), LinearSegmentedColormap.from_list("", stops(h.diverging) / 255))
 
 
 def _layout(h: Heatmap) -> Layout:
@@ -77,14 +87,9 @@ def _figure(heatmaps: Sequence[Heatmap]) -> Figure:
 
 def _draw_one(figure: Figure, h: Heatmap, at: Layout, box: list[float], width: float) -> None:
     """One heatmap in its box [left, bottom, width, height] of the figure."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
-
-    from .draw import drawable
-
     colours, there = h.colours(), np.isfinite(h.values)
     axes, order = figure.add_axes((box[0], box[1], box[2], box[3])), list(h.order)
-    axes.imshow(np.where(there[..., None], colours, np.uint8(225))[order], aspect="auto", interpolation="nearest")
+    paint_cells(axes, h)
     style: dict[str, Any] = {"fontsize": 8, "fontfamily": "monospace", "parse_math": False}
     if at.texts:
         cells, dark = (iter(drawable([h.text(i, j) for i in order for j in range(len(h.columns))], 12)), ink(colours))
@@ -103,6 +108,5 @@ def _draw_one(figure: Figure, h: Heatmap, at: Layout, box: list[float], width: f
     room = int(width - RIGHT - at.left) // 7
     title = h.title if len(h.title) <= room else h.title[: room - 1] + "…"
     axes.set_title(f"{title}\ncolour: {h.unit}", fontsize=9, loc="left", parse_math=False)
-    scale = ScalarMappable(Normalize(*h.span), LinearSegmentedColormap.from_list("", stops(h.diverging) / 255))
     bar = figure.add_axes((box[0] + box[2] + 14 / width, box[1], 12 / width, box[3]))
-    figure.colorbar(scale, cax=bar).ax.tick_params(labelsize=8)
+    figure.colorbar(colour_scale(h), cax=bar).ax.tick_params(labelsize=8)

@@ -117,7 +117,7 @@ class Keeping(Progress):
 
 @contextmanager
 def keeping(result: Result, path: str | Path | None, total: int, name: str, done: int = 0) -> Iterator[Progress]:
-    """Progress over work that fills `result`: at its end, at Ctrl-C and at an error it is saved in `path`.
+    """Progress over work that fills `result`: at its end it is saved in `path`, at Ctrl-C and at an error what is new.
 
         with keeping(result, path, len(cells), "sweep", done) as bar:
             for cell in cells:
@@ -131,9 +131,12 @@ def keeping(result: Result, path: str | Path | None, total: int, name: str, done
         try:
             try:
                 yield bar
-            finally:
+            except BaseException:
                 if path is not None and bar.done > done:
                     result.save(path)
+                raise
+            if path is not None:
+                result.save(path)
         except KeyboardInterrupt:
             kept = f"kept in {path}: the same command goes on from there"
             if path is None:

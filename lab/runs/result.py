@@ -10,8 +10,10 @@ import hashlib
 import json
 import os
 import platform
+import shutil
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -25,6 +27,7 @@ from tinymia_files import check_target, dumps, expand, plain, read_json, read_np
 
 __all__ = ["Result", "about", "describe", "dumps", "model_hash", "plain", "resume"]
 R = TypeVar("R", bound="Result")
+SCREEN = (120, 24)  # columns and lines where there is no terminal to ask
 SAME = ("command", "settings", "model", "prompts")  # parts of `about` that two runs must share to be the same
 
 
@@ -33,6 +36,23 @@ class Result:
     """Base of what the lab's functions give. Fields are NumPy arrays, or what JSON can hold."""
 
     about: dict[str, Any]       # command, settings, model, prompts, versions
+
+    def __init_subclass__(cls, **how: Any) -> None:
+        super().__init_subclass__(**how)
+        setattr(cls, "__repr__", Result.__repr__)   # noqa: B010  or @dataclass would write one that prints every number
+
+    def __repr__(self) -> str:
+        """The lines that its command prints, cut to a screen; its name where there is nothing to print yet."""
+        words: Any = getattr(sys.modules[type(self).__module__], "text", None)   # of the file that defines the result
+        try:
+            lines = words(self).splitlines()
+        except Exception:   # not a command's, or its work was stopped half-way
+            return f"{type(self).__name__}({', '.join(f.name for f in fields(self))})"
+        width, height = shutil.get_terminal_size(SCREEN)
+        shown = [line if len(line) <= width or "\x1b" in line else line[: width - 1] + "…" for line in lines]
+        if len(shown) > height - 2:
+            shown[height - 3 :] = [f"... and {len(shown) - height + 3} more lines"]
+        return "\n".join(shown)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The fields that are arrays."""
@@ -64,12 +84,13 @@ class Result:
         with reading(path, "a saved result"):
             found = _read_npz(expand(path)) if Path(path).suffix == ".npz" else _read_json(path)
             kind, hints = found.pop("kind"), get_type_hints(cls)
-            if kind != cls.__name__ or hints.keys() != found.keys():
+            newer = {f.name for f in fields(cls) if f.default_factory is not MISSING}   # files of before lack them
+            if kind != cls.__name__ or not hints.keys() - newer <= found.keys() <= hints.keys():
                 raise Error(f"{path}: holds a result of the kind {short(kind)}, or of another version, not "
                             f"{cls.__name__}")
-            wrong = next((name for name, hint in hints.items() if not _fits(found[name], hint)), None)
+            wrong = next((name for name, hint in hints.items() if name in found and not _fits(found[name], hint)), None)
             if wrong is not None:
-                raise ValueError(f"its {wrong} is no {getattr(hints[wrong], '__name__', hints[wrong])}")
+                raise ValueError(f"its {wrong} is not a {getattr(hints[wrong], '__name__', hints[wrong])}")
         return cls(**found)
 
 

@@ -1,22 +1,46 @@
-"""What `tinymia task-vector` found, as text and as pictures."""
+"""What `tinymia task-vector` found, its words and its pictures."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .charts import BLUE, GREEN, GREY, Chart
-from .heatmap import Heatmap
-from .terminal import table, visible
-
-if TYPE_CHECKING:
-    from ..commands.task_vector import TaskVector
+from ..pictures.charts import BLUE, GREEN, GREY, Chart, draw_png
+from ..pictures.heatmap import Heatmap
+from ..pictures.page import page, write_page
+from ..pictures.terminal import screen, table, visible
+from ..runs.result import Result
 
 NO_LAYER = """\
 on the development queries the vector gives no more right answers at any layer than the bare query alone.
 Where `regular` is low too, the model does not do the task with examples either. Otherwise the template may not suit the
 model (--template), or the query's word may be lost in the attention sink at position 0 (--bos)."""
+
+
+@dataclass
+class TaskVector(Result):
+    """Tables by task, in the order of `tasks`. What is not there, or not done yet, is NaN."""
+
+    tasks: list[str]
+    by_layer: np.ndarray        # float64 [n_task, n_layer]: accuracy with the vector on the development queries
+    baseline: np.ndarray        # float64 [n_task]: accuracy of the same queries without it
+    layer: np.ndarray           # float64 [n_task]: the best of by_layer, the lowest where several tie
+    accuracy: np.ndarray        # float64 [n_task, 3]: baseline, vector at that layer, regular, on the test queries
+    probability: np.ndarray     # float64 [n_task, 3]: of the answer, mean over the test queries
+    rank: np.ndarray            # float64 [n_task, 3]: of the answer, from 1, median
+    conflict: np.ndarray        # float64 [n_task, n_task, 4]: prompt of a task, vector of another; see `conflict_hits`
+    vectors: np.ndarray         # float64 [n_task, n_layer, n_embd]: mean theta of the development queries;
+                                # "add": minus the mean of their own rows
+    n_vectors: np.ndarray       # float64 [n_task]: queries in that mean so far
+    lens: list[list[dict[str, Any]]]    # of each task: {"layer", "best": [[piece, probability], ...]}
+    dev_hits: np.ndarray        # float64 [n_task, n_dev, 1 + n_layer], 0 or 1: bare, then with the vector at each layer
+    tests: np.ndarray           # float64 [n_task, n_test, 3, 3]: right, probability, rank; as in `accuracy`
+    conflict_hits: np.ndarray   # float64 [n_task, n_task, n_test, 4]: the prompt unchanged, share of answers of its
+                                # own task, of the other; with the other's vector, of its own task, of the other
 
 
 def no_layer(found: TaskVector) -> list[int]:
@@ -66,3 +90,30 @@ def charts(found: TaskVector) -> list[Chart]:
     return [Chart("accuracy with the vector (development queries)", "layer", layers, found.tasks, found.by_layer),
             Chart("accuracy at the best layer (test queries)", "task", found.tasks,
                   ("baseline", "task vector", "regular"), found.accuracy.T, (GREY, BLUE, GREEN))]
+
+
+def pictures(found: TaskVector) -> list[Chart | Heatmap]:
+    """The charts, and accuracy by layer as a heatmap."""
+    return [*charts(found), accuracy_by_layer(found)]
+
+
+def text(found: TaskVector) -> str:
+    """What the terminal shows."""
+    first, *rest = tables(found)
+    return "\n\n".join([first, accuracy_by_layer(found).terminal(*screen()), *rest])
+
+
+def title(found: TaskVector) -> str:
+    """The title of the page and of the picture."""
+    return f"task vectors, {Path(found.about['model']['path']).name} (Hendel et al. 2023)"
+
+
+def write_png(found: TaskVector, path: Path) -> None:
+    """Draw the charts side by side."""
+    draw_png(path, charts(found), title(found))
+
+
+def write_html(found: TaskVector, path: Path) -> None:
+    """Write the page: pictures, then all tables."""
+    shown = [picture.html() for picture in pictures(found)]
+    write_page(path, page(title(found), [*shown, *(f"<pre>{escape(t)}</pre>" for t in tables(found))]))

@@ -1,0 +1,71 @@
+"""The one shape of the lab's commands: a function, its result, its words, its pictures, its flags.
+
+    def lens(model, prompt, ..., out=None) -> Lens          the experiment, as Python calls it
+    def text(found, position=-1, colour="prob") -> str      what the terminal shows of its result
+    def pictures(found, colour="prob") -> list[Heatmap]     what -o FILE.png and FILE.html show
+    def add_flags(p) -> None                                the flags that it has besides those of all commands
+    def run(args, model, out) -> Lens                       the function, called with what the flags say
+    command = Command("lens", "What each layer ...", add_flags, run, text, pictures, text_flags=("position", "colour"))
+
+Help, the order of checks, the model, resuming from a file of -o, saving, drawing and printing are written here, once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tinymia import Model
+
+from ..runs.result import Result
+from .arguments import PICTURES, RESULTS, emit, open_model, out_file, parser
+from .parser import Parser
+
+
+def nothing(found: Any) -> list[Any]:
+    """The pictures of a command that draws none."""
+    return []
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the lab; calling it with the words after its name runs it and gives the exit status."""
+
+    name: str
+    about: str                                                      # what --help begins with
+    add_flags: Callable[[Parser], None]
+    run: Callable[[argparse.Namespace, Model, Path | None], Result]     # out: the file that it is kept in, or None
+    text: Callable[..., str]
+    pictures: Callable[..., Sequence[Any]] = nothing                # Heatmaps and Charts
+    epilog: str = ""                                                # examples, at the end of --help
+    text_flags: Sequence[str] = ()                                  # flags that `text` takes as keyword arguments
+    picture_flags: Sequence[str] = ()                               # ... and that `pictures` takes
+    before: Callable[[argparse.Namespace], int | None] | None = None    # checks before the model is opened; an exit
+                                                                        # status ends the command there
+    results: Sequence[str] = RESULTS                                # kinds of file that keep the result
+    drawn: Sequence[str] = PICTURES                                 # kinds of file that show it
+    writers: Mapping[str, Callable[[Any, Path], None]] = field(default_factory=dict)    # by suffix, for kinds of file
+                                                                    # that show more than the pictures, or are not drawn
+
+    def parser(self) -> Parser:
+        """The flags of every command, and those of this one."""
+        p = parser(self.name, self.about, self.epilog, self.drawn, results=self.results)
+        p.set_defaults(kinds=tuple(dict.fromkeys([*self.results, *self.drawn, *self.writers])))
+        self.add_flags(p)
+        return p
+
+    def __call__(self, argv: Sequence[str]) -> int:
+        args = self.parser().parse_args(argv)
+        status = self.before and self.before(args)
+        if status is not None:
+            return status
+        model, out = open_model(args), out_file(args)
+        found = self.run(args, model, out)
+        words, look = ({name: getattr(args, name) for name in names} for names in (self.text_flags, self.picture_flags))
+        asked = {Path(path).suffix for path in args.out} & {*PICTURES} - self.writers.keys()
+        return emit(args, found, self.text(found, **words), self.pictures(found, **look) if asked else None,
+                    {suffix: partial(write, found) for suffix, write in self.writers.items()}, kept=out)

@@ -1,0 +1,116 @@
+"""The house keeps its plan: which file may import which, and how long a file may be."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIMITS = {"kernels": 250, "lab": 250}
+LONGER = {"lab/comparison/llama.py", "lab/comparison/verify.py"}    # their parts are still to be taken out
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the installed packages by its import name; an __init__ by the name of its package."""
+    found = {"tinymia": ROOT / "tinymia.py"}
+    for folder in ("kernels", "engine", "files", "lab", "models"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join([f"tinymia_{folder}", *(part for part in parts if part != "__init__")])] = path
+    return found
+
+
+@cache
+def imports(name: str) -> frozenset[str]:
+    """The modules of ours that a module imports, those inside functions and under TYPE_CHECKING included."""
+    path, known = modules()[name], modules()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            submodules = {f"{base}.{alias.name}" for alias in node.names} & known.keys()
+            found |= submodules | ({base} if len(submodules) < len(node.names) else set())
+    return frozenset(found & known.keys() - {name})
+
+
+def circles(names: set[str]) -> list[set[str]]:
+    """Groups of modules of which each imports every other one, directly or through others."""
+    def reached(start: str) -> set[str]:
+        seen, todo = set(), [start]
+        while todo:
+            for one in imports(todo.pop()) & names - seen:
+                seen.add(one)
+                todo.append(one)
+        return seen
+
+    below = {name: reached(name) for name in names}
+    groups = {frozenset(b for b in below[a] if a in below[b]) for a in names if a in below[a]}
+    return sorted((set(group) for group in groups), key=sorted)
+
+
+def of(folder: str) -> set[str]:
+    return {name for name in modules() if f"{name}.".startswith(f"tinymia_{folder}.")}
+
+
+def test_the_graph_of_imports_is_read_right():
+    """Relative imports, modules of a package, and imports inside functions: what the other tests rest on."""
+    assert "tinymia_files.errors" in imports("tinymia_files") and "tinymia_lab.cli" in imports("tinymia")
+    assert {"tinymia_lab.runs.streams", "tinymia_files"} <= imports("tinymia_lab.pictures.page")
+    assert {"tinymia_lab.commands.lens"} <= imports("tinymia_lab")
+    assert circles({"tinymia", *of("lab")}), "tinymia.main reaches into lab, lab rests on tinymia: that one is meant"
+
+
+def test_no_two_files_of_the_lab_import_each_other():
+    assert not circles(of("lab"))
+
+
+@pytest.mark.parametrize("folder", ["kernels", "engine", "files"])
+def test_no_two_files_below_the_engine_import_each_other(folder):
+    """A package's __init__, which collects what its files have, is no circle with them."""
+    assert not circles({name for name in of(folder) if modules()[name].name != "__init__.py"})
+
+
+@pytest.mark.parametrize("room", ["measure", "pictures", "runs", "flags"])
+def test_the_rooms_of_the_lab_do_not_import_what_stands_above_them(room):
+    up = {(name, one) for name in of(f"lab.{room}") for one in imports(name)
+          if one.startswith(("tinymia_lab.commands", "tinymia_lab.comparison", "tinymia_lab.cli"))}
+    assert not up
+
+
+@pytest.mark.parametrize("room,above", [("runs", ("measure", "pictures", "flags")), ("measure", ("pictures", "flags")),
+                                        ("pictures", ("measure", "flags"))])
+def test_the_rooms_of_the_lab_stand_in_order(room, above):
+    """Results at the bottom; measurements and pictures on them, apart from each other; flags on both."""
+    up = {(name, one) for name in of(f"lab.{room}") for one in imports(name)
+          if one.startswith(tuple(f"tinymia_lab.{other}" for other in above))}
+    assert not up
+
+
+@pytest.mark.parametrize("folder,above", [
+    ("kernels", ("tinymia", "engine", "files", "lab", "models")), ("files", ("tinymia", "engine", "lab")),
+    ("engine", ("tinymia", "lab")),
+])
+def test_imports_point_down_to_files_and_kernels(folder, above):
+    names = set().union(*({"tinymia"} if one == "tinymia" else of(one) for one in above))
+    assert not {(name, one) for name in of(folder) for one in imports(name) & names}
+
+
+@pytest.mark.parametrize("folder", LIMITS)
+def test_a_file_can_be_read_in_one_sitting(folder):
+    long = {str(path.relative_to(ROOT)): n for path in (ROOT / folder).rglob("*.py")
+            if (n := len(path.read_text("utf-8").splitlines())) > LIMITS[folder]}
+    assert long.keys() <= LONGER, long
+
+
+def test_the_story_is_in_the_first_half_of_a_short_file():
+    lines = (ROOT / "tinymia.py").read_text("utf-8").splitlines()
+    forward = next(node for node in ast.parse("\n".join(lines)).body
+                   if isinstance(node, ast.FunctionDef) and node.name == "forward")
+    assert len(lines) <= 850 and forward.lineno < len(lines) / 2
+    assert forward.end_lineno - forward.lineno + 1 <= 60
