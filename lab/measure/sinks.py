@@ -132,8 +132,8 @@ def sink(model: Model, ids: Sequence[int]) -> Sink | None:
 
 def tell_sink(model: Model, prompt: str | Sequence[int], other: str | Sequence[int] | None = None) -> None:
     """A line on stderr where a word stands in the sink at position 0; with another prompt, if they differ there."""
-    ids = model.ids(prompt)
-    if other is not None and ids[0] == model.ids(other)[0]:
+    ids, beside = (model.tokenize(p) if isinstance(p, str) else p for p in (prompt, () if other is None else other))
+    if other is not None and list(ids[:1]) == list(beside[:1]):
         return
     found = sink(model, ids)
     if found is None:
