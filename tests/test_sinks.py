@@ -23,9 +23,6 @@ class Sinking:
     def tokenize(self, text, bos=None, special=True):
         return self.tokenizer.encode(text, bool(bos), special)
 
-    def ids(self, prompt):
-        return self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
-
     def run(self, ids, keep=(), actions=(), **how):
         sink = Replace("l_out", lambda x, ctx: x + (ctx.positions == 0).astype(np.float32)[:, None] * self.row)
         ids = self.tokenize(ids) if isinstance(ids, str) else ids
