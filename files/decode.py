@@ -35,10 +35,12 @@ TABLES = {
 }
 
 
-def stored(raw: np.ndarray, kind: BlockType, n_rows: int, n_in: int) -> tuple[kernels.Format, np.ndarray]:
-    """What kernels take of a weight: its format, and its bytes as they are or, without a kernel, decoded."""
+def stored(raw: np.ndarray, kind: BlockType, n_rows: int, n_in: int) -> kernels.Matrix:
+    """What kernels take of a weight: its bytes as they are or, when their type has no kernel, decoded."""
     fmt = kernels.FORMATS.get(kind.type)
-    return decode(raw, kind, n_rows, n_in) if fmt is None else (fmt, raw)
+    if fmt is None:
+        fmt, raw = decode(raw, kind, n_rows, n_in)
+    return kernels.Matrix.of(raw, fmt, n_rows, n_in)
 
 
 def _target(fmt: BlockType) -> kernels.Format:

@@ -100,8 +100,8 @@ class Tensor:
         return self.type.name
 
     @cached_property
-    def stored(self) -> tuple[Any, np.ndarray]:
-        """What kernels take: (kernels.Format, uint8 bytes), in the map, or decoded where there is no kernel."""
+    def stored(self) -> Any:
+        """What kernels take, a kernels.Matrix: the bytes in the map, or decoded where there is no kernel."""
         from .decode import stored
 
         return stored(self.raw, self.type, math.prod(self.shape[:-1]), self.shape[-1])

@@ -440,12 +440,13 @@ def test_exp_is_as_exact_as_the_one_of_ggml(rng):
 def test_attention_equals_the_oracle_and_its_own_steps(dtype, d_head, d_v, rng):
     n_head, n_head_kv, n_past, n_tok, cap, scale = 6, 2, 17, 5, 32, 1 / np.sqrt(d_head)
     k, v = np.zeros((n_head_kv, cap, d_head), dtype), np.zeros((n_head_kv, d_v, cap), dtype)
-    for cache, store, by_position in ((k, tk.store_keys, k), (v, tk.store_values, v.swapaxes(1, 2))):
-        d = by_position.shape[2]
-        past, now = (rng.standard_normal((n, n_head_kv, d)).astype(np.float32) for n in (n_past, n_tok))
-        store(cache, past, 0)
-        store(cache, now, n_past)
-        assert np.array_equal(by_position[:, n_past : n_past + n_tok], now.transpose(1, 0, 2).astype(dtype))
+    draw = lambda n, d: rng.standard_normal((n, n_head_kv, d)).astype(np.float32)  # noqa: E731
+    past, now = (draw(n_past, d_head), draw(n_past, d_v)), (draw(n_tok, d_head), draw(n_tok, d_v))
+    tk.put(k, v, *past, 0)
+    tk.put(k, v, *now, n_past)
+    for by_position, before, x in ((k, past[0], now[0]), (v.swapaxes(1, 2), past[1], now[1])):
+        assert np.array_equal(by_position[:, :n_past], before.transpose(1, 0, 2).astype(dtype))
+        assert np.array_equal(by_position[:, n_past : n_past + n_tok], x.transpose(1, 0, 2).astype(dtype))
         assert not by_position[:, n_past + n_tok :].any()
     q = rng.standard_normal((n_tok, n_head, d_head)).astype(np.float32)
     kq, p, kqv = naive_attention(q, k, v.swapaxes(1, 2), n_past, scale)
@@ -487,6 +488,7 @@ def test_scores_of_inf_and_nan_do_not_crash():
 
 def test_attention_refuses_what_does_not_fit():
     q, k, v = np.zeros((2, 4, 8), np.float32), np.zeros((2, 16, 8), np.float16), np.zeros((2, 8, 16), np.float16)
+    x = np.zeros((1, 2, 8), np.float32)
     for call, message in [
         (lambda: tk.kq(q, k, 17), "room for 16 positions; 17 are needed"),
         (lambda: tk.kq(q, k[:, :10].copy(), 5), "room for 10 positions; 5 are needed, and a multiple of 16"),
@@ -496,10 +498,14 @@ def test_attention_refuses_what_does_not_fit():
         (lambda: tk.attention(q, k, v.astype(np.float32), 0, 1.0), "do not fit"),
         (lambda: tk.attention(q, k, v, 15, 1.0), "room for 16 positions; 17 are needed"),
         (lambda: tk.attention(q, k, v, -1, 1.0), "do not fit"),
-        (lambda: tk.store_keys(k, np.zeros((1, 2, 8), np.float32), 16), "room for 16 positions; 17 are needed"),
-        (lambda: tk.store_keys(k, np.zeros((1, 2, 7), np.float32), 0), "x is a contiguous float32"),
-        (lambda: tk.store_values(v, np.zeros((1, 2, 7), np.float32), 0), "x is a contiguous float32"),
-        (lambda: tk.store_values(v, np.zeros((3, 2, 8), np.float32), -1), "do not fit"),
+        (lambda: tk.put(k, v, x, x, 16), "room for 16 positions; 17 are needed"),
+        (lambda: tk.put(k, v, x[:, :, :7].copy(), x, 0), "k is a contiguous float32"),
+        (lambda: tk.put(k, v, x, x[:, :, :7].copy(), 0), "v is a contiguous float32"),
+        (lambda: tk.put(k, v, x, x, -1), "do not fit"),
+        (lambda: tk.put(k, v, x, np.concatenate([x, x]), 0), "do not fit"),
+        (lambda: tk.put(k[:1].copy(), v, x, x, 0), "do not fit"),
+        (lambda: tk.put(k, v[:1].copy(), x, x, 0), "do not fit"),
+        (lambda: tk.put(k, v.astype(np.float32), x, x, 0), "do not fit"),
         (lambda: tk.soft_max(q, 1.0, -1), "n_past is -1"),
         (lambda: tk.kqv(np.zeros((4, 1, 17), np.float32), v), "room for 16 positions; 17 are needed"),
     ]:

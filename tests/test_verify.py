@@ -280,15 +280,15 @@ def test_recorded_passes_of_decoding(recording):
 def test_a_fault_of_decoding_alone_is_named(recording, monkeypatch):
     """Keys stored at a wrong place after the prompt: its pass is right, kq of the next one is not."""
     path, npz = recording
-    right = tinymia.put
+    right = tinymia_kernels.Arithmetic.put
 
-    def wrong(keys, values, k, v, n):
-        right(keys, values, k, v, n)
+    def wrong(self, keys, values, k, v, n):
+        right(self, keys, values, k, v, n)
         if n:
             keys[:, n - 1] = keys[:, n]
             keys[:, n] = 0
 
-    monkeypatch.setattr(tinymia, "put", wrong)
+    monkeypatch.setattr(tinymia_kernels.Arithmetic, "put", wrong)
     out = verify(path, TEXT, against=npz, n_predict=2, threads=1)
     assert not out["ok"] and not any(row["over"] for row in out["rows"]) and out["first"] == "kq-0"
     assert "kq-0" in out["verdict"]

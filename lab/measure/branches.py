@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinymia import Cache, Error, put
+from tinymia import Cache, Error
 
 ROWS = 512  # of a batch: more does not make a row cheaper
 
@@ -49,8 +49,8 @@ class Branches(Cache):
         """The last row of each branch: [n_branch, ...]."""
         return x[self.ends - 1]
 
-    def store(self, il: int, k: np.ndarray, v: np.ndarray) -> None:
-        self.il, self.rows = il, (k, v)
+    def store(self, il: int, k: np.ndarray, v: np.ndarray, ops: Any) -> None:
+        self.il, self.rows, self.put = il, (k, v), ops.put
 
     def ops(self, ops: Any) -> Any:
         """The arithmetic of the cache, with each branch's rows among its own keys and values."""
@@ -81,7 +81,7 @@ class Branches(Cache):
         """
         k, v = self.base.k[self.il].copy(), self.base.v[self.il].copy()
         for rows, start in self.parts:
-            put(k, v, self.rows[0][rows], self.rows[1][rows], start)
+            self.put(k, v, self.rows[0][rows], self.rows[1][rows], start)
             yield rows, k, v
 
 
