@@ -80,9 +80,9 @@ def right(found: PairsResult) -> str:
     diff, n_done = found.clean[done], int(done.sum())
     spread = f" ± {diff.std(ddof=1) / np.sqrt(n_done):.2f}" if n_done > 1 else ""
     mean = f"{signed(float(diff.mean()), 2)}{spread}" if n_done else "none"
-    return (f"{n_done} of {n} pairs done; after the clean prompt the answer is the best token in {best} of them, and "
-            f"better than the other answer in {preferred}; after the corrupt prompt the other answer is better in "
-            f"{other}; logit difference after clean {mean}")
+    return (f"{n_done} of {n} pairs done; after the clean prompt the answer is the best token in {best} of them,\n"
+            f"and better than the other answer in {preferred}; after the corrupt prompt the other answer is better in "
+            f"{other};\nlogit difference of the two answers after the clean prompt: {mean}")
 
 
 def largest(found: PairsResult) -> str:
