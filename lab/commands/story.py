@@ -56,15 +56,14 @@ def story(
     parts, without = attribute(model, clean, wanted, rival), ablate(model, clean, wanted, rival)
     runs = [model.run(prompt, keep=["kq_soft_max"], logits="last") for prompt in (clean, corrupt)]
     told = carriers(by_head.logit_difference, parts.heads, heads)
-    patterns = [np.array([run[f"kq_soft_max-{il}"][head, -1] for il, head in told], np.float32)
-                for run in runs]
-    comes = []
+    looks, looks_too = (np.array([run[f"kq_soft_max-{il}"][head, -1] for il, head in told], np.float32) for run in runs)
+    comes = list[list[list[object]]]()
     for run in runs:
         share = softmax(run.logits[-1:])[0]
         comes.append([[model.piece(int(i)), float(share[i])] for i in best_of(share, 5)])
     silenced = [silence(model, prompt, *told[0]) for prompt in (clean, corrupt, *others)]
     return Story(info, by_token.clean_pieces, by_token.corrupt_pieces, comes, by_token, by_head, parts, without,
-                 [list(one) for one in told], *patterns, silenced)
+                 [list(one) for one in told], looks, looks_too, silenced)
 
 
 def carriers(moved: np.ndarray, written: np.ndarray, n: int) -> list[tuple[int, int]]:

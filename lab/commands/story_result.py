@@ -115,8 +115,8 @@ def about_head(found: Story, i: int) -> str:
         f"{found.patterns[i, k]:.2f} of its attention, and in the second prompt at {said(found.other_pieces[other])} "
         f"with {found.other_patterns[i, other]:.2f}. Attribution: it writes {signed(part, 2)} logits for {a} against "
         f"{b}, {place} of {n_parts} heads. Patch: its output alone, copied from the first run into the second, moves "
-        f"the answer {moved:.2f} of the way. Ablation: without it the logit difference changes by {signed(effect, 2)}, to "
-        f"{signed(found.ablation.values[0, il, head], 2)}, and the best token is {said(best)}.")
+        f"the answer {moved:.2f} of the way. Ablation: without it the logit difference changes by {signed(effect, 2)}, "
+        f"to {signed(found.ablation.values[0, il, head], 2)}, and the best token is {said(best)}.")
 
 
 def honest(found: Story) -> list[str]:
