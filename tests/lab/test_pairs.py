@@ -1,6 +1,7 @@
 """--pairs: a command over many pairs of prompts. The single-prompt commands judge it, and NumPy its statistics."""
 import json
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -150,6 +151,14 @@ def test_workers_find_what_one_does(model, three, command):
     with ThreadPoolExecutor(2) as pool:
         a, b = over_pairs(model, command, three, executor=pool), over_pairs(model, command, three)
     np.testing.assert_array_equal(a.values, b.values)
+
+
+def test_workers_may_be_processes_and_their_errors_name_the_pair(model, three):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        found = over_pairs(model, "attribute", three[:2], executor=pool)
+        np.testing.assert_array_equal(found.values, over_pairs(model, "attribute", three[:2]).values)
+        with pytest.raises(tinymia.Error, match=r"^pair 1: position 99 "):
+            over_pairs(model, "ablate", three, at=99, executor=pool)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".json"])
