@@ -27,7 +27,7 @@ from .ops import rms_norm, rope, rope_angles, silu
 EXPANDED = expanded.EXPANDED.format
 
 __all__ = [
-    "EXPANDED", "FORMATS", "Arithmetic", "Format", "Matrix", "Pool", "announce_done", "attention", "compiling", "dequantize",
-    "get_rows", "kq", "kqv", "matmul", "matmul_several", "physical_cores", "put", "register", "rms_norm", "rope",
-    "rope_angles", "silu", "soft_max",
+    "EXPANDED", "FORMATS", "Arithmetic", "Format", "Matrix", "Pool", "announce_done", "attention", "compiling",
+    "dequantize", "get_rows", "kq", "kqv", "matmul", "matmul_several", "physical_cores", "put", "register",
+    "rms_norm", "rope", "rope_angles", "silu", "soft_max",
 ]

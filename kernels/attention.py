@@ -15,7 +15,6 @@ import numpy as np
 from .attention_kernels import KERNELS, soft_max_rows
 from .machine.threads import Pool, run
 
-
 F32 = np.dtype(np.float32)
 
 

@@ -57,6 +57,12 @@ class Matrix(NamedTuple):
         return cls(raw, fmt, n_out, n_in, row_bytes)
 
 
+def _check(x: np.ndarray) -> None:
+    """ValueError unless x is what products take."""
+    if x.dtype != F32 or x.ndim != 2 or not x.flags.c_contiguous:
+        raise ValueError(f"activations are a contiguous float32 [n_tok, n_in] array, not {x.dtype} {x.shape}")
+
+
 def _prepare(x: np.ndarray, fmt: Format, in_panels: bool, pool: Pool | None) -> tuple[np.ndarray, int, int]:
     """The activations as fmt.activation says: rounded float32 beside plain numbers, else records, or panels of records.
 
@@ -122,7 +128,8 @@ def matmul(
     ValueError when shapes, types or lengths do not fit.
     Source: ggml-cpu.c, ggml_compute_forward_mul_mat and type_traits_cpu (vec_dot_type).
     """
-    return matmul_several(x, [Matrix.of(raw, fmt, n_out, x.shape[-1])], numerics, pool)[0]
+    _check(x)
+    return matmul_several(x, [Matrix.of(raw, fmt, n_out, x.shape[1])], numerics, pool)[0]
 
 
 def matmul_several(
@@ -133,8 +140,7 @@ def matmul_several(
     Formats may differ. Returns a float32 [n_tok, n_out] per matrix. x is rounded or quantised once per kind of
     activation; the threads get all the products at once. ValueError as `matmul` says.
     """
-    if x.dtype != F32 or x.ndim != 2 or not x.flags.c_contiguous:
-        raise ValueError(f"activations are a contiguous float32 [n_tok, n_in] array, not {x.dtype} {x.shape}")
+    _check(x)
     forms: Forms = {}
     if len(matrices) == 1:
         out, (n_bytes, kernel, n_items, args) = _product(x, matrices[0], numerics, pool, forms)

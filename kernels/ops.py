@@ -10,7 +10,6 @@ from .machine.simd import address_of, store
 from .machine.threads import Pool, run
 from .machine.vectors import exp, f32x1, f64x1, f64x16, load_f32x1, load_f32x16, to_f64
 
-
 F32 = np.dtype(np.float32)
 
 

@@ -346,7 +346,7 @@ def test_several_products_of_one_x_equal_one_after_another(names, numerics, rng)
         x = rng.standard_normal((n_tok, n_in)).astype(np.float32)
         want = [tk.matmul(x, raw, fmt, n_out, numerics) for raw, fmt, n_out in matrices]
         for pool in (None, tk.Pool(3)):
-            got = tk.matmul_several(x, matrices, numerics, pool)
+            got = tk.matmul_several(x, [tk.Matrix.of(*each, n_in) for each in matrices], numerics, pool)
             assert len(got) == len(names) and all(np.array_equal(a, b) for a, b in zip(got, want))
     assert tk.matmul_several(x, [], numerics) == []
 
@@ -357,10 +357,13 @@ def test_several_products_of_one_x_quantise_it_once(rng, monkeypatch):
     monkeypatch.setattr(module, "_prepare", lambda *args: prepared.append(1) or prepare(*args))
     fmt, x = tk.FORMATS[12], rng.standard_normal((2, 256)).astype(np.float32)
     raw = random_weights(fmt, rng, 5, 256)[0]
-    tk.matmul_several(x, [(raw, fmt, 5)] * 3)
+    five = tk.Matrix.of(raw, fmt, 5, 256)
+    tk.matmul_several(x, [five] * 3)
     assert len(prepared) == 1
     with pytest.raises(ValueError, match="Q4_K weights of 6 rows of 256: 864 bytes, not 720"):
-        tk.matmul_several(x, [(raw, fmt, 5), (raw, fmt, 6)])
+        tk.Matrix.of(raw, fmt, 6, 256)
+    with pytest.raises(ValueError, match=r"activations \(2, 128\) do not fit weights of 5 rows of 256"):
+        tk.matmul_several(x[:, :128].copy(), [five, five])
 
 
 def test_matmul_refuses_what_does_not_fit(rng):
@@ -683,7 +686,7 @@ def test_threads_may_share_a_pool(rng):
         for _ in range(20):
             if not np.array_equal(tk.matmul(x, raw, tk.FORMATS[2], 512, pool=pool), want):
                 wrong.append(1)
-            several = tk.matmul_several(x, [(raw, tk.FORMATS[2], 512)] * 2, pool=pool)
+            several = tk.matmul_several(x, [tk.Matrix.of(raw, tk.FORMATS[2], 512, x.shape[1])] * 2, pool=pool)
             if not all(np.array_equal(y, want) for y in several):
                 wrong.append(2)
 
