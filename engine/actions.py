@@ -169,8 +169,9 @@ class ProjectOut(Edit):
 
     def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
         direction = _read(self.direction)
-        along = np.tensordot(x[rows], direction, direction.ndim)  # [n_rows]
-        return x[rows] - np.multiply.outer(along, direction)
+        # Summed in float64: in float32 the last bit would depend on how many rows a product has.
+        along = np.tensordot(x[rows].astype(np.float64), direction.astype(np.float64), direction.ndim)  # [n_rows]
+        return x[rows] - np.multiply.outer(along.astype(x.dtype), direction)
 
 
 @dataclass(frozen=True, repr=False)
