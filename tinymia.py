@@ -792,7 +792,7 @@ class Model:
         tap.begin(phase, positions)
         n = cache.n
         try:
-            with np.errstate(over="ignore"):  # of silu's exp: the quotient is then 0, as it should be
+            with np.errstate(all="ignore"):  # exp of silu may overflow, rightly; what is not a number is found below
                 logits = forward(self, np.asarray(ids, np.intp), cache, tap, start, last)
             self.ops.done()
             if not np.isfinite(logits.max(axis=1)).all():

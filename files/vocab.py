@@ -53,6 +53,9 @@ class Tokenizer:
         for name in UNUSED_IDS:
             self._id(meta, name, least=-1)
         self.end = self._ends(meta)  # generation stops at these
+        if "tokenizer.ggml.suppress_tokens" in meta:
+            warn(path, "tokenizer.ggml.suppress_tokens changes nothing here: llama.cpp's own programs never choose "
+                       "these tokens, its logits have them like others")
         self.add_bos = self._flag(meta, "add_bos_token", add_bos) and self.bos is not None
         self.add_eos = self._flag(meta, "add_eos_token", False) and self.eos is not None
         special = (p for p, t in zip(self.pieces, self.types) if p and t in (UNKNOWN, CONTROL, USER_DEFINED))
