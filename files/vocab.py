@@ -210,7 +210,8 @@ class Tokenizer:
 
     def stops(self, stop: str | Sequence[str] | None) -> tuple[list[str], set[int]]:
         """Stop texts, and the control tokens among them, which add no text that could be found. Raises Error."""
-        texts, ids = [stop] if isinstance(stop, str) else list(stop or ()), set[int]()
+        many = hasattr(stop, "__iter__") and not isinstance(stop, (str, bytes))
+        texts, ids = list(stop) if many else [] if stop is None else [stop], set[int]()     # type: ignore[arg-type]
         for text in texts:
             if not isinstance(text, str):
                 raise Error(f"stop texts {short(stop)}: they must be a text, or a list of texts")
