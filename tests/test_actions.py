@@ -734,7 +734,7 @@ def test_what_prints_itself_says_what_it_is(model, tmp_path):
 def test_a_factor_a_coefficient_and_a_value_are_numbers(model, bad):
     """Before the run; Python would take True for 1 and "2" for 2."""
     for action in (Scale("l_out-0", bad), Add("l_out-0", np.ones(64), bad), Ablate("l_out-0", mode="value", value=bad)):
-        with pytest.raises(tinymia.Error, match="number|a value goes with"):
+        with pytest.raises(tinymia.Error, match=r"number|a value goes with"):
             action.bind("l_out-0", model.table["l_out-0"][0], model)
     for good in (2, np.float32(2), np.array(2), np.full(64, 2.0), [2] * 64):
         doubled = model.run(IDS, actions=Scale("l_out-0", good), keep="l_out-0")["l_out-0"]
