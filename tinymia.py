@@ -676,15 +676,13 @@ class Model:
         """
         if logits not in ("all", "last"):
             raise Error(f"logits={logits!r}: it must be all or last")
-        cache = cache or self.cache()
+        if cache is not None and not isinstance(cache, Cache):
+            raise Error(f"cache is {short(cache)}; it must be what Model.cache() gives")
+        cache = self.cache() if cache is None else cache
         ids = self.ids(prompt, follows=cache.n > 0)
-        tap = Tap(self, [*listed(actions), *map(Save, [keep] if isinstance(keep, str) else keep)], on_record)
+        tap = Tap(self, [*listed(actions), *map(Save, given.names(keep, "keep"))], on_record)
         if start is not None:
-            il, x = given.whole(start[0], "the layer of start"), np.ascontiguousarray(start[1], self.dtype)
-            if not 0 <= il <= self.config.n_layer or x.shape != (len(ids), self.config.n_embd):
-                raise Error(f"start=({il}, {list(x.shape)}): it takes a layer up to {self.config.n_layer} and "
-                            f"[{len(ids)}, {self.config.n_embd}]")
-            start = (il, x)
+            start = given.residual(start, self.config.n_layer, (len(ids), self.config.n_embd), self.dtype)
         out = self._pass(ids, cache, tap, "prompt", start, logits == "last")
         tap.finish(prompt, tokens=ids)
         text = prompt if isinstance(prompt, str) else self.detokenize(ids)
@@ -795,7 +793,7 @@ class Model:
         tap.begin(phase, positions)
         n = cache.n
         try:
-            with np.errstate(over="ignore"):  # exp in silu, and rounding to float16: infinity is what is meant there
+            with np.errstate(all="ignore"):  # exp of silu may overflow, rightly; what is not a number is found below
                 logits = forward(self, np.asarray(ids, np.intp), cache, tap, start, last)
             self.ops.done()
             if not np.isfinite(logits.max(axis=1)).all():

@@ -46,6 +46,7 @@ class ActionError(Error):
 
 
 def short(value: object) -> str:
-    """A value from a file, fit for one line of a message."""
-    text = repr(value)
+    """A value from a file, or from a caller, fit for one line of a message: arrays and their numbers as Python's."""
+    size = getattr(value, "size", None)
+    text = repr(value.tolist() if isinstance(size, int) and size < 60 and hasattr(value, "tolist") else value)
     return text if len(text) <= 60 else text[:57] + "..."
