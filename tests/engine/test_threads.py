@@ -1,6 +1,5 @@
 """Threads: how many changes nothing, several models may run at once, and a fork may run one too."""
 import os
-import sys
 import threading
 
 import numpy as np
@@ -117,4 +116,4 @@ def test_weights_outlive_the_model(tiny):
 def test_the_process_ends(tiny):
     """No thread keeps the interpreter alive."""
     code, out, _ = command("-m", tiny(), "-p", "the", "-n", "2", "-t", "2", timeout=60)
-    assert code == 0 and out.startswith('output: "') and sys.version
+    assert code == 0 and out.startswith('output: "')

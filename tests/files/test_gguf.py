@@ -63,7 +63,7 @@ def test_config(load):
     got = (c.n_embd, c.n_layer, c.n_head, c.n_head_kv, c.n_ff, c.n_vocab, c.n_ctx, c.n_rot, c.d_head, c.d_head_v)
     assert got == (96, 3, 6, 2, 80, 397, 77, 8, 12, 20)
     assert c.eps == pytest.approx(1e-3) and c.rope_base == pytest.approx(5e5)
-    assert c.rope_scale in (pytest.approx(4), pytest.approx(0.25))       # a factor or what it multiplies positions by
+    assert c.rope_scale == 1 / 4                                         # positions are multiplied by it
 
 
 def test_head_sizes_default_to_a_share_of_n_embd(tiny):

@@ -398,33 +398,43 @@ def test_layers_and_heads_by_number():
 
 def test_layers_and_heads_by_a_mask():
     assert chosen([True, False, True], 3, "layer") == chosen(np.array([2, 0]), 3, "layer") == [0, 2]
-    for given in ([True, False], [False] * 3, [1.0], 1.5, [[0]], [True, 1], ["0"], np.nan):
-        with pytest.raises(tinymia.Error):
+    for given, says in (([True, False], "a mask of 2 layers: there are 3"),
+                        ([False] * 3, "a mask that is True nowhere chooses no layer")):
+        with pytest.raises(tinymia.Error, match=says):
+            chosen(given, 3, "layer")
+    for given in ([1.0], 1.5, [[0]], [True, 1], ["0"], np.nan):
+        with pytest.raises(tinymia.Error, match=r"^layers .*: they must be whole numbers, such as \[0, 3\], or a mask"):
             chosen(given, 3, "layer")
 
 
 @pytest.mark.parametrize("bad", [1.5, True, [1.0], np.float64(1), np.array([0.5])], ids=str)
-@pytest.mark.parametrize("function,name", [
-    (lens.lens, "target"), (lens.lens, "k"), (trace.trace, "layers"), (trace.trace, "position"),
-    (attend.attend, "layers"), (attend.attend, "heads"), (attribute.attribute, "position"),
-    (attribute.attribute, "neurons"), (attribute.attribute, "answer"), (ablate.ablate, "at"), (ablate.ablate, "heads"),
-    (ablate.ablate, "answer"), (ablate.ablate, "against"), (report.report, "n"), (report.report, "layers"),
+@pytest.mark.parametrize("function,name,called", [
+    (lens.lens, "target", "the target is"), (lens.lens, "k", "k is"), (trace.trace, "layers", "layers"),
+    (trace.trace, "position", "the position is"), (attend.attend, "layers", "layers"),
+    (attend.attend, "heads", "heads"), (attribute.attribute, "position", "the position is"),
+    (attribute.attribute, "neurons", "the layer of neurons is"), (attribute.attribute, "answer", "the token is"),
+    (ablate.ablate, "at", "positions"), (ablate.ablate, "heads", "heads"), (ablate.ablate, "answer", "the token is"),
+    (ablate.ablate, "against", "the token is"), (report.report, "n", "n is"), (report.report, "layers", "layers"),
 ], ids=lambda x: getattr(x, "__name__", x))
-def test_places_and_tokens_are_whole_numbers_in_every_command(copycat, function, name, bad):
-    with pytest.raises(tinymia.Error) as e:
+def test_places_and_tokens_are_whole_numbers_in_every_command(copycat, function, name, called, bad):
+    with pytest.raises(tinymia.Error, match=rf"^{called} .*must be (a whole number|whole numbers)") as e:
         function(copycat, "France ->", **{name: bad})
     assert "\n" not in str(e.value)
 
 
 def test_places_of_two_prompts_are_whole_numbers(copycat):
-    for how in ({"layers": 1.5}, {"layers": [True, False]}, {"answer": 1.5}, {"against": True}):
-        with pytest.raises(tinymia.Error):
+    whole = "they must be whole numbers"
+    for how, says in (({"layers": 1.5}, f"^layers 1.5: {whole}"), ({"layers": [True, False]}, "^a mask of 2 layers"),
+                      ({"answer": 1.5}, "^the token is 1.5; it must be a whole number"),
+                      ({"against": True}, "^the token is True; it must be a whole number")):
+        with pytest.raises(tinymia.Error, match=says):
             sweep.sweep(copycat, "France ->", "Norway ->", **how)
-    for at in (1.0, [True], [[0]]):
-        with pytest.raises(tinymia.Error):
+    for at, says in ((1.0, f"^positions .*: {whole}"), ([True], "^a mask of 1 positions: there are 3"),
+                     ([[0]], f"^positions .*: {whole}")):
+        with pytest.raises(tinymia.Error, match=says):
             head_ablation.positions(at, 3, "the prompt")
     for ids in ([1, 2.0], [[1, 5]], [True]):
-        with pytest.raises(tinymia.Error):
+        with pytest.raises(tinymia.Error, match=f"^token ids .*: {whole}"):
             steer.steer(copycat, positive=[ids], negative=["France ->"])
 
 

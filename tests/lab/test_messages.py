@@ -231,7 +231,8 @@ def test_files_that_help_texts_name_are_there(told, name, capsys):
 
     texts = []
     for command in ("steer", "ablate"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as e:
             tinymia.main([command, "--help"])
+        assert not e.value.code
         texts.append(capsys.readouterr().out)
     assert f"examples/{name}" in "".join(texts) and (Path(__file__).parents[2] / "examples" / name).read_text().strip()

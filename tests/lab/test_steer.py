@@ -148,7 +148,8 @@ def test_a_cut_control_vector_never_passes(copycat, found, tmp_path):
     data = path.read_bytes()
     for n in range(0, len(data) - 1, 7):
         path.write_bytes(data[:n])
-        with pytest.raises(tinymia.Error):
+        says = "file is empty|ends inside |claims .* more than it has room for|tensor direction.1 ends at .*"
+        with pytest.raises(tinymia.Error, match=rf"v\.gguf: (the )?({says})"):
             read_control_vector(path, copycat.config)
 
 
