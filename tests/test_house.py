@@ -4,7 +4,10 @@ import ast
 from functools import cache
 from pathlib import Path
 
+import conftest
 import pytest
+
+import tinymia
 
 ROOT = Path(__file__).parent.parent
 LIMITS = {"kernels": 250, "lab": 250}
@@ -113,3 +116,17 @@ def test_the_story_is_in_the_first_half_of_a_short_file():
                    if isinstance(node, ast.FunctionDef) and node.name == "forward")
     assert len(lines) <= 850 and forward.lineno < len(lines) / 2
     assert forward.end_lineno - forward.lineno + 1 <= 60
+
+
+@pytest.mark.parametrize("leave", [
+    lambda model: setattr(model, "generate", model.generate), lambda model: setattr(model.ops, "alone", True),
+    lambda model: model.tokenizer.end.add(5), lambda model: model.about.clear(),
+    lambda model: model.weights.blk[1].attn_norm.fill(1), lambda model: model.weights.output_norm.fill(1),
+], ids=["a method", "an op", "a token", "a dictionary", "a layer's weights", "the last norm"])
+def test_what_a_test_leaves_in_a_shared_model_is_seen(tiny, leave):
+    model = tinymia.load(tiny(), threads=1)
+    was = conftest.state(model)
+    model.run("the fox")
+    assert conftest.state(model) == was
+    leave(model)
+    assert conftest.state(model) != was

@@ -55,8 +55,8 @@ def mean_of(model, prompts, il, pool):
 
 @pytest.mark.parametrize("at", [None, -1, [3, -2]])
 @pytest.mark.parametrize("numerics", ["ggml", "f32"])
-def test_zeroed_heads_equal_plain_runs(numerics, at):
-    model = tinymia.load(threads=1, numerics=numerics)
+def test_zeroed_heads_equal_plain_runs(copycat_in, numerics, at):
+    model = copycat_in(numerics)
     found = ablate.ablate(model, PROMPT, "Tallinn", "Oslo", at=at)
     check(model, PROMPT, found, lambda il, head: tinymia.Ablate(f"kqv_merged-{il}", heads=head, at=at))
 

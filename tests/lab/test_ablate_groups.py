@@ -14,9 +14,9 @@ PROMPT = "Egypt -> Cairo, Norway -> Oslo, Estonia ->"
 SETS = ["France -> Paris, Italy ->", "Egypt -> Cairo, Norway ->"]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tinymia.load(threads=1, numerics="f32")
+@pytest.fixture
+def model(copycat_f32):
+    return copycat_f32
 
 
 def ablated(model, group, keep=(), mode="zero", at=None, prompt=PROMPT, **how):

@@ -84,11 +84,11 @@ def test_the_best_token_is_the_answer_unless_another_is_named(copycat, found):
     assert (found.against_piece, found.position, found.pieces[-1]) == (" Italy", 10, " ->")
 
 
-def test_neurons_add_up_to_their_ffn(copycat, found):
+def test_neurons_add_up_to_their_ffn(copycat, copycat_f32, found):
     run = copycat.run(PROMPT, keep=["ffn_gate_par-3", "l_out-5"])
     assert np.array_equal(found.activations, run["ffn_gate_par-3"][-1])
     assert found.neurons.sum() == pytest.approx(found.ffn[3], abs=0.01)
-    exact = attribute(tinymia.load(threads=1, numerics="f32"), PROMPT, "Paris", "Italy", neurons=3)
+    exact = attribute(copycat_f32, PROMPT, "Paris", "Italy", neurons=3)
     assert exact.neurons.sum() == pytest.approx(exact.ffn[3], abs=1e-5)
     # One neuron by its definition: its column of ffn_down, through the final norm, as a logit.
     w, x = naive.read(copycat.path).w, run["l_out-5"][-1].astype(np.float64)

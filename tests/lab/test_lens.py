@@ -110,14 +110,14 @@ def test_saved_and_gone_on_with(copycat, found, tmp_path, monkeypatch, capsys):
         lens(copycat, PROMPT, k=5, target="Tallinn", out=path)
 
 
-def test_pictures(found):
+def test_pictures(copycat, found):
     best, target = pictures(found)
     assert best.y == "layer" and list(best.rows) == list("012345") and best.columns == found.pieces and best.upward
     assert best.texts[5][-1] == " Tallinn" and best.values[5, -1] == found.probabilities[5, -1, 0]
     assert target.texts[5][-1] == "0" and target.values[5, -1] == found.target_probability[5, -1]
     assert np.array_equal(pictures(found, "entropy")[0].values, found.entropy)
     assert "▁Tallinn" in best.hovers[5][-1] and "86.1%" in best.hovers[5][-1] and "rank 0" in best.hovers[5][-1]
-    assert len(pictures(lens(tinymia.load(threads=1), "France ->", ["l_out-0", "ffn_out"]))) == 1
+    assert len(pictures(lens(copycat, "France ->", ["l_out-0", "ffn_out"]))) == 1
 
 
 def test_rows_of_several_tensors_have_their_names(copycat):

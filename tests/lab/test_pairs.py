@@ -12,7 +12,6 @@ from tinymia_lab import PairsResult, ablate, attribute, lens, over_pairs, sweep
 from tinymia_lab.commands import over_pairs as here
 from tinymia_lab.flags.command import Command
 from tinymia_lab.measure.pair_sets import KEYS, ROLES, Pair, by_role, cut_pairs, names, read_pairs
-from tinymia_models import bundled
 
 NAME = "copycat-capitals"
 GOOD = {"clean": "Egypt -> Cairo, France ->", "corrupt": "Egypt -> Cairo, Norway ->", "answer": "Paris",
@@ -20,9 +19,9 @@ GOOD = {"clean": "Egypt -> Cairo, France ->", "corrupt": "Egypt -> Cairo, Norway
 COMMANDS = ("sweep", "attribute", "ablate", "attend", "lens")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tinymia.load(bundled()["copycat"], numerics="f32")
+@pytest.fixture
+def model(copycat_f32):
+    return copycat_f32
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ CLEAN, CORRUPT = "Egypt -> Cairo, France ->", "Egypt -> Cairo, Norway ->"
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tinymia.load("copycat", numerics="f32")
+def model(copycat_f32):
+    return copycat_f32
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,6 @@ def test_a_cell_starts_at_its_layer_and_position(copycat, monkeypatch):
     monkeypatch.setattr(tinymia.Model, "run", watch)
     n_layer = copycat.config.n_layer
     for tensor, first in (("l_out", 1), ("ffn_out", 0)):
-        copycat = tinymia.load(threads=1)
         seen.clear()
         sweep(copycat, clean, corrupt, tensor=tensor)
         below = sum(n - p for p in range(at, n))
