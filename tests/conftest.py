@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import Pictures
 from tiny import write_gguf
 
 import tinymia
@@ -127,6 +128,13 @@ def stories():
 @pytest.fixture(scope="session")
 def llama_vocab():
     return shared("models/llama2-vocab.gguf")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """drawn(path): what a PNG shows that was written by this process, in this test (pictures.py)."""
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'tinymia[lab]'")
+    return Pictures(monkeypatch)
 
 
 def prompt(n, n_vocab=384, seed=0):

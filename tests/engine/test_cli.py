@@ -302,10 +302,17 @@ def test_when(cli, model):
     fails(cli("-p", PROMPT, "--scale", "l_out-1", "-1", "--when", "never"), "never")
 
 
-def test_draw(cli, tmp_path):
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'tinymia[lab]'")
+def test_draw(drawn, cli, model, tmp_path):
+    from matplotlib import colormaps
+
     assert cli("-p", PROMPT, "-d", tmp_path / "a.png")[0] == 0
-    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    picture, run = drawn(tmp_path / "a.png"), model.run(PROMPT, keep=["kq_soft_max"])
+    (panels,), n = picture.maps, len(run.tokens)
+    pieces = [model.piece(i).replace(" ", "▁") for i in run.tokens]
+    assert panels.rows == pieces * 2 and panels.columns == pieces * 4
+    for il, head, i, j in ((0, 0, 2, 1), (1, 3, 2, 0), (1, 2, 1, 2)):
+        want = colormaps["inferno"](float(run[f"kq_soft_max-{il}"][head, i, j]) ** 0.5, bytes=True)[:3]
+        assert panels.colour(n * il + i, n * head + j) == list(want)
     status, _, err = cli("-p", PROMPT, "--draw", tmp_path / "absent" / "a.png")
     fails((status, "", err), "absent")
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import command
+from pictures import colour
 
 import tinymia
 from tinymia_lab.commands import function_vector
@@ -209,17 +210,24 @@ def test_errors(copycat):
             function_vector.function_vector(copycat, "copycat-capital", **{name: 0})
 
 
-def test_the_command(tmp_path):
+def test_the_command(drawn, tmp_path, capsys):
     png, html, npz = (tmp_path / f"v{suffix}" for suffix in (".png", ".html", ".npz"))
     small = ["--n-mean", "8", "--n-effect", "4", "--n-test", "6", "--top", "5"]
-    status, out, err = command("function-vector", *TASKS, "copycat-capital", *small, "-o", png, "-o", html, "-o", npz)
-    assert status == 0, err
+    outs = [word for path in (png, html, npz) for word in ("-o", str(path))]
+    assert tinymia.main(["function-vector", *TASKS, "copycat-capital", *small, *outs]) == 0
+    out = capsys.readouterr().out
     assert out.startswith("task") and "heads of the vector\nhead, effect\n3.3 " in out
     assert "copycat-capital: answered with shuffled examples as well as with right ones" in out
-    assert png.read_bytes()[:4] == b"\x89PNG" and "causal indirect effect" in html.read_text("utf-8")
+    assert "causal indirect effect" in html.read_text("utf-8")
     status, text, _ = command("function-vector", *TASKS, "copycat-capital", *small, "-o", npz, "--json")
     found = function_vector.FunctionVector.load(npz)
     assert status == 0 and json.loads(text)["effects"] == found.effects.tolist()
+    picture, effects = drawn(png), found.effects
+    (shown,), most = picture.maps, np.abs(effects).max()
+    assert shown.title == "causal indirect effect of each head (probability of the answer)"
+    assert shown.rows == list("543210") and shown.columns == list("0123") and {*TASKS} <= {*picture.words}
+    for il, head in ((3, 3), (0, 0), (5, 2)):
+        assert shown.colour(str(il), str(head)) == colour(effects[il, head], -most, most, diverging=True)
 
 
 @pytest.mark.parametrize(("args", "says"), [([], "no task"), (["copycat-capital", "--top", "0"], "--top 0")])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from pictures import NOT_THERE, colour
 from test_split import cut
 
 import tinymia
@@ -297,17 +298,18 @@ def test_page_needs_nothing_else():
     assert "prefers-color-scheme:dark" in text
 
 
-def test_png(tmp_path):
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'tinymia[lab]'")
-    from matplotlib.image import imread
-
+def test_png(drawn, tmp_path):
     draw_png(tmp_path / "x.png", [grid(diverging=True, texts=[["$a", "\u4e2d", "x"]] * 2)])
     draw_png(tmp_path / "two.png", [grid(), Heatmap(np.zeros((3, 900)), list("abc"), ["t"] * 900, "", "", "", "")])
-    one, two = (imread(tmp_path / name) for name in ("x.png", "two.png"))
-    colours = (one[..., :3] * 255).round().astype(np.uint8).reshape(-1, 3)
-    for value in (-1.0, 0.5, 1.0):
-        assert (colours == rgb(np.array(value), -1, 1, True)).all(1).sum() > 100
-    assert two.shape[0] > one.shape[0] and two.shape[1] < 2500
+    (one,), (first, wide_one) = (drawn(tmp_path / name).maps for name in ("x.png", "two.png"))
+    assert one.title == first.title == "Title <1>\ncolour: logits" and one.axes.get_xlabel() == "token"
+    assert one.rows == ["0", "1"] and one.columns == ["<s>", "▁a", "<b>&"]
+    assert [one.text("1", i) for i in range(3)] == ["$a", "U+4E2D", "x"] and first.text("0", "▁a") == "0.50"
+    for row, column, value in (("1", "<s>", -1), ("0", "▁a", 0.5), ("1", "▁a", 1), ("0", "<s>", 0)):
+        assert one.colour(row, column) == colour(value, -1, 1, diverging=True)
+        assert first.colour(row, column) == colour(value, -1, 1)
+    assert one.colour("0", "<b>&") == NOT_THERE
+    assert not wide_one.texts and wide_one.rows == list("abc") and len(wide_one.columns) < 900   # labels find room
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -542,11 +544,11 @@ def test_a_mean_while_decoding_is_refused_on_the_command_line(when, capsys):
     assert tinymia.main(args) == 2 and "one row" in capsys.readouterr().err
 
 
-def test_emit(found, tmp_path, capsys):
+def test_emit(found, drawn, tmp_path, capsys):
     outs = [str(tmp_path / f"x.{s}") for s in ("npz", "json", "html", "png")]
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'tinymia[lab]'")
     assert emit(argparse.Namespace(out=outs, json=False), found, "a text", grid()) == 0
     assert capsys.readouterr().out == "a text\n" and "Title &lt;1&gt;" in (tmp_path / "x.html").read_text()
     assert Found.load(outs[0]).names == Found.load(outs[1]).names == found.names
+    assert [one.title for one in drawn(outs[3]).maps] == ["Title <1>\ncolour: logits"]
     emit(argparse.Namespace(out=[], json=True), found, "a text")
     assert json.loads(capsys.readouterr().out)["names"] == found.names

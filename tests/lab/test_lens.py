@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from browser import Browser
 from conftest import command
+from pictures import colour
 
 import tinymia
 from tinymia_lab.commands.lens import Lens, details, lens, pictures
@@ -230,13 +231,15 @@ def test_command_errors(args, words):
     assert status == 2 and out == "" and err.splitlines()[-1].startswith("error: ") and words in err, err
 
 
-def test_command_draws(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'tinymia[lab]'")
-    from matplotlib.image import imread
-
+def test_command_draws(drawn, tmp_path, capsys):
     outs = [str(tmp_path / f"x.{s}") for s in ("png", "html", "npz")]
     assert lens_command(["-p", PROMPT, "-t", "1", *(x for o in outs for x in ("-o", o))]) == 0
-    assert imread(outs[0]).shape[1] > 600 and Lens.load(outs[2]).names[0] == "l_out-0"
+    (best,), p = drawn(outs[0]).maps, Lens.load(outs[2]).probabilities[..., 0]
+    assert best.rows == list("543210") and best.columns[:3] == ["<s>", "▁Egypt", "▁->"] and len(best.columns) == 11
+    assert best.title == f"l_out through the logit lens: {PROMPT}\ncolour: probability of the best token"
+    assert best.text("5", -1) == "▁Tallinn" and best.text("5", "▁Norway") == "▁->"
+    for il, i in ((5, 10), (0, 0), (3, 7)):
+        assert best.colour(str(il), i) == colour(p[il, i], 0, 1)
 
 
 def test_page_tells_the_best_tokens(tmp_path, capsys):

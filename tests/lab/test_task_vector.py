@@ -311,18 +311,26 @@ def test_errors(copycat):
         task_vector.task_vector(copycat, "copycat-capital", seed=-1)
 
 
-def test_the_command(tmp_path):
+def test_the_command(drawn, tmp_path, capsys):
     png, html, npz = (tmp_path / f"v{suffix}" for suffix in (".png", ".html", ".npz"))
     small = ["--n-dev", "6", "--n-test", "5"]
-    status, out, err = command("task-vector", *TASKS, "--conflict", *small, "-o", png, "-o", html, "-o", npz)
-    assert status == 0, err
+    outs = [word for path in (png, html, npz) for word in ("-o", str(path))]
+    assert tinymia.main(["task-vector", *TASKS, "--conflict", *small, *outs]) == 0
+    out = capsys.readouterr().out
     assert out.splitlines()[0].split() == ["task", "dev", "test", "layer", "baseline", "vector", "regular"]
     assert "the mean vector through the lens" in out and "conflict:" in out
-    assert png.read_bytes()[:4] == b"\x89PNG" and "copycat-next-letters" in html.read_text("utf-8")
-    status, again, err = command("task-vector", *TASKS, "--conflict", *small, "-o", npz)
+    assert "copycat-next-letters" in html.read_text("utf-8")
+    status, again, _ = command("task-vector", *TASKS, "--conflict", *small, "-o", npz)
     assert status == 0 and again == out
     status, text, _ = command("task-vector", *TASKS, "--conflict", *small, "--json")
-    found = task_vector.TaskVector.load(npz)
+    found, picture = task_vector.TaskVector.load(npz), drawn(png)
+    lines, bars = picture.figure.axes
+    assert {*TASKS, "baseline", "task vector", "regular", *"012345"} <= {*picture.words}
+    np.testing.assert_array_equal([line.get_ydata() for line in lines.get_lines()], found.by_layer)
+    assert found.accuracy[1].tolist() == [0, 1, 0.8]
+    assert picture.pixel(bars, 1, 0.9) == [0x2A, 0x6F, 0xBB]                 # with the vector: blue, up to 1
+    assert picture.pixel(bars, 1 + 0.8 / 3, 0.7) == [0x3A, 0x9A, 0x55]       # with examples: green, up to 0.8
+    assert picture.pixel(bars, 1 + 0.8 / 3, 0.9) == picture.pixel(bars, 1 - 0.8 / 3, 0.1) == [255] * 3
     assert status == 0 and json.loads(text)["accuracy"] == found.accuracy.tolist()
 
 
