@@ -133,7 +133,7 @@ def llama_vocab():
 @pytest.fixture
 def drawn(monkeypatch):
     """drawn(path): what a PNG shows that was written by this process, in this test (pictures.py)."""
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'tinymia[lab]'")
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'tinymia[lab]'")
     return Pictures(monkeypatch)
 
 

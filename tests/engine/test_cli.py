@@ -427,7 +427,7 @@ def environment(**more):
 
 def test_stdout_on_a_full_device(tiny):
     if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
+        pytest.skip("needs /dev/full, which Linux has")
     with open("/dev/full", "wb") as full:
         code, _, err = command("-m", tiny(), "-p", "the", "-n", "2", stdout=full, stderr=subprocess.PIPE,
                                capture_output=False)
@@ -461,7 +461,7 @@ def test_cache_directories(tiny, tmp_path, state):
     cache = tmp_path / "cache"
     if state == "read-only":
         if hasattr(os, "getuid") and os.getuid() == 0:
-            pytest.skip("root may write everywhere")
+            pytest.skip("needs a user other than root, who may write everywhere")
         cache.mkdir(mode=0o555)
     elif state == "a file":
         cache.write_text("")

@@ -65,7 +65,7 @@ def test_one_model_in_many_threads(tiny):
     assert in_threads(*(lambda p=p: model.generate(p, n=8).tokens for p in prompts)) == want
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, which Linux and macOS have")
 @pytest.mark.filterwarnings("ignore:This process")
 def test_fork(tiny):
     """The child of a process that has run a model runs it as well, and so does the parent afterwards."""

@@ -183,7 +183,7 @@ def test_zips_that_cannot_be_read_are_errors(readers, tmp_path):
             assert "x.npz" in value_or_error(read[reader], tmp_path / "x.npz"), name
 
 
-@pytest.mark.skipif(not ODD.is_dir(), reason="no odd-files")
+@pytest.mark.skipif(not ODD.is_dir(), reason="needs odd-files of the folder `shared` beside the project")
 def test_the_odd_files(readers):
     _, read = readers
     for path in sorted(ODD.glob("*.np[yz]")):

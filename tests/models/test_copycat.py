@@ -192,7 +192,8 @@ def test_f32_says_the_same(tmp_path, numerics):
 
 
 def test_llama_cpp_says_the_same(copycat):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama.cpp", exc_type=ImportError)
+    llama_cpp = pytest.importorskip("llama_cpp", exc_type=ImportError,
+                                    reason="needs llama.cpp: pip install 'tinymia[verify]'")
     theirs, ours = llama_cpp.Llama(str(bundled()["copycat"]), n_ctx=96, verbose=False), copycat
     for prompt in dict.fromkeys(prompt for prompt, _, _ in TABLE):
         ids = theirs.tokenize(prompt.encode())
