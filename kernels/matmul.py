@@ -30,7 +30,10 @@ ROUND = {
 
 
 def _weights(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int) -> tuple[np.ndarray, int]:
-    """`raw` read-only (kernels are compiled for that once), and the bytes of a row; ValueError on a wrong length."""
+    """Return `raw` as a read-only array, and the bytes per row; ValueError for a wrong length.
+
+    Numba compiles a kernel anew for writable arrays, so all kernels get read-only ones.
+    """
     row_bytes = fmt.row_bytes(n_in)
     if raw.dtype != np.uint8 or raw.ndim != 1 or not raw.flags.c_contiguous:
         raise ValueError(f"{fmt.name} weights are a flat uint8 array, not {raw.dtype} {raw.shape}")
@@ -43,9 +46,11 @@ def _weights(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int) -> tuple[np.n
 
 
 def _prepare(x: np.ndarray, fmt: Format, in_panels: bool, pool: Pool | None) -> tuple[np.ndarray, int, int]:
-    """The activations as fmt.activation says: rounded float32 beside plain numbers, else records, or panels of records.
+    """Round or quantise the activations x, float32 [n_tok, n_in], as fmt.activation says.
 
-    Also the bytes per token, and the length of a row as the kernel counts it.
+    Returns the activations, the bytes per token, and the length of a row as the kernel counts it. For formats of plain
+    numbers the activations stay float32; for block formats they are uint8 records (see activations.py), with in_panels
+    rearranged into panels of 16 tokens. ValueError for a row that does not divide into groups.
     """
     n_tok, n_in = x.shape
     if fmt.activation == "F32":
@@ -71,13 +76,13 @@ def _prepare(x: np.ndarray, fmt: Format, in_panels: bool, pool: Pool | None) -> 
     return y, stride, n
 
 
-Forms = dict[tuple[str, int, bool], tuple[np.ndarray, int, int]]  # what _prepare made of one x, by what it was for
+Forms = dict[tuple[str, int, bool], tuple[np.ndarray, int, int]]  # results of _prepare by (activation, bias, in_panels)
 
 
 def _product(
     x: np.ndarray, raw: np.ndarray, fmt: Format, n_out: int, numerics: str, pool: Pool | None, forms: Forms
 ) -> tuple[np.ndarray, Job]:
-    """Room for a product, and the job that fills it; ValueError as `matmul` says."""
+    """Allocate the result of a product, and make the job that computes it; ValueError as in `matmul`."""
     if x.dtype != np.float32 or x.ndim != 2 or not x.flags.c_contiguous:
         raise ValueError(f"activations are a contiguous float32 [n_tok, n_in] array, not {x.dtype} {x.shape}")
     n_tok, n_in = x.shape
@@ -100,7 +105,7 @@ def _product(
 def matmul(
     x: np.ndarray, raw: np.ndarray, fmt: Format, n_out: int, numerics: str = "ggml", pool: Pool | None = None
 ) -> np.ndarray:
-    """out[t, i] = sum over j of x[t, j] * weight[i, j].
+    """Multiply activations by a weight matrix: out[t, i] = sum over j of x[t, j] * weight[i, j].
 
     x: float32 [n_tok, n_in], contiguous. raw: uint8, the n_out rows of n_in weights as they lie in a file.
     Returns float32 [n_tok, n_out]. numerics "ggml": activations are rounded or quantised as fmt.activation says, bytes
@@ -132,7 +137,7 @@ def matmul_several(
 
 
 def get_rows(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int, ids) -> np.ndarray:
-    """out[k] = row ids[k] of the weights, as float32 [len(ids), n_in]; IndexError for an id outside the rows."""
+    """Unpack rows of the weights: out[k] = row ids[k], float32 [len(ids), n_in]; IndexError for an id outside them."""
     raw, row_bytes = _weights(raw, fmt, n_rows, n_in)
     ids = np.ascontiguousarray(ids, np.intp)
     if ids.ndim != 1:
@@ -145,5 +150,5 @@ def get_rows(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int, ids) -> np.nd
 
 
 def dequantize(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int) -> np.ndarray:
-    """All the weights as float32 [n_rows, n_in]. Source: ggml-quants.c, dequantize_row_*."""
+    """Unpack all the weights to float32 [n_rows, n_in]. Source: ggml-quants.c, dequantize_row_*."""
     return get_rows(raw, fmt, n_rows, n_in, np.arange(n_rows))
