@@ -185,7 +185,7 @@ class Tokenizer:
             return i
         other, how = (text[1:], "without") if text.startswith(" ") else (f" {text}", "with")
         if self._spelling(other) in self.ids or other in self.ids:
-            raise Error(f"there is no token {text!r}; did you mean {other!r} ({how} a blank)? An id is written #123")
+            raise Error(f"there is no token {text!r}; did you mean {other!r} ({how} a space)? An id is written #123")
         ids = self.encode(text, bos=False)
         is_not = f"{text!r} is not one token but {len(ids)}" if len(ids) != 1 else f"there is no token {text!r}, only"
         raise Error(f"{is_not}: {'|'.join(map(self.piece, ids))}; an id is written #123")

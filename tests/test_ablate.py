@@ -198,7 +198,7 @@ def test_the_command(tmp_path, capsys):
     args = ["-p", PROMPT, "--answer", "Tallinn", "--mode", "mean", "--prompts", tmp_path / "set", "--metric", "kl"]
     status, out, err = command("ablate", *args, *(x for o in outs for x in ("-o", o)), "-k", 4)
     assert status == 0, err
-    assert "KL divergence from the run as it is (nats), the largest first\nhead  effect" in out
+    assert "KL divergence from the unchanged run (nats), the largest first\nhead  effect" in out
     assert outs[0].read_bytes()[:4] == b"\x89PNG"
     assert tinymia.main(["ablate", *map(str, args), "-o", str(outs[2]), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["values"] == ablate.Ablation.load(outs[2]).values.tolist()
