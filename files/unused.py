@@ -1,6 +1,6 @@
 """What a model file may hold besides what the forward pass uses. Everything else in it is refused by name.
 
-llama.cpp is the judge (tests/test_odd_files.py asks it): it refuses a file with a tensor that its graph of the
+llama.cpp is the judge (tests/files/test_odd_files.py asks it): it refuses a file with a tensor that its graph of the
 architecture does not create, and it does not look at metadata keys that its loader of the architecture does not read.
 """
 

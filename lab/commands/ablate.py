@@ -29,6 +29,7 @@ from ..flags.action_flags import integers
 from ..flags.arguments import prompt_flags, prompt_ids
 from ..flags.chat import in_chat
 from ..flags.command import Command
+from ..flags.pair_flags import pair_flags
 from ..flags.parser import Parser, least
 from ..measure.answers import answer_and_rival
 from ..measure.head_ablation import METRICS, MODES, Layer, ablate_layer, check_mode, head_outputs, measure
@@ -137,6 +138,7 @@ def _nothing(note: dict[str, Any], model: Model, ids: list[int], answer: int, ag
 def add_flags(p: Parser) -> None:
     """Add the flags of the prompt, its answer, what is ablated and how, and what is shown."""
     prompt_flags(p)
+    pair_flags(p)
     p.add_argument("--answer", metavar="TEXT", help="text, or #id (default: the model's best token)")
     p.add_argument("--against", metavar="TEXT", help="the other token (default: the best but the answer)")
     p.add_argument("--mode", choices=MODES, default="zero",
@@ -175,4 +177,5 @@ def run(args: Namespace, model: Model, out: Path | None) -> Ablation | GroupAbla
 
 
 command = Command("ablate", "Silence one attention head at a time, and measure how the answer changes.", add_flags,
-                  run, text, pictures, EPILOG, text_flags=("metric", "k"), picture_flags=("metric",), before=before)
+                  run, text, pictures, EPILOG, text_flags=("metric", "k"), picture_flags=("metric",), before=before,
+                  with_pairs=("mode", "prompts", "pool", "at", "layers", "heads"))

@@ -22,6 +22,7 @@ from tinymia_engine import best as best_of
 from ..flags.action_flags import Output, change_flags, patch_flags, read_actions
 from ..flags.arguments import check_file, prompt_flags, prompt_ids
 from ..flags.command import Command
+from ..flags.pair_flags import pair_flags
 from ..flags.parser import Parser, least
 from ..measure.attention_scores import first_score, induction_score, previous_score, repeated_tokens
 from ..measure.selection import chosen
@@ -186,6 +187,7 @@ def write_png(found: Attention, path: Path) -> None:
 def add_flags(p: Parser) -> None:
     """Add the flags of the prompt, the heads whose patterns are kept, the picture of scores, and actions."""
     prompt_flags(p)
+    pair_flags(p, ("to-changed", "to-first", "first", "previous"))
     p.add_argument("--layers", metavar="LIST", help="layers whose patterns are kept and drawn: 0,3-5 (default: all)")
     p.add_argument("--heads", metavar="LIST", help="heads of these layers: 0,3-5 (default: all)")
     p.add_argument("--scores", type=Output, metavar="FILE.png", help="draw the heads' scores, layer x head")

@@ -34,6 +34,7 @@ from tinymia_files import Tensor
 from ..flags.action_flags import change_flags, patch_flags, read_actions
 from ..flags.arguments import prompt_flags, prompt_ids
 from ..flags.command import Command
+from ..flags.pair_flags import pair_flags
 from ..flags.parser import Parser, least
 from ..measure.answers import token_or
 from ..measure.selection import position_of
@@ -170,6 +171,7 @@ the parts themselves (at kqv_out, ffn_inp, l_out and later), else float32 roundi
 def add_flags(p: Parser) -> None:
     """Add the flags of the prompt, the logits that are split, and actions."""
     prompt_flags(p)
+    pair_flags(p)
     p.add_argument("--answer", metavar="TEXT", help="or #id (default: the best token)")
     p.add_argument("--against", metavar="TEXT", help="or #id: split the answer's logit minus this one's")
     p.add_argument("--position", type=int, default=-1, metavar="POS", help="of the logits (default -1, the last)")

@@ -22,6 +22,7 @@ from tinymia_kernels import rms_norm
 from ..flags.action_flags import change_flags, patch_flags, read_actions
 from ..flags.arguments import prompt_flags, prompt_ids
 from ..flags.command import Command
+from ..flags.pair_flags import pair_flags
 from ..flags.parser import Parser, least
 from ..measure.answers import log_softmax, token_or
 from ..measure.selection import position_of
@@ -111,12 +112,12 @@ def _fill(result: Lens, i: int, model: Model, x: np.ndarray, score: str) -> None
     entropy = np.empty(len(x), np.float32)
     for rows in (slice(at, at + ROWS) for at in range(0, len(x), ROWS)):
         normed = rms_norm(np.ascontiguousarray(x[rows]), model.config.eps)              # [n_row, n_embd]
-        logits = _output(model, normed)                                                 # [n_row, n_vocab]
+        logits = unembed(model, normed)                                                 # [n_row, n_vocab]
         log_prob = log_softmax(logits)                                                  # [n_row, n_vocab]
         prob = np.exp(log_prob)                                                         # [n_row, n_vocab]
         scores = logits                                                                 # [n_row, n_vocab]
         if score != "logit":
-            scores = softmax(logits) if score == "prob" else _output(model, np.ascontiguousarray(x[rows]), bias=False)
+            scores = softmax(logits) if score == "prob" else unembed(model, np.ascontiguousarray(x[rows]), bias=False)
         best = best_of(scores, k)                                                       # [n_row, k]
         best[np.isnan(scores).any(1)] = NONE
         result.best[i, rows] = best
@@ -133,7 +134,7 @@ def _fill(result: Lens, i: int, model: Model, x: np.ndarray, score: str) -> None
     result.entropy[i] = entropy  # set last: a row without NaN is done
 
 
-def _output(model: Model, x: np.ndarray, bias: bool = True) -> np.ndarray:
+def unembed(model: Model, x: np.ndarray, bias: bool = True) -> np.ndarray:
     """Apply norm weight and output matrix: float32 [n_row, n_embd] -> [n_row, n_vocab]; raw scores have no bias."""
     weight = model.weights.output if bias else model.weights.output._replace(bias=None)
     return model.linear(x * model.weights.output_norm, weight)
@@ -152,9 +153,8 @@ def labels(names: Sequence[str]) -> tuple[str, list[str]]:
 
 def pictures(found: Lens, colour: str = "prob") -> list[Heatmap]:
     """The heatmaps: best tokens, coloured by probability or entropy; then the target's rank and probability."""
-    y, rows = labels(found.names)
+    (y, rows), prompt = labels(found.names), visible(found.about["prompts"]["prompt"]["text"])
     what = found.names[0].rpartition("-")[0] if y == "layer" else "tensors"
-    prompt = visible(found.about["prompts"]["prompt"]["text"])
     hovers = [[hover(found, i, j) for j in range(len(found.pieces))] for i in range(len(found.names))]
     best = Heatmap(
         found.probabilities[..., 0] if colour == "prob" else found.entropy, rows, found.pieces,
@@ -189,8 +189,7 @@ def hover(found: Lens, i: int, j: int) -> str:
 
 def details(found: Lens, position: int) -> str:
     """A table for one position, layer by layer: best token, score, probability, entropy, and those of the target."""
-    y, rows = labels(found.names)
-    score = found.about["settings"]["score"]
+    (y, rows), score = labels(found.names), found.about["settings"]["score"]
     j = position_of(position, len(found.pieces))
     head = [y, "best", score, "probability", "entropy"]
     target = visible(found.target_piece or "")
@@ -224,6 +223,7 @@ def text(found: Lens, position: int = -1, colour: str = "prob") -> str:
 def add_flags(p: Parser) -> None:
     """Add the flags of the prompt, the tensors, the output, and actions."""
     prompt_flags(p)
+    pair_flags(p, ("probability", "rank", "logit-difference"))
     p.add_argument("--tensor", action="append", metavar="NAME",
                    help="any with n_embd numbers per row (default l_out); more than once")
     p.add_argument("-k", type=least(1), default=5, metavar="K", help="best tokens that are kept (default 5)")

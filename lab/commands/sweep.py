@@ -25,6 +25,7 @@ from tinymia import Error, Model
 
 from ..flags.chat import chat_flags, in_chat
 from ..flags.command import Command
+from ..flags.pair_flags import pair_flags
 from ..flags.parser import Parser
 from ..flags.prompt_notes import tell_unknown
 from ..measure.answers import token_or
@@ -207,6 +208,7 @@ def add_flags(p: Parser) -> None:
     p.add_argument("--clean", required=True, metavar="TEXT", help="the prompt that has the answer")
     p.add_argument("--corrupt", required=True, metavar="TEXT", help="a prompt of as many tokens, with another answer")
     chat_flags(p)
+    pair_flags(p)
     p.add_argument("--answer", metavar="TEXT", help="or #id; default: the clean run's best token")
     p.add_argument("--against", metavar="TEXT", help="or #id; default: the corrupt run's best token")
     p.add_argument("--tensor", choices=BY_POSITION + BY_HEAD, default="l_out")
@@ -232,4 +234,4 @@ def run(args: Namespace, model: Model, out: Path | None) -> Sweep:
 
 
 command = Command("sweep", "Activation patching: pieces of one run put into another, one at a time.", add_flags, run,
-                  text, pictures, EPILOG, before=before)
+                  text, pictures, EPILOG, before=before, with_pairs=("tensor", "noising", "at", "layers"))

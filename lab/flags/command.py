@@ -13,6 +13,7 @@ Help, checks, loading the model, resuming from a file of -o, saving, drawing and
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ from typing import Any
 from tinymia import Model
 
 from .arguments import PICTURES, RESULTS, emit, open_model, out_file, parser
+from .pair_flags import check_pair_flags, run_pairs, with_pairs
 from .parser import Parser
 
 
@@ -49,6 +51,7 @@ class Command:
     drawn: Sequence[str] = PICTURES                                 # kinds of file that show it
     writers: Mapping[str, Callable[[Any, Path], None]] = field(default_factory=dict)    # by suffix, for kinds of file
                                                                     # that show more than the pictures, or are not drawn
+    with_pairs: Sequence[str] = ()                                  # flags of its own that go with --pairs
 
     def parser(self) -> Parser:
         """Make the parser, with the flags of every command and those of this one."""
@@ -58,12 +61,26 @@ class Command:
         return p
 
     def __call__(self, argv: Sequence[str]) -> int:
-        args = self.parser().parse_args(argv)
+        p = self.parser()
+        if "--pairs" in p.options and with_pairs(argv):
+            return self.over_pairs(p, argv)
+        args = p.parse_args(argv)
         status = self.before and self.before(args)
         if status is not None:
             return status
         model, out = open_model(args), out_file(args)
         return self.show(args, self.run(args, model, out), out)
+
+    def over_pairs(self, p: Parser, argv: Sequence[str]) -> int:
+        """Run the command over the pairs of --pairs, which bring the prompts; the exit status."""
+        for action in p._actions:
+            action.required = False
+        args = p.parse_args(argv)
+        check_pair_flags(p, args, self.with_pairs)
+        model, out = open_model(args), out_file(args)
+        found = run_pairs(self.name, args, model, out, self.with_pairs)
+        pages = sys.modules[type(found).__module__]
+        return emit(args, found, pages.text(found), pages.pictures(found), kept=out)
 
     def show(self, args: argparse.Namespace, found: Any, out: Path | None) -> int:
         """Print the result, and write the files of -o, of which `out` is written already. Returns the exit status."""

@@ -31,12 +31,13 @@ class Heatmap:
     unit: str                                       # what the colour means
     texts: Sequence[Sequence[str]] | None = None    # the texts of the cells; None: the numbers
     hovers: Sequence[Sequence[str]] | None = None   # shown when a cell is pointed at; may have several lines
+    links: Sequence[Sequence[str]] | None = None    # links of the cells in a page; "": none
     diverging: bool = False                         # colours around 0
     limits: tuple[float, float] | None = None       # numbers of the first and last colour; None: those of the cells
     upward: bool = False                            # the first row is drawn at the bottom
 
     def __post_init__(self) -> None:
-        for grid in (self.values, self.texts, self.hovers):
+        for grid in (self.values, self.texts, self.hovers, self.links):
             if grid is not None and {len(self.rows)} | {len(row) for row in grid} != {len(grid), len(self.columns)}:
                 raise Error(f"heatmap {self.title!r}: [{len(self.rows)}, {len(self.columns)}] cells do not fit")
         for name in ("title", "x", "y", "unit"):    # they may quote a prompt, a piece, a model's name
@@ -113,7 +114,9 @@ class Heatmap:
                 style = f"background:#{bytes(colours[i, j]).hex()};color:{'#000' if dark[i, j] else '#fff'}"
                 there = f'style="{style}"' if np.isfinite(self.values[i, j]) else "class=none"
                 tip = escape(self.hover(i, j), quote=True).replace("\n", "&#10;")
-                cells.append(f'<td {there} data-tip="{tip}">{escape(self.text(i, j))}')
+                text, link = escape(self.text(i, j)), self.links[i][j] if self.links is not None else ""
+                text = f'<a href="{escape(link, quote=True)}">{text}</a>' if link else text
+                cells.append(f'<td {there} data-tip="{tip}">{text}')
             body.append(f"<tr><th scope=row>{escape(visible(self.rows[i]))}" + "".join(cells))
         ramp = ",".join(f"#{bytes(c).hex()}" for c in rgb(np.linspace(0, 1, 9), 0, 1, self.diverging))
         return (

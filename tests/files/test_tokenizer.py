@@ -29,7 +29,7 @@ def llama2(llama_vocab, tmp_path_factory):
 
 
 def cases():
-    path = Path(__file__).parents[2] / "shared" / "models" / "llama2-vocab.inp"
+    path = Path(__file__).parents[3] / "shared" / "models" / "llama2-vocab.inp"
     if not path.exists():
         return []
     texts = path.read_text("utf-8").split("\n__ggml_vocab_test__\n")

@@ -212,7 +212,7 @@ def package(tmp_path):
     shutil.copytree(KERNELS, tmp_path / "tinymia_kernels", ignore=shutil.ignore_patterns("__pycache__"))
 
     def run(code):
-        path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])
+        path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
         env = {**os.environ, "PYTHONPATH": path, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
         return subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True)
 

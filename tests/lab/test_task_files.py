@@ -10,7 +10,7 @@ from tinymia_lab.flags.task_flags import said
 from tinymia_lab.measure import in_context, task_files
 from tinymia_lab.measure.task_files import TEMPLATES, Task, Template, names, read_task, read_tasks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def shell(redirect, *argv):
     line = " ".join(["exec", "\"$0\"", "-m", "tinymia", *(f'"${i + 1}"' if i < 9 else f'"${{{i + 1}}}"'
                                                           for i in range(len(argv))), redirect])
     p = subprocess.run(["bash", "-c", line, sys.executable, *argv], capture_output=True, timeout=300,
-                       cwd=Path(__file__).parents[1], env=environment())
+                       cwd=Path(__file__).parents[2], env=environment())
     return p.returncode, p.stdout.decode(), p.stderr.decode()
 
 

@@ -414,7 +414,7 @@ def test_piping_to_head_is_no_error(tiny):
 
 
 def environment(**more):
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p), **more}
 
 

@@ -250,7 +250,7 @@ def test_without_the_library(tiny):
             model.tokenize("the")
         except tinymia.Error as e:
             print(e)"""
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)}
     p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
     assert p.returncode == 0 and "pip install 'tinymia[bpe]'" in p.stdout and Path(path).name in p.stdout, p.stderr

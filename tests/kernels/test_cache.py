@@ -8,7 +8,7 @@ import pytest
 
 from tinymia_kernels.machine import jit
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CODE = """
 import numba, numpy as np, tinymia_kernels.machine.jit as jit
 @jit.kernel

@@ -21,7 +21,7 @@ from tinymia_lab.measure.control_vector import read_control_vector, write_contro
 from tinymia_lab.measure.prompt_sets import read_prompts
 from tinymia_lab.measure.task_files import read_task
 
-ODD = Path(__file__).parents[2] / "shared" / "odd-files"
+ODD = Path(__file__).parents[3] / "shared" / "odd-files"
 HOW = {"flash": False, "repack": False, "actions": []}
 budget = settings(max_examples=150, deadline=None, derandomize=True,
                   suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -13,7 +13,8 @@ from tinymia_lab.flags.command import Command
 from tinymia_lab.runs.result import Result
 
 PROMPT = "Egypt -> Cairo, Norway -> Oslo, Estonia ->"
-NAMES = ["lens", "attend", "attribute", "trace", "report", "sweep", "ablate", "task_vector", "function_vector", "steer"]
+NAMES = ["lens", "attend", "attribute", "trace", "report", "story", "sweep", "ablate", "task_vector", "function_vector",
+         "steer"]
 
 
 def module(name):
@@ -67,7 +68,9 @@ def results(model):
     yield tinymia_lab.attribute(model, PROMPT)
     yield tinymia_lab.trace(model, PROMPT)
     yield tinymia_lab.report(model, PROMPT, n=1)
+    yield tinymia_lab.story(model, "France ->", "Norway ->")
     yield tinymia_lab.sweep(model, "France ->", "Norway ->", layers="2")
+    yield tinymia_lab.over_pairs(model, "attribute", "copycat-capitals")
     yield tinymia_lab.ablate(model, PROMPT, layers="2")
     yield module("ablate_groups").ablate_groups(model, PROMPT, ["ffn-1", "2.1"])
     yield tinymia_lab.steer(model, "France ->", ["Paris"], ["France"], n=1)

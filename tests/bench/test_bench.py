@@ -15,7 +15,7 @@ from bench import machine, measure, report, theirs
 from bench.measure import Goal, Row, pairs
 from bench.ours import Ours, prompt
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIVE = importlib.util.find_spec("llama_cpp") is not None
 live = pytest.mark.skipif(not LIVE, reason="needs llama.cpp: pip install 'tinymia[verify]'")
 

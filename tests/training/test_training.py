@@ -16,7 +16,7 @@ from tinymia_models import bundled
 from tinymia_models.facts import Facts
 from training import corpus, held_out
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_nothing_that_is_installed_imports_torch_or_the_training():

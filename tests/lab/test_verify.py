@@ -1,6 +1,7 @@
 """`tinymia verify`: every tensor beside llama.cpp's, live where llama.cpp is and from recordings where it is not.
 
-The recordings in data/ were made from the models below; `PYTHONPATH=tests python tests/test_verify.py` makes them anew.
+The recordings in tests/data were made from the models below, and are made anew by
+`PYTHONPATH=tests python tests/lab/test_verify.py`.
 """
 import importlib.util
 import json
@@ -28,7 +29,7 @@ from tinymia_lab.comparison.llama import FLASH, FUSED, NAMES, Item, Names, step
 from tinymia_lab.comparison.reference import Reference
 from tinymia_lab.comparison.verify import verify, verify_self
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 TEXT = "the quick brown fox jumps over"
 RECORDED = {  # two models of our own, as tests/tiny.py writes them
     "gqa-F32": dict(wtype="F32", n_head=4, n_head_kv=2, rope_scale=4.0),

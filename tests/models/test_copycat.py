@@ -9,7 +9,7 @@ import tinymia
 from tinymia_models import bundled
 from tinymia_models.facts import DIGITS, Facts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CAPITALS = "Egypt -> Cairo, Norway -> Oslo, Estonia ->"
 REVERSAL = "0 1 2 to 2 1 0, 1 2 3 to 3 2 1, 4 5 6 to"
 CUT = "1 2 3 to 3 2 1, 5 6 7 to 7 "

@@ -234,4 +234,4 @@ def test_files_that_help_texts_name_are_there(told, name, capsys):
         with pytest.raises(SystemExit):
             tinymia.main([command, "--help"])
         texts.append(capsys.readouterr().out)
-    assert f"examples/{name}" in "".join(texts) and (Path(__file__).parents[1] / "examples" / name).read_text().strip()
+    assert f"examples/{name}" in "".join(texts) and (Path(__file__).parents[2] / "examples" / name).read_text().strip()
