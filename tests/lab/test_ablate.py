@@ -181,7 +181,7 @@ def test_a_stopped_run_goes_on_where_it_was(copycat, monkeypatch, tmp_path, stop
     ({"mode": "mean", "prompts": [PROMPT, "a " * 200]}, "prompt 2 of the mean's prompts has"),
     ({"mode": "resample", "other": "France ->"}, "has 3 tokens and the prompt 11: they do not align"),
     ({"mode": "resample", "other": "France ->", "at": 5}, "position 5 is out of range: the other prompt has 3"),
-    ({"at": 11}, "position 11 is out of range: the prompt has 11"), ({"at": [-1, 10]}, "must be there once"),
+    ({"at": 11}, "position 11 is out of range: the prompt has 11"), ({"at": [-1, 10]}, "each only once"),
     ({"at": []}, "no position"), ({"layers": "6"}, "layer 6 is out of range"), ({"heads": [4]}, "head 4 is out of"),
     ({"answer": "Oslo", "against": "Oslo"}, "the same token"), ({"answer": 2048}, "out of range"),
     ({"answer": ""}, "no text"),
@@ -198,7 +198,7 @@ def test_the_command(tmp_path, capsys):
     args = ["-p", PROMPT, "--answer", "Tallinn", "--mode", "mean", "--prompts", tmp_path / "set", "--metric", "kl"]
     status, out, err = command("ablate", *args, *(x for o in outs for x in ("-o", o)), "-k", 4)
     assert status == 0, err
-    assert "KL divergence from the run as it is (nats), the largest first\nhead  effect" in out
+    assert "KL divergence from the unchanged run (nats), the largest first\nhead  effect" in out
     assert outs[0].read_bytes()[:4] == b"\x89PNG"
     assert tinymia.main(["ablate", *map(str, args), "-o", str(outs[2]), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["values"] == ablate.Ablation.load(outs[2]).values.tolist()
