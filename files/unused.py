@@ -98,5 +98,5 @@ def note_keys(meta: dict[str, Any], arch: str, path: Path) -> None:
 
 
 def warn(path: Path, what: str) -> None:
-    """One line on stderr, fit for a terminal whatever the file says."""
+    """Write a note on stderr in one line, without control characters that the file may hold."""
     note(printable(f"tinymia: {path}: note: {what}")[:400])

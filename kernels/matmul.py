@@ -34,9 +34,9 @@ F32 = np.dtype(np.float32)  # a dtype is compared with another one more quickly 
 
 
 class Matrix(NamedTuple):
-    """Rows of weights as they lie in a file, checked when they are made, so that no product checks them again."""
+    """Rows of weights as they lie in a file. They are checked once, here, and not again by each product."""
 
-    raw: np.ndarray     # uint8 [n_out * row_bytes], contiguous, read-only: kernels are compiled for that once
+    raw: np.ndarray     # uint8 [n_out * row_bytes], read-only: numba would compile a kernel anew for writable arrays
     fmt: Format
     n_out: int
     n_in: int
@@ -58,15 +58,17 @@ class Matrix(NamedTuple):
 
 
 def _check(x: np.ndarray) -> None:
-    """ValueError unless x is what products take."""
+    """Raise ValueError unless x is what products take."""
     if x.dtype != F32 or x.ndim != 2 or not x.flags.c_contiguous:
         raise ValueError(f"activations are a contiguous float32 [n_tok, n_in] array, not {x.dtype} {x.shape}")
 
 
 def _prepare(x: np.ndarray, fmt: Format, in_panels: bool, pool: Pool | None) -> tuple[np.ndarray, int, int]:
-    """The activations as fmt.activation says: rounded float32 beside plain numbers, else records, or panels of records.
+    """Round or quantise the activations x, float32 [n_tok, n_in], as fmt.activation says.
 
-    Also the bytes per token, and the length of a row as the kernel counts it.
+    Returns the activations, the bytes per token, and the length of a row as the kernel counts it. For formats of plain
+    numbers the activations stay float32; for block formats they are uint8 records (see activations.py), with in_panels
+    rearranged into panels of 16 tokens. ValueError for a row that does not divide into groups.
     """
     n_tok, n_in = x.shape
     if fmt.activation == "F32":
@@ -92,11 +94,11 @@ def _prepare(x: np.ndarray, fmt: Format, in_panels: bool, pool: Pool | None) -> 
     return y, stride, n
 
 
-Forms = dict[tuple[str, int, bool], tuple[np.ndarray, int, int]]  # what _prepare made of one x, by what it was for
+Forms = dict[tuple[str, int, bool], tuple[np.ndarray, int, int]]  # results of _prepare by (activation, bias, in_panels)
 
 
 def _product(x: np.ndarray, w: Matrix, numerics: str, pool: Pool | None, forms: Forms) -> tuple[np.ndarray, Job]:
-    """Room for a product, and the job that fills it; ValueError as `matmul` says."""
+    """Allocate the result of a product, and make the job that computes it; ValueError as in `matmul`."""
     (raw, fmt, n_out, width, row_bytes), (n_tok, n_in) = w, x.shape
     if n_in != width:
         raise ValueError(f"activations {x.shape} do not fit weights of {n_out} rows of {width}")
@@ -118,7 +120,7 @@ def _product(x: np.ndarray, w: Matrix, numerics: str, pool: Pool | None, forms: 
 def matmul(
     x: np.ndarray, raw: np.ndarray, fmt: Format, n_out: int, numerics: str = "ggml", pool: Pool | None = None
 ) -> np.ndarray:
-    """out[t, i] = sum over j of x[t, j] * weight[i, j].
+    """Multiply activations by a weight matrix: out[t, i] = sum over j of x[t, j] * weight[i, j].
 
     x: float32 [n_tok, n_in], contiguous. raw: uint8, the n_out rows of n_in weights as they lie in a file.
     Returns float32 [n_tok, n_out]. numerics "ggml": activations are rounded or quantised as fmt.activation says, bytes
@@ -152,7 +154,7 @@ def matmul_several(
 
 
 def get_rows(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int, ids) -> np.ndarray:
-    """out[k] = row ids[k] of the weights, as float32 [len(ids), n_in]; IndexError for an id outside the rows."""
+    """Unpack rows of the weights: out[k] = row ids[k], float32 [len(ids), n_in]; IndexError for an id outside them."""
     raw, *_, row_bytes = Matrix.of(raw, fmt, n_rows, n_in)
     ids = np.ascontiguousarray(ids, np.intp)
     if ids.ndim != 1:
@@ -165,5 +167,5 @@ def get_rows(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int, ids) -> np.nd
 
 
 def dequantize(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int) -> np.ndarray:
-    """All the weights as float32 [n_rows, n_in]. Source: ggml-quants.c, dequantize_row_*."""
+    """Unpack all the weights to float32 [n_rows, n_in]. Source: ggml-quants.c, dequantize_row_*."""
     return get_rows(raw, fmt, n_rows, n_in, np.arange(n_rows))

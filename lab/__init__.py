@@ -2,13 +2,13 @@
 
     from tinymia_lab import sweep
 
-    cli.py         the command `tinymia`: it runs a prompt, or hands over to one of the commands
-    commands/      a file per command: its Result, its function, its pictures, its words and its flags
-    measure/       what they measure
+    cli.py         the command `tinymia`: it runs a prompt, or calls one of the commands
+    commands/      a file per command: its Result, its function, its pictures, its text and its flags
+    measure/       what the commands measure
     pictures/      tables, pictures and pages
     flags/         flags that commands share
-    runs/          results, progress, executors, streams
-    comparison/    verify
+    runs/          results in files, progress, executors, streams
+    comparison/    the command verify: tinymia beside llama.cpp
     tasks/         tasks as JSON files
     pairs/         pairs of prompts as JSON files
 
@@ -54,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A function or a result, imported when it is asked for, so that a command loads only what it needs."""
+    """Import a function or a result when its name is first used, so that a command loads only what it needs."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)

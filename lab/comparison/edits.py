@@ -1,4 +1,4 @@
-"""What an action does to a tensor, written a second time, for llama.cpp's tensors: one row at a time.
+"""The effect of actions on a tensor, written a second time, for llama.cpp's tensors: one row at a time.
 
 verify changes tinymia's tensor by the action itself and llama.cpp's by these lines. If the two disagree on which row,
 which head or which number is meant, everything after that tensor differs.
@@ -33,7 +33,7 @@ from tinymia_engine import indices, read_sources
 
 
 class Edits:
-    """`edits(name, x)`: the tensor after the actions, None where there are none."""
+    """A function of tensors: edits(name, x) is the tensor after the actions, or None if none matches its name."""
 
     def __init__(self, actions: Sequence[Action], model: Model, n_tok: int):
         self.model, self.n_tok = model, n_tok
@@ -62,7 +62,7 @@ class Edits:
         return x
 
     def edited(self, action: Edit, name: str, x: np.ndarray) -> np.ndarray:
-        """x after one action: for each position of `at`, the new row, or the heads of it that are meant."""
+        """The tensor x after one action: for each position of `at` the new row, or the chosen heads of it."""
         op = self.model.table[name][0]
         axis = op.dims.index("n_tok")
         given = next((s for s in ("source", "vector", "direction") if getattr(action, s, None) is not None), None)

@@ -1,13 +1,13 @@
-"""The one shape of the lab's commands: a function, its result, its words, its pictures, its flags.
+"""The shape that all commands of the lab have: a function, its result, its text, its pictures, its flags.
 
     def lens(model, prompt, ..., out=None) -> Lens          the experiment, as Python calls it
     def text(found, position=-1, colour="prob") -> str      what the terminal shows of its result
     def pictures(found, colour="prob") -> list[Heatmap]     what -o FILE.png and FILE.html show
-    def add_flags(p) -> None                                the flags that it has besides those of all commands
-    def run(args, model, out) -> Lens                       the function, called with what the flags say
+    def add_flags(p) -> None                                the flags that no other command has
+    def run(args, model, out) -> Lens                       calls the function as the flags say
     command = Command("lens", "What each layer ...", add_flags, run, text, pictures, text_flags=("position", "colour"))
 
-Help, the order of checks, the model, resuming from a file of -o, saving, drawing and printing are written here, once.
+Help, checks, loading the model, resuming from a file of -o, saving, drawing and printing are written here, once.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .parser import Parser
 
 
 def nothing(found: Any) -> list[Any]:
-    """The pictures of a command that draws none."""
+    """No pictures: for a command that draws none."""
     return []
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the lab; calling it with the words after its name runs it and gives the exit status."""
+    """A command of the lab. A call with the words after its name runs it and returns the exit status."""
 
     name: str
-    about: str                                                      # what --help begins with
+    about: str                                                      # the first sentence of --help
     add_flags: Callable[[Parser], None]
     run: Callable[[argparse.Namespace, Model, Path | None], Any]     # a Result; out: the file that keeps it, or None
     text: Callable[..., str]
@@ -54,7 +54,7 @@ class Command:
     with_pairs: Sequence[str] = ()                                  # flags of its own that go with --pairs
 
     def parser(self) -> Parser:
-        """The flags of every command, and those of this one."""
+        """Make the parser, with the flags of every command and those of this one."""
         p = parser(self.name, self.about, self.epilog, self.drawn, results=self.results)
         p.set_defaults(kinds=tuple(dict.fromkeys([*self.results, *self.drawn, *self.writers])))
         self.add_flags(p)
@@ -83,7 +83,7 @@ class Command:
         return emit(args, found, pages.text(found), pages.pictures(found), kept=out)
 
     def show(self, args: argparse.Namespace, found: Any, out: Path | None) -> int:
-        """Print what was found and write the files of -o, of which `out` is written already; the exit status."""
+        """Print the result, and write the files of -o, of which `out` is written already. Returns the exit status."""
         words, look = ({name: getattr(args, name) for name in names} for names in (self.text_flags, self.picture_flags))
         asked = {Path(path).suffix for path in args.out} & {*PICTURES} - self.writers.keys()
         return emit(args, found, self.text(found, **words), self.pictures(found, **look) if asked else None,

@@ -182,7 +182,7 @@ def test_a_stopped_run_goes_on_where_it_was(copycat, monkeypatch, tmp_path, stop
     ({"mode": "mean", "prompts": [PROMPT, "a " * 200]}, "prompt 2 of the mean's prompts has"),
     ({"mode": "resample", "other": "France ->"}, "has 3 tokens and the prompt 11: they do not align"),
     ({"mode": "resample", "other": "France ->", "at": 5}, "position 5 is out of range: the other prompt has 3"),
-    ({"at": 11}, "position 11 is out of range: the prompt has 11"), ({"at": [-1, 10]}, "must be there once"),
+    ({"at": 11}, "position 11 is out of range: the prompt has 11"), ({"at": [-1, 10]}, "each only once"),
     ({"at": []}, "no position"), ({"layers": "6"}, "layer 6 is out of range"), ({"heads": [4]}, "head 4 is out of"),
     ({"answer": "Oslo", "against": "Oslo"}, "the same token"), ({"answer": 2048}, "out of range"),
     ({"answer": ""}, "no text"),
@@ -198,9 +198,9 @@ def test_the_command(drawn, tmp_path, capsys):
     args = ["-p", PROMPT, "--answer", "Tallinn", "--mode", "mean", "--prompts", tmp_path / "set", "--metric", "kl"]
     assert tinymia.main([*map(str, ("ablate", *args, *(x for o in outs for x in ("-o", o)), "-k", 4))]) == 0
     out = capsys.readouterr().out
-    assert "KL divergence from the run as it is (nats), the largest first\nhead  effect" in out
+    assert "KL divergence from the unchanged run (nats), the largest first\nhead  effect" in out
     (shown,), kl = drawn(outs[0]).maps, ablate.Ablation.load(outs[2]).values[ablate.METRICS.index("kl")]
-    assert "change of KL divergence from the run as it is (nats)" in shown.title
+    assert "change of KL divergence from the unchanged run (nats)" in shown.title
     assert shown.rows == list("543210") and shown.columns == list("0123") and kl.shape == (6, 4)
     for il, head in ((5, 3), (0, 0), (2, 1)):
         assert shown.text(str(il), str(head)) == f"{kl[il, head]:.2f}"

@@ -354,13 +354,13 @@ def test_an_answer_that_is_one_token_only_without_a_blank_is_taken_so(copycat, c
     comma = copycat.tokenizer.one(",")
     for prompt in ("Egypt -> Cairo", copycat.tokenize("Egypt -> Cairo")):
         assert answer_token(copycat, ",", prompt) == comma
-    assert f"without a blank before it, as ',' (#{comma})" in capsys.readouterr().err
+    assert f"without a space before it, as ',' (#{comma})" in capsys.readouterr().err
     found = lens.lens(copycat, "Egypt -> Cairo", "l_out-5", target=",")
     assert found.target_piece == "," and found.target_probability[0, -1] > 0.9
 
 
-@pytest.mark.parametrize("text,words", [("reverse", r"did you mean ' reverse' \(with a blank\)"),
-                                        (" ,", r"did you mean ',' \(without a blank\)"),
+@pytest.mark.parametrize("text,words", [("reverse", r"did you mean ' reverse' \(with a space\)"),
+                                        (" ,", r"did you mean ',' \(without a space\)"),
                                         ("qqq", "not one token but 3")])
 def test_a_token_that_is_not_there_names_the_one_with_or_without_a_blank(copycat, text, words):
     with pytest.raises(tinymia.Error, match=words):

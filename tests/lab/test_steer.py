@@ -127,7 +127,7 @@ def spoilt(path, folder):
         ("the file at", Raw(raw.kv, raw.tensors, raw.data[:-4])),
     ):
         yield says, wrong.write(folder / "wrong.gguf")
-    for says, data in (("not a GGUF file", b"no control vector"), ("the file is empty", b"")):
+    for says, data in (("not a GGUF file", b"not a control vector"), ("the file is empty", b"")):
         (folder / "wrong.gguf").write_bytes(data)
         yield says, str(folder / "wrong.gguf")
     yield "No such file", str(folder / "none.gguf")

@@ -91,9 +91,9 @@ def test_own_files_are_a_list_or_an_object(write):
     ([["a", " "]], "pair 0 must be two texts"),
     ([["a", "b"], ["a", "c"]], "pair 1 asks 'a' again, after pair 0"),
     ({"pairs": [["a", "b"]], "template": "{x}"}, "template"),
-    ({"pairs": [["a", "b"]], "templates": "{x}"}, "'templates' is no key"),
+    ({"pairs": [["a", "b"]], "templates": "{x}"}, "'templates' is not a key"),
     ({"pairs": [["a", "b"]], "shots": 0}, "shots"),
-    ({"pairs": [["a", "b"]], "shots": True}, "shots must be a int"),
+    ({"pairs": [["a", "b"]], "shots": True}, "shots must be a whole number"),
     ({"pairs": [["a", "b"]], "score": "last"}, "score"),
 ])
 def test_a_broken_file_is_one_line_that_names_it(write, data, says):

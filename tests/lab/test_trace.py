@@ -45,7 +45,7 @@ def test_values_are_the_runs(copycat_in, position, numerics):
 
 
 def rope(x, position, base=10000.0):
-    """By the words of the formula: pair p of each head is turned by i * base^(-2p / n_rot)."""
+    """By the words of the formula: pair p of each head is rotated by i * base^(-2p / n_rot)."""
     out = x.copy()
     for p in range(x.shape[-1] // 2):
         t = position * base ** (-2 * p / x.shape[-1])

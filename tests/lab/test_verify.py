@@ -402,7 +402,7 @@ def test_refusals(tiny, recording, tmp_path, main):
         ("recorded with flash False", "-m", path, "-p", TEXT, "--against", npz, "--flash"),
         ("recorded with actions []", "-m", path, "-p", TEXT, "--against", npz, "--scale", "l_out-0", 2),
         ("recorded with -n 8, and this run has -n 9", "-m", path, "-p", TEXT, "--against", npz, "-n", 9),
-        ("no recording of llama.cpp", "-m", path, "-p", TEXT, "--against", saved),
+        ("not a recording of llama.cpp", "-m", path, "-p", TEXT, "--against", saved),
         ("no-such.npz: cannot be read", "-m", path, "-p", TEXT, "--against", "no-such.npz"),
         ("recordings are .npz files", "-m", path, "-p", TEXT, "--record", tmp_path / "x.npy"),
         ("either made (record) or compared", "-m", path, "-p", TEXT, "--record", npz, "--against", npz),
