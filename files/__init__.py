@@ -1,10 +1,10 @@
-"""What lies on disk, read and written here alone; everything read is hostile until checked.
+"""All reading and writing of files. A file that is read may be hostile, so everything in it is checked first.
 
-    gguf.py        the index of a GGUF file, and its tensors where they lie in the map; split.py models of several
-    hparams.py     the model's shape out of the metadata; unused.py what else a file may hold
-    tokenizer.py   text to ids and back: spm.py by sentencepiece, bpe.py by tokenizers, vocab.py what both have
-    tensors.py     saved activations: raw float32, .npy, .npz
-    disk.py        how a file is read, text and JSON of any kind; outputs.py how one is written
+    gguf.py        the index of a GGUF file, and its tensors as views of the mapped file; split.py: models in several
+    files hparams.py     the model's shape, from the metadata; unused.py: tensors and keys that do not change the
+    numbers tokenizer.py   text to ids and back: spm.py by sentencepiece, bpe.py by tokenizers, vocab.py for both
+    tensors.py     saved activations: raw float32, .npy, .npz disk.py        how files are read, text and JSON of any
+    kind; outputs.py: how files are written
 """
 
 from .disk import dumps, expand, note, plain, read_json, read_text, reading

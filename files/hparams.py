@@ -13,7 +13,9 @@ from .gguf import Tensor
 from .unused import note_keys
 
 ARCHITECTURES = ("llama",)
-LAYERS = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")  # one value, or one for each layer
+LAYERS = (  # one value, or one for each layer
+    "feed_forward_length", "attention.head_count", "attention.head_count_kv", "expert_used_count")
+KINDS = {int: "a whole number", float: "a number"}     # in words
 NONE = {  # keys that must be 0, and why
     "expert_count": "mixtures of experts are not supported",
     "expert_used_count": "mixtures of experts are not supported",
@@ -23,7 +25,7 @@ NONE = {  # keys that must be 0, and why
 
 
 def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    """The fields of tinymia.Config from a file's metadata; refuses what the forward pass would compute wrongly."""
+    """The fields of tinymia.Config from a file's metadata. Raises GGUFError for all that `forward` cannot compute."""
 
     def get(key: str, default: Any, least: float, kind: Any = int) -> Any:
         value = meta.get(key, default)
@@ -33,10 +35,10 @@ def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -
             if len(value) != n_layer:
                 raise GGUFError(f"{path}: {key} has {len(value)} values for {n_layer} layers: one for each is needed")
             if (value != value[0]).any():
-                raise GGUFError(f"{path}: {key} is {short(value.tolist())}; layers that differ are not supported")
+                raise GGUFError(f"{path}: {key} is {short(value)}; layers that differ are not supported")
             value = value[0].item()
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or not least <= value < 2**31:
-            raise GGUFError(f"{path}: {key} is {short(value)}; it must be {kind.__name__} of at least {least:g}")
+            raise GGUFError(f"{path}: {key} is {short(value)}; it must be {KINDS[kind]} of at least {least:g}")
         return kind(value)
 
     arch = meta.get("general.architecture")
@@ -100,10 +102,10 @@ def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -
 
 
 def _gain(attn_factor: float, yarn_factor: float | None) -> float:
-    """What cos and sin are multiplied by: attn_factor, with yarn times 1 + 0.1 ln(factor), step by step in float32.
+    """The factor of cos and sin: attn_factor, with yarn times 1 + 0.1 ln(factor), step by step in float32.
 
-    llama.cpp divides attn_factor by that gain where ggml will multiply by it, and yarn's own gain comes back: all that
-    remains of it are roundings, and a factor below 1, which gives no gain.
+    llama.cpp first divides attn_factor by yarn's gain, then ggml multiplies by it again, so the two cancel except for
+    float32 rounding. Both steps are repeated here to get the same bits. Factors below 1 have no gain.
     Source: llama-context.cpp, llama_context (yarn_attn_factor); ggml-cpu/ops.cpp, rope_yarn (mscale).
     """
     f32 = np.float32
@@ -116,10 +118,10 @@ def _gain(attn_factor: float, yarn_factor: float | None) -> float:
 
 
 def _corrections(n_rot: int, n_ctx: int, base: float) -> tuple[float, float]:
-    """The pairs between which yarn goes over from turning as trained (before) to turning slower (after).
+    """YaRN's ramp (low, high): RoPE pairs below `low` rotate as trained, pairs above `high` slower by the factor.
 
-    A pair that turns 32 times or more in the context it was trained for is left as it is, one that turns once or less
-    is slowed: llama.cpp reads other numbers than 32 and 1 for other architectures only.
+    Pairs that make 32 turns or more over the trained context keep their speed; pairs that make one turn or less are
+    slowed; those between are blended. llama.cpp reads other numbers than 32 and 1 only for other architectures.
     Source: ggml.c, ggml_rope_yarn_corr_dims; llama-hparams.h, yarn_beta_fast and yarn_beta_slow.
     """
     f32 = np.float32

@@ -1,4 +1,4 @@
-"""Every line of the table of names in words: its formula, and one sentence on what it is for."""
+"""The formula of every line of the table of names, and one sentence on what it is for."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ TOLD: dict[str, tuple[str, str]] = {
         "Each of the n_embd numbers gets its own learnt scale before attention reads it."),
     "Qcur_pre": (
         "Qcur_pre[i, h] = Wq[h] attn_norm[i]",
-        "Each head makes of each token a query: what it looks for."),
+        "Each head computes a query from each token: what the head looks for."),
     "Kcur_pre": (
         "Kcur_pre[i, h] = Wk[h] attn_norm[i]",
-        "Each token gets keys: what it can be found by. {shared}"),
+        "Each token gets keys, which queries are compared with. {shared}"),
     "Vcur": (
         "Vcur[i, h] = Wv[h] attn_norm[i]",
-        "Each token gets values: what a head takes along when it looks at the token."),
+        "Each token gets values: what a head reads when it attends to the token."),
     "Qcur": (
         "pair p of each head: (a, b) -> (a cos t - b sin t, a sin t + b cos t){gain}\nt = {angle}",
-        "RoPE: each pair of numbers of a query is turned by an angle that grows with the position."),
+        "RoPE: each pair of numbers of a query is rotated by an angle that grows with the position."),
     "Kcur": (
         "pair p of each head: (a, b) -> (a cos t - b sin t, a sin t + b cos t){gain}\nt = {angle}",
-        "Keys are turned alike, so that query times key depends on how far apart the two tokens are."),
+        "Keys are rotated in the same way, so that query times key depends on how far apart the two tokens are."),
     "kq": (
         "kq[h, i, j] = Qcur[i, h] . Kcur[j, {kv}]",
         "How well the query of token i fits the key of token j, in each head."),
@@ -41,16 +41,16 @@ TOLD: dict[str, tuple[str, str]] = {
         "The scores become weights that add up to 1; tokens after i get none: this is the attention pattern."),
     "kqv": (
         "kqv[h, i] = sum over j of kq_soft_max[h, i, j] * Vcur[j, {kv}]",
-        "Each head takes the mean of the values, by those weights: what it read."),
+        "Each head takes the mean of the values, by those weights: what the head has read."),
     "kqv_merged": (
         "kqv_merged[i] = kqv[0, i], kqv[1, i], ... side by side",
-        "The heads' outputs of a token are laid side by side; nothing is computed."),
+        "The outputs of the heads for a token are put side by side; nothing is computed."),
     "kqv_out": (
         "kqv_out[i] = Wo kqv_merged[i]",
-        "The output matrix turns what the heads read into what attention adds to the residual stream."),
+        "The output matrix turns what the heads have read into the vector that attention adds to the residual stream."),
     "ffn_inp": (
         "ffn_inp = x + kqv_out",
-        "What attention found is added to the residual stream."),
+        "The output of attention is added to the residual stream."),
     "norm_ffn": (
         "norm_ffn = ffn_inp / sqrt(mean(ffn_inp²) + {eps:g})",
         "Again each vector is divided by its root mean square, now for the feed-forward block."),
@@ -59,19 +59,19 @@ TOLD: dict[str, tuple[str, str]] = {
         "Again each number gets its own learnt scale."),
     "ffn_gate": (
         "ffn_gate[i] = Wgate ffn_norm[i]",
-        "For each of the n_ff neurons: how much the token calls for it."),
+        "For each of the n_ff neurons: how strongly the token activates it."),
     "ffn_up": (
         "ffn_up[i] = Wup ffn_norm[i]",
-        "A second product for each neuron: what it will say, and with which sign."),
+        "A second product for each neuron: the content that the gate multiplies, with its sign."),
     "ffn_silu": (
         "ffn_silu = ffn_gate / (1 + exp(-ffn_gate))",
-        "SiLU opens the gate: what is well above 0 passes, what is well below becomes almost 0."),
+        "SiLU is the gate: a number well above 0 passes, a number well below becomes almost 0."),
     "ffn_gate_par": (
         "ffn_gate_par = ffn_silu * ffn_up",
         "Gate times content: the activation of each neuron."),
     "ffn_out": (
         "ffn_out[i] = Wdown ffn_gate_par[i]",
-        "Each neuron writes its column of the matrix, times its activation: what the block adds to the stream."),
+        "Each neuron adds its column of the matrix, times its activation: the sum is the block's output."),
     "l_out": (
         "l_out = ffn_inp + ffn_out",
         "The residual stream after the layer; the next layer reads it as x."),
@@ -85,7 +85,7 @@ TOLD: dict[str, tuple[str, str]] = {
 
 
 def told(model: Model, op: Op, il: int | None, graph: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What there is to tell of an op before it is run: name, formula, sentence, shapes by dimension, weight, type."""
+    """The description of an op before it is run: name, formula, sentence, shapes by dimension, weight, type."""
     c, name = model.config, op.base if il is None else f"{op.base}-{il}"
     line, group = graph[name], c.n_head // c.n_head_kv
     words = {"kv": "h" if group == 1 else f"h // {group}", "angle": angle(model),
@@ -111,7 +111,7 @@ def told(model: Model, op: Op, il: int | None, graph: dict[str, dict[str, Any]])
 
 
 def angle(model: Model) -> str:
-    """By how much RoPE turns pair p at position i."""
+    """The formula of the angle by which RoPE rotates pair p at position i."""
     c, scaled = model.config, model.config.rope_scale != 1 and model.config.yarn is None
     turn = f"i * {c.rope_base:g}^(-2p / {c.n_rot})"
     turn += f" * {c.rope_scale:g}" * scaled + " / rope_freqs[p]" * (model.weights.rope_freqs is not None)
@@ -121,12 +121,12 @@ def angle(model: Model) -> str:
 
 
 def _named(dims: Sequence[str], shape: Sequence[int]) -> list[list[Any]]:
-    """[[name, size], ...] of a shape."""
+    """A shape with names: [[name, size], ...]."""
     return [[name, int(size)] for name, size in zip(dims, shape)]
 
 
 def cgraph(model: Model, n_tok: int | None) -> list[dict[str, Any]]:
-    """Every op in the order of computation: name, op, shape, inputs, weight and its type."""
+    """All ops in the order of computation: name, op, shape, inputs, weight and its type; n_tok None: shapes by name."""
     sizes = {**model.config.sizes(), "n_tok": n_tok or "n_tok", "n_kv": n_tok or "n_kv"}
     rows = []
     for name, (op, il) in model.table.items():
