@@ -98,8 +98,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def judge(model):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)    # these products are small: threads would wait for each other most of the time
     with torch.inference_mode():
         yield Judge(model.path)
+    torch.set_num_threads(threads)
 
 
 def near(got, want):
