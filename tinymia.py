@@ -179,6 +179,12 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:    # [n
     return y
 
 
+def put(keys: np.ndarray, values: np.ndarray, k: np.ndarray, v: np.ndarray, n: int) -> None:
+    """Write k [n_tok, n_head_kv, d_head] and v [n_tok, n_head_kv, d_head_v] to the positions from n on of one layer."""
+    keys[:, n : n + len(k)] = k.swapaxes(0, 1)         # a number too large for float16 becomes infinite, as in ggml
+    values[:, :, n : n + len(v)] = v.transpose(1, 2, 0)
+
+
 def scores(q: np.ndarray, keys: np.ndarray, n_kv: int) -> np.ndarray:       # [n_tok, n_head, d_head] ->
     """Dot products of every query with the first n_kv keys; n_head / n_head_kv query heads share one key head."""
     k = np.repeat(keys[:, :n_kv], q.shape[1] // len(keys), axis=0)          # [n_head, n_kv, d_head]
@@ -219,7 +225,7 @@ def plain(dtype: np.dtype) -> SimpleNamespace:
     """The functions above as `forward` calls them, for numbers of a dtype."""
     these = SimpleNamespace(
         embed=lambda weight, tokens: embed(weight, tokens).astype(dtype), rms_norm=rms_norm, linear=linear,
-        linears=linears, rope_angles=rope_angles, rope=rope, scores=scores, soft_max=soft_max, mix=mix,
+        linears=linears, rope_angles=rope_angles, rope=rope, put=put, scores=scores, soft_max=soft_max, mix=mix,
         attention=attention, silu=silu, threads=1, done=lambda: None,
     )
     these.several = lambda: these
@@ -356,9 +362,9 @@ class Cache:
         """The last row of x [n_tok, ...]: the only one whose logits predict the next token."""
         return x[-1:]
 
-    def store(self, il: int, k: np.ndarray, v: np.ndarray) -> None:
-        """Keep the keys [n_tok, n_head_kv, d_head] and values [n_tok, n_head_kv, d_head_v] of a pass."""
-        put(self.k[il], self.v[il], k, v, self.n)
+    def store(self, il: int, k: np.ndarray, v: np.ndarray, ops: Any) -> None:
+        """Keep the keys [n_tok, n_head_kv, d_head] and values [n_tok, n_head_kv, d_head_v] of a pass, by ops.put."""
+        ops.put(self.k[il], self.v[il], k, v, self.n)
 
     def ops(self, ops: Any) -> Any:
         """The arithmetic that a pass over this cache uses: here `ops`, unchanged.
@@ -366,13 +372,6 @@ class Cache:
         A subclass whose rows do not all see the same keys replaces scores, soft_max, mix and attention here.
         """
         return ops
-
-
-def put(keys: np.ndarray, values: np.ndarray, k: np.ndarray, v: np.ndarray, n: int) -> None:
-    """Write k [n_tok, n_head_kv, d_head] and v [n_tok, n_head_kv, d_head_v] to the positions from n on of one layer."""
-    with np.errstate(over="ignore"):  # a number too large for float16 becomes infinite, as in ggml
-        keys[:, n : n + len(k)] = k.swapaxes(0, 1)
-        values[:, :, n : n + len(v)] = v.transpose(1, 2, 0)
 
 
 # ---------------------------------------------------------------------------------------- forward
@@ -408,7 +407,7 @@ def forward(
         v = t("Vcur", il, v.reshape(n_tok, c.n_head_kv, c.d_head_v))                # [n_tok, n_head_kv, d_head_v]
         q = t("Qcur", il, o.rope(q, cos, sin))                                      # [n_tok, n_head, d_head]
         k = t("Kcur", il, o.rope(k, cos, sin))                                      # [n_tok, n_head_kv, d_head]
-        cache.store(il, k, v)
+        cache.store(il, k, v, o)
         if t.wants(il, "kq", "kq_soft_max", "kqv"):     # step by step, so that each step has its name
             kq = t("kq", il, o.scores(q, cache.k[il], n_kv))                        # [n_head, n_tok, n_kv]
             pattern = t("kq_soft_max", il, o.soft_max(kq, scale, positions))        # [n_head, n_tok, n_kv]
@@ -469,10 +468,14 @@ class Tap:
 
     def wants(self, il: int | None, *bases: str) -> bool:
         """Return whether an action of this phase is on one of these names in layer il."""
-        return any(a.when in ("all", self.phase) for base in bases for _, a in self.by_name.get((base, il), ()))
+        return bool(self.by_name) and any(
+            a.when in ("all", self.phase) for base in bases for _, a in self.by_name.get((base, il), ())
+        )
 
     def __call__(self, base: str, il: int | None, x: np.ndarray) -> np.ndarray:
         """The value to go on with: x itself unless an action changes it."""
+        if not self.by_name:    # most passes have no actions, and a small model passes here a hundred times per token
+            return x
         for i, action in self.by_name.get((base, il), ()):
             if action.when in ("all", self.phase):
                 name = base if il is None else f"{base}-{il}"
@@ -673,15 +676,13 @@ class Model:
         """
         if logits not in ("all", "last"):
             raise Error(f"logits={logits!r}: it must be all or last")
-        cache = cache or self.cache()
+        if cache is not None and not isinstance(cache, Cache):
+            raise Error(f"cache is {short(cache)}; it must be what Model.cache() gives")
+        cache = self.cache() if cache is None else cache
         ids = self.ids(prompt, follows=cache.n > 0)
-        tap = Tap(self, [*listed(actions), *map(Save, [keep] if isinstance(keep, str) else keep)], on_record)
+        tap = Tap(self, [*listed(actions), *map(Save, given.names(keep, "keep"))], on_record)
         if start is not None:
-            il, x = given.whole(start[0], "the layer of start"), np.ascontiguousarray(start[1], self.dtype)
-            if not 0 <= il <= self.config.n_layer or x.shape != (len(ids), self.config.n_embd):
-                raise Error(f"start=({il}, {list(x.shape)}): it takes a layer up to {self.config.n_layer} and "
-                            f"[{len(ids)}, {self.config.n_embd}]")
-            start = (il, x)
+            start = given.residual(start, self.config.n_layer, (len(ids), self.config.n_embd), self.dtype)
         out = self._pass(ids, cache, tap, "prompt", start, logits == "last")
         tap.finish(prompt, tokens=ids)
         text = prompt if isinstance(prompt, str) else self.detokenize(ids)
@@ -792,7 +793,7 @@ class Model:
         tap.begin(phase, positions)
         n = cache.n
         try:
-            with np.errstate(over="ignore"):  # exp in silu may overflow: the quotient is then 0, as it should be
+            with np.errstate(all="ignore"):  # exp of silu may overflow, rightly; what is not a number is found below
                 logits = forward(self, np.asarray(ids, np.intp), cache, tap, start, last)
             self.ops.done()
             if not np.isfinite(logits.max(axis=1)).all():

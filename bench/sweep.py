@@ -50,7 +50,8 @@ def beside_plain_runs(args: argparse.Namespace) -> None:
     model = tinymia.load(args.model, args.threads)
     layers, n_tok = chosen(args.layers, model.config.n_layer, "layer"), args.tokens
     clean, corrupt = prompts(model, n_tok, args.at)
-    picks = np.random.default_rng(args.seed).choice(len(layers) * n_tok, args.sample, replace=False).tolist()
+    n_cell = len(layers) * n_tok
+    picks = np.random.default_rng(args.seed).choice(n_cell, min(args.sample, n_cell), replace=False).tolist()
     cells = [(i // n_tok, i % n_tok) for i in picks]
     seconds, found = timed_sweep(args, layers)
     kept = model.run(clean, keep=["l_out"], logits="last")
@@ -157,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     args.at = args.tokens // 2 if args.at is None else args.at
     try:
+        if not 0 < args.at < args.tokens or args.sample < 1 or args.repeats < 1:
+            raise Error("--at must be 1 to --tokens minus 1; --sample and --repeats must be at least 1")
         (beside_transformer_lens if args.transformer_lens else beside_plain_runs)(args)
     except Error as e:
         print(f"error: {e}", file=sys.stderr)

@@ -147,8 +147,7 @@ class Edit(Action):
         try:
             new = np.broadcast_to(np.asarray(self.edit(part, rows, which), x.dtype), old.shape)
         except ValueError as e:
-            kind = type(self).__name__
-            raise ActionError(f"{kind} of {ctx.name} does not fit rows of {list(old.shape[1:])}: {e}") from e
+            raise ActionError(f"{self}: its numbers do not fit {ctx.name}, here {list(old.shape)}") from e
         if self.heads is not None:
             c = ctx.model.config
             mask = np.isin(np.arange(c.n_head_kv if "n_head_kv" in ctx.op.dims else c.n_head), self.heads)

@@ -12,7 +12,7 @@ import numpy as np
 
 from tinymia_files import ActionError
 
-from . import sources
+from . import given, sources
 from .action import Action, Context, Edit, NotHere, Positions, Source
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ class Ablate(Edit):
         if self.mode == "mean" and self.when != "prompt":
             raise ActionError(f"ablation of {name}: mode mean goes with when=prompt, not {self.when}: a pass that "
                               "decodes has one row, and its mean is itself")
+        if self.value is not None:
+            given.numbers(self.value, "the value", f"ablation of {name}: ")
         if self.source is None:
             return bound
         read = sources.read_sources(self.source, name, op.dims, model, self.name)
@@ -158,6 +160,7 @@ class Add(Edit):
     def bind(self, name: str, op: Any, model: Any) -> Self:
         """Read the vector. Raises Error."""
         bound = super().bind(name, op, model)
+        given.numbers(self.coef, "the coefficient", f"{name}: ")
         return replace(bound, vector=sources.read_row(self.vector, self.row, name, op.dims, model, self.name))
 
     def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
@@ -183,8 +186,9 @@ class ProjectOut(Edit):
     def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
         """x[rows] without their part along the direction."""
         direction = _read(self.direction)
-        along = np.tensordot(x[rows], direction, direction.ndim)  # [n_rows]
-        return x[rows] - np.multiply.outer(along, direction)
+        # Summed in float64: in float32 the last bit would depend on how many rows a product has.
+        along = np.tensordot(x[rows].astype(np.float64), direction.astype(np.float64), direction.ndim)  # [n_rows]
+        return x[rows] - np.multiply.outer(along.astype(x.dtype), direction)
 
 
 @dataclass(frozen=True, repr=False)
@@ -192,6 +196,10 @@ class Scale(Edit):
     """Multiply each row by a factor."""
 
     factor: float
+
+    def bind(self, name: str, op: Any, model: Any) -> Self:
+        given.numbers(self.factor, "the factor", f"{name}: ")
+        return super().bind(name, op, model)
 
     def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
         """factor * x[rows]."""

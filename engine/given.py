@@ -33,6 +33,39 @@ def whole(value: Any, what: str) -> int:
     raise Error(f"{what} is {short(value)}; it must be a whole number")
 
 
+def numbers(value: Any, what: str, where: str = "") -> np.ndarray:
+    """A number, or an array of numbers. Raises Error for all else: True, texts, complex numbers, 10**400."""
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind in "fiu":
+            return array
+    except (TypeError, ValueError):     # lists of different lengths
+        pass
+    raise Error(f"{where}{what} is {short(value)}; it must be a number, or an array of numbers")
+
+
+def names(value: Any, what: str) -> list[Any]:
+    """Names as a list; one may stand by itself, and None for none. Raises Error for what is not a list."""
+    if value is None or isinstance(value, str):
+        return [] if value is None else [value]
+    try:
+        return list(value)
+    except TypeError:
+        raise Error(f"{what} is {short(value)}; it must be a name, or a list of names") from None
+
+
+def residual(start: Any, n_layer: int, shape: tuple[int, int], dtype: Any) -> tuple[int, np.ndarray]:
+    """(layer, x) of a run that begins in the middle, x as contiguous numbers. Raises Error."""
+    try:
+        first, given = start
+    except (TypeError, ValueError):
+        raise Error(f"start is {short(start)}; it must be (layer, x), x of shape {list(shape)}") from None
+    layer, x = whole(first, "the layer of start"), numbers(given, "x of start")
+    if not 0 <= layer <= n_layer or x.shape != shape:
+        raise Error(f"start=({layer}, {list(x.shape)}): it takes a layer up to {n_layer} and {list(shape)}")
+    return layer, np.ascontiguousarray(x, dtype)
+
+
 def out_of_range(what: str, given: Any, n: int, things: str, holder: str = "there are") -> str:
     """The message for a number outside 0 to n - 1, such as: head 9 is out of range: there are 4 heads, 0 to 3."""
     return f"{what} {given} is out of range: {holder} {n} {things}, 0 to {n - 1}"

@@ -1,12 +1,17 @@
 """Finding the best of many scores, and choosing a token from logits."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+
+from tinymia_files import short
+
+LARGEST = sys.float_info.max
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -50,18 +55,18 @@ class Sampler:
     def __post_init__(self) -> None:
         kind: Any
         for name, kind, ok, want in (
-            ("temp", Real, lambda v: 0 <= v < math.inf, "0 or more"),
+            ("temp", Real, lambda v: 0 <= v <= LARGEST, "a number, 0 or more"),
             ("top_k", Integral, lambda v: v >= 0, "a whole number, 0 or more"),
-            ("top_p", Real, lambda v: 0 < v <= 1, "above 0 and at most 1"),
-            ("min_p", Real, lambda v: 0 <= v <= 1, "0 to 1"),
-            ("repeat_penalty", Real, lambda v: 0 < v < math.inf, "above 0"),
+            ("top_p", Real, lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
+            ("min_p", Real, lambda v: 0 <= v <= 1, "a number, 0 to 1"),
+            ("repeat_penalty", Real, lambda v: 0 < v <= LARGEST, "a number above 0"),
             ("seed", Integral, lambda v: v >= 0, "a whole number, 0 or more, or None"),
         ):
             value: Any = getattr(self, name)
             if value is None and name == "seed":
                 continue
             if isinstance(value, (bool, np.bool_)) or not isinstance(value, kind) or not ok(value):
-                raise ValueError(f"{name} is {value!r}: it must be {want}")
+                raise ValueError(f"{name} is {short(value)}: it must be {want}")
             setattr(self, name, float(value) if kind is Real else int(value))
         self.random = np.random.default_rng(self.seed)
 

@@ -63,6 +63,8 @@ def format_chat(template: object, tokenizer: Tokenizer, messages: Messages, syst
 
 def read_messages(messages: Messages, system: str | None = None) -> list[dict[str, str]]:
     """Messages as a list of dictionaries. Raises Error."""
+    if not isinstance(messages, (str, Sequence)):
+        raise Error(f"a chat is a text or a list of messages, not {short(messages)}")
     said = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
     if system is not None:
         said = [{"role": "system", "content": system}, *said]

@@ -35,10 +35,12 @@ TABLES = {
 }
 
 
-def stored(raw: np.ndarray, kind: BlockType, n_rows: int, n_in: int) -> tuple[kernels.Format, np.ndarray]:
-    """A weight as kernels take it: (format, uint8 bytes), decoded if its type has no kernel."""
+def stored(raw: np.ndarray, kind: BlockType, n_rows: int, n_in: int) -> kernels.Matrix:
+    """A weight as kernels take it: its bytes as they are, decoded if its type has no kernel."""
     fmt = kernels.FORMATS.get(kind.type)
-    return decode(raw, kind, n_rows, n_in) if fmt is None else (fmt, raw)
+    if fmt is None:
+        fmt, raw = decode(raw, kind, n_rows, n_in)
+    return kernels.Matrix.of(raw, fmt, n_rows, n_in)
 
 
 def _target(fmt: BlockType) -> kernels.Format:

@@ -46,6 +46,7 @@ class ActionError(Error):
 
 
 def short(value: object) -> str:
-    """A value in at most 60 characters, for one line of a message."""
-    text = repr(value)
+    """A value in at most 60 characters, for one line of a message; NumPy's arrays and numbers as Python's."""
+    size = getattr(value, "size", None)
+    text = repr(value.tolist() if isinstance(size, int) and size < 60 and hasattr(value, "tolist") else value)
     return text if len(text) <= 60 else text[:57] + "..."

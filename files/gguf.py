@@ -103,8 +103,8 @@ class Tensor:
         return self.type.name
 
     @cached_property
-    def stored(self) -> tuple[Any, np.ndarray]:
-        """The weight as kernels take it: (kernels.Format, uint8 bytes), decoded if its type has no kernel."""
+    def stored(self) -> Any:
+        """The weight for kernels: a kernels.Matrix of its bytes in the map, decoded if its type has no kernel."""
         from .decode import stored
 
         return stored(self.raw, self.type, math.prod(self.shape[:-1]), self.shape[-1])

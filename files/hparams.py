@@ -13,7 +13,9 @@ from .gguf import Tensor
 from .unused import note_keys
 
 ARCHITECTURES = ("llama",)
-LAYERS = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")  # one value, or one for each layer
+LAYERS = (  # one value, or one for each layer
+    "feed_forward_length", "attention.head_count", "attention.head_count_kv", "expert_used_count")
+KINDS = {int: "a whole number", float: "a number"}     # in words
 NONE = {  # keys that must be 0, and why
     "expert_count": "mixtures of experts are not supported",
     "expert_used_count": "mixtures of experts are not supported",
@@ -33,10 +35,10 @@ def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -
             if len(value) != n_layer:
                 raise GGUFError(f"{path}: {key} has {len(value)} values for {n_layer} layers: one for each is needed")
             if (value != value[0]).any():
-                raise GGUFError(f"{path}: {key} is {short(value.tolist())}; layers that differ are not supported")
+                raise GGUFError(f"{path}: {key} is {short(value)}; layers that differ are not supported")
             value = value[0].item()
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or not least <= value < 2**31:
-            raise GGUFError(f"{path}: {key} is {short(value)}; it must be {kind.__name__} of at least {least:g}")
+            raise GGUFError(f"{path}: {key} is {short(value)}; it must be {KINDS[kind]} of at least {least:g}")
         return kind(value)
 
     arch = meta.get("general.architecture")

@@ -66,7 +66,8 @@ def check_tensors(
     left = [name for name in tensors if name not in used and not _harmless(tensors[name], matrices, n_layer)]
     if not left:
         return
-    name, more = min(left, key=lambda n: (len(n), n)), f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+    name = min(left, key=lambda n: (len(n), n)) or "without a name"
+    more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
     layer = re.match(r"blk\.(\d+)\.", name)
     if layer and not int(layer[1]) < n_layer:
         has = f"the metadata give the model {n_layer} layers, 0 to {n_layer - 1}"

@@ -56,6 +56,9 @@ class Tokenizer:
         for name in UNUSED_IDS:
             self._id(meta, name, least=-1)
         self.end = self._ends(meta)  # generation stops at these
+        if "tokenizer.ggml.suppress_tokens" in meta:
+            warn(path, "tokenizer.ggml.suppress_tokens changes nothing here: llama.cpp's own programs never choose "
+                       "these tokens, its logits have them like others")
         self.add_bos = self._flag(meta, "add_bos_token", add_bos) and self.bos is not None
         self.add_eos = self._flag(meta, "add_eos_token", False) and self.eos is not None
         special = (p for p, t in zip(self.pieces, self.types) if p and t in (UNKNOWN, CONTROL, USER_DEFINED))
@@ -213,7 +216,8 @@ class Tokenizer:
 
     def stops(self, stop: str | Sequence[str] | None) -> tuple[list[str], set[int]]:
         """The stop texts as a list, and the ids of control tokens among them, which appear in no text. Raises Error."""
-        texts, ids = [stop] if isinstance(stop, str) else list(stop or ()), set[int]()
+        many = hasattr(stop, "__iter__") and not isinstance(stop, (str, bytes))
+        texts, ids = list(stop) if many else [] if stop is None else [stop], set[int]()     # type: ignore[arg-type]
         for text in texts:
             if not isinstance(text, str):
                 raise Error(f"stop texts {short(stop)}: they must be a text, or a list of texts")

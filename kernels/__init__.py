@@ -16,18 +16,18 @@ and products/loops.py. `python -m tinymia_kernels Q4_K` prints these parts as a 
 """
 
 from .arithmetic import Arithmetic
-from .attention import attention, kq, kqv, soft_max, store_keys, store_values
+from .attention import attention, kq, kqv, put, soft_max
 from .format import FORMATS, Format, register
 from .formats import expanded
 from .machine.jit import announce_done, compiling
 from .machine.threads import Pool, physical_cores
-from .matmul import dequantize, get_rows, matmul, matmul_several
+from .matmul import Matrix, dequantize, get_rows, matmul, matmul_several
 from .ops import rms_norm, rope, rope_angles, silu
 
 EXPANDED = expanded.EXPANDED.format
 
 __all__ = [
-    "EXPANDED", "FORMATS", "Arithmetic", "Format", "Pool", "announce_done", "attention", "compiling", "dequantize",
-    "get_rows", "kq", "kqv", "matmul", "matmul_several", "physical_cores", "register", "rms_norm", "rope",
-    "rope_angles", "silu", "soft_max", "store_keys", "store_values",
+    "EXPANDED", "FORMATS", "Arithmetic", "Format", "Matrix", "Pool", "announce_done", "attention", "compiling",
+    "dequantize", "get_rows", "kq", "kqv", "matmul", "matmul_several", "physical_cores", "put", "register",
+    "rms_norm", "rope", "rope_angles", "silu", "soft_max",
 ]

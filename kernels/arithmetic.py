@@ -1,7 +1,7 @@
 """The arithmetic of tinymia.py, fast: functions with the same names and arguments, by kernels on several threads.
 
 tinymia.py says what each function computes and in which shapes; this file adds how numbers are rounded. A weight is an
-object with `stored` (its Format, and its rows as uint8), `shape` (n_out, n_in) and `scale` (a factor, or None).
+object with `stored` (a Matrix) and `scale` (a factor of its products, or None).
 """
 
 import copy
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import ops
-from .attention import attention, kq, kqv, soft_max
+from .attention import attention, kq, kqv, put, soft_max
 from .machine.jit import announce_done
 from .machine.threads import Pool
 from .matmul import get_rows, matmul_several
@@ -42,9 +42,8 @@ class Arithmetic:
 
     def embed(self, weight: Any, tokens: np.ndarray) -> np.ndarray:
         """Look up the row of each token: float32 [n_tok, n_embd]."""
-        fmt, raw = weight.stored
-        n_vocab, n_embd = weight.shape
-        x = get_rows(raw, fmt, n_vocab, n_embd, tokens)
+        w = weight.stored
+        x = get_rows(w.raw, w.fmt, w.n_out, w.n_in, tokens)
         return x if weight.scale is None else x * weight.scale
 
     def rms_norm(self, x: np.ndarray, eps: float) -> np.ndarray:
@@ -57,11 +56,12 @@ class Arithmetic:
 
     def linears(self, x: np.ndarray, *layers: Any) -> list[np.ndarray]:
         """Several products of one x, which is quantised once: float32 [n_tok, n_out] per layer."""
-        weights = [(raw, fmt, w.shape[0]) for w, _ in layers for fmt, raw in [w.stored]]
-        found = matmul_several(x, weights, self.numerics, self.pool)
+        found = matmul_several(x, [weight.stored for weight, _ in layers], self.numerics, self.pool)
         for i, (weight, bias) in enumerate(layers):
-            found[i] = found[i] if weight.scale is None else found[i] * weight.scale
-            found[i] = found[i] if bias is None else found[i] + bias
+            if weight.scale is not None:
+                found[i] = found[i] * weight.scale
+            if bias is not None:
+                found[i] = found[i] + bias
         return found
 
     def rope_angles(self, positions: np.ndarray, c: Any, freqs: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -72,6 +72,10 @@ class Arithmetic:
     def rope(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
         """Rotate the pairs of each head of x [n_tok, n_head, d_head] by the angles; float32 of the same shape."""
         return ops.rope(x, cos, sin, self.pool)
+
+    def put(self, keys: np.ndarray, values: np.ndarray, k: np.ndarray, v: np.ndarray, n: int) -> None:
+        """Write the keys and values of a pass to the positions from n on of one layer of a cache."""
+        put(keys, values, k, v, n)
 
     def scores(self, q: np.ndarray, keys: np.ndarray, n_kv: int) -> np.ndarray:
         """Dot products of every query with the first n_kv keys: float32 [n_head, n_tok, n_kv]."""

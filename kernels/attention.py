@@ -16,10 +16,12 @@ import numpy as np
 from .attention_kernels import KERNELS, soft_max_rows
 from .machine.threads import Pool, run
 
+F32 = np.dtype(np.float32)
+
 
 def _like(name: str, x: np.ndarray, last: int | None = None) -> None:
     """Raise ValueError unless x is a contiguous float32 array of three dimensions, the last of them of that length."""
-    if x.dtype != np.float32 or x.ndim != 3 or not x.flags.c_contiguous or (last is not None and x.shape[2] != last):
+    if x.dtype != F32 or x.ndim != 3 or not x.flags.c_contiguous or (last is not None and x.shape[2] != last):
         want = f"[..., ..., {'...' if last is None else last}]"
         raise ValueError(f"{name} is a contiguous float32 array {want}, not {x.dtype} {x.shape}")
 
@@ -47,28 +49,22 @@ def _alone(n_tok: int, alone: bool | None) -> bool:
     return n_tok == 1 if alone is None else alone
 
 
-def store_keys(k: np.ndarray, x: np.ndarray, n_past: int) -> None:
-    """Write keys into a cache: k[h, n_past + t] = x[t, h], rounded to F16 if the cache is F16.
+def put(keys: np.ndarray, values: np.ndarray, k: np.ndarray, v: np.ndarray, n_past: int) -> None:
+    """Write to a cache: keys[h, n_past + t] = k[t, h], values[h, :, n_past + t] = v[t, h], in its dtype.
 
-    x: float32 [n_tok, n_head_kv, d_head]. ValueError when shapes do not fit.
+    k: float32 [n_tok, n_head_kv, d_head], v: float32 [n_tok, n_head_kv, d_v]. ValueError when shapes do not fit.
     """
-    _like("x", x, k.shape[-1])
-    kernels, cache = _cache("k", k, 1, n_past + x.shape[0], x.shape[1])
-    if n_past < 0 or x.shape[1] != k.shape[0]:
-        raise ValueError(f"n_past {n_past}, x {x.shape}, k {k.shape}: they do not fit each other")
-    kernels.store_keys(cache, x, n_past)
-
-
-def store_values(v: np.ndarray, x: np.ndarray, n_past: int) -> None:
-    """Write values into a cache: v[h, i, n_past + t] = x[t, h, i], rounded to F16 if the cache is F16.
-
-    x: float32 [n_tok, n_head_kv, d_v]. ValueError when shapes do not fit.
-    """
-    _like("x", x, v.shape[1])
-    kernels, cache = _cache("v", v, 2, n_past + x.shape[0], x.shape[1])
-    if n_past < 0 or x.shape[1] != v.shape[0]:
-        raise ValueError(f"n_past {n_past}, x {x.shape}, v {v.shape}: they do not fit each other")
-    kernels.store_values(cache, x, n_past)
+    _like("k", k, keys.shape[-1])
+    _like("v", v, values.shape[1])
+    n_tok, n_head_kv = k.shape[:2]
+    kernels, to_keys = _cache("keys", keys, 1, n_past + n_tok, n_head_kv)
+    _, to_values = _cache("values", values, 2, n_past + n_tok, n_head_kv)
+    if n_past < 0 or v.shape[:2] != k.shape[:2] or n_head_kv != len(keys) or n_head_kv != len(values):
+        raise ValueError(f"n_past {n_past}, k {k.shape} into {keys.shape}, v {v.shape} into {values.shape}: they do "
+                         "not fit each other")
+    if keys.dtype != values.dtype:
+        raise ValueError(f"keys are {keys.dtype}, values {values.dtype}: they do not fit each other")
+    kernels.put(to_keys, to_values, k, v, n_past)
 
 
 def kq(

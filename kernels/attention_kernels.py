@@ -122,25 +122,22 @@ class CachedAttention(Template):
                 store(to + 3 * out_stride, f32x1(sums[3]))
 
     @entry
-    def store_keys(cache, x, n_past):
-        """Write x [n_tok, n_head_kv, d] into the cache [n_head_kv, cap, d], from position n_past on."""
-        (n_tok, n_head_kv, d), cap, x, cache = x.shape, cache.shape[1], address_of(x), address_of(cache)
+    def put(keys, values, k, v, n_past):
+        """Write k and v [n_tok, n_head_kv, d] into keys [n_head_kv, cap, d] and values [n_head_kv, d, cap]."""
+        (n_tok, n_head_kv, d), (_, _, d_v), cap = k.shape, v.shape, keys.shape[1]
+        k, v, to_keys, to_values = address_of(k), address_of(v), address_of(keys), address_of(values)
         for h in range(n_head_kv):
             for t in range(n_tok):
-                to, at = cache + fmt.SIZE * (h * cap + n_past + t) * d, x + 4 * (t * n_head_kv + h) * d
+                to, at = to_keys + fmt.SIZE * (h * cap + n_past + t) * d, k + 4 * (t * n_head_kv + h) * d
                 for i in range(0, d - 15, 16):
                     store(to + fmt.SIZE * i, fmt.narrow(load_f32x16(at + 4 * i)))
                 for i in range(d - d % 16, d):
                     store(to + fmt.SIZE * i, fmt.narrow(load_f32x1(at + 4 * i)))
-
-    @entry
-    def store_values(cache, x, n_past):
-        """Write x [n_tok, n_head_kv, d] into the cache [n_head_kv, d, cap], from position n_past on."""
-        (n_tok, n_head_kv, d), cap, x, cache = x.shape, cache.shape[2], address_of(x), address_of(cache)
-        for row in range(n_head_kv * d):
+        cap = values.shape[2]
+        for row in range(n_head_kv * d_v):
             for t in range(n_tok):
-                v = load_f32x1(x + 4 * (t * n_head_kv * d + row))
-                store(cache + fmt.SIZE * (row * cap + n_past + t), fmt.narrow(v))
+                x = load_f32x1(v + 4 * (t * n_head_kv * d_v + row))
+                store(to_values + fmt.SIZE * (row * cap + n_past + t), fmt.narrow(x))
 
     @entry
     def kq(q, k, alone, out, i0, i1):

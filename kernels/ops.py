@@ -10,10 +10,12 @@ from .machine.simd import address_of, store
 from .machine.threads import Pool, run
 from .machine.vectors import exp, f32x1, f64x1, f64x16, load_f32x1, load_f32x16, to_f64
 
+F32 = np.dtype(np.float32)
+
 
 def _float32(name: str, x: np.ndarray, ndim: int) -> None:
     """Raise ValueError unless x is a contiguous float32 array of so many dimensions."""
-    if x.dtype != np.float32 or x.ndim != ndim or not x.flags.c_contiguous:
+    if x.dtype != F32 or x.ndim != ndim or not x.flags.c_contiguous:
         raise ValueError(f"{name} is a contiguous float32 array of {ndim} dimensions, not {x.dtype} {x.shape}")
 
 
@@ -43,7 +45,7 @@ def rms_norm(x: np.ndarray, eps: float, pool: Pool | None = None) -> np.ndarray:
     Source: ggml-cpu/ops.cpp, ggml_compute_forward_rms_norm_f32.
     """
     _float32("x", x, 2)
-    out = np.empty(x.shape, np.float32)
+    out = np.empty(x.shape, F32)
     run(pool, x.nbytes, rms_norm_rows, x.shape[0], x, np.float32(eps), out)
     return out
 
@@ -121,7 +123,7 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, pool: Pool | None = No
         raise ValueError(f"cos is {cos.dtype} {cos.shape}, sin {sin.dtype} {sin.shape}: they must be alike")
     if cos.shape[0] != x.shape[0] or 2 * cos.shape[1] > x.shape[2]:
         raise ValueError(f"cos and sin of {cos.shape} do not fit x of {x.shape}: [n_tok, at most d_head / 2]")
-    out = np.empty(x.shape, np.float32)
+    out = np.empty(x.shape, F32)
     run(pool, x.nbytes, rope_rows, x.shape[0], x, cos, sin, out)
     return out
 
@@ -151,6 +153,6 @@ def silu(x: np.ndarray, pool: Pool | None = None) -> np.ndarray:
     Source: ggml-cpu/vec.h, ggml_v_silu and ggml_silu_f32.
     """
     _float32("x", x, 2)
-    out = np.empty(x.shape, np.float32)
+    out = np.empty(x.shape, F32)
     run(pool, x.nbytes, silu_rows, x.shape[0], x, out)
     return out

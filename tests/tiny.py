@@ -45,15 +45,16 @@ def vocabulary(n_vocab):
 def write_gguf(path, *, n_embd=64, n_layer=2, n_head=4, n_head_kv=2, d_head=None, d_head_v=None, n_ff=96, n_vocab=384,
                wtype="F32",
                tied=False, bias=False, rope_base=10000.0, rope_scale=None, rope_freqs=False, n_rot=None, eps=1e-5,
-               n_ctx=512, seed=0, version=3, meta=None, arch="llama", types=None, spoil=None):
-    """Write a model; `meta` adds or (None) drops keys, `types` names another type for a tensor, `spoil(name, x)` edits.
+               n_ctx=512, seed=0, version=3, meta=None, arch="llama", types=None, spoil=None, pieces=None):
+    """Write a model; `meta` adds or (None) drops keys, `types` names another type for a tensor, `spoil(name, x)` edits;
+    pieces: (tokens, scores, types) of another vocabulary, n_vocab of them.
 
     Weights are scaled so that activations stay O(1) and attention is far from uniform.  Matrices whose rows the block
     format cannot hold stay F16.  Returns the path as a string.
     """
     rng = np.random.default_rng(seed)
     d, dv = d_head or n_embd // n_head, d_head_v or n_embd // n_head
-    tokens, scores, kinds = vocabulary(n_vocab)
+    tokens, scores, kinds = pieces or vocabulary(n_vocab)
     a = arch + "."
     kv = {"general.name": "tiny", a + "context_length": n_ctx, a + "embedding_length": n_embd,
           a + "block_count": n_layer,

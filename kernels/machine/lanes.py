@@ -185,6 +185,19 @@ total = _fold(lambda b, v, x, y: b.fadd(x, y) if v.is_float else b.add(x, y))
 largest = _fold(_select_larger)
 
 
+@intrinsic
+def add_in_turn(_, number, v):
+    """Add the lanes to a number of their type one after another, each sum rounded before the next lane is added."""
+
+    def codegen(context, builder, sig, args):
+        value, lanes = args
+        for k in range(v.n):
+            value = builder.fadd(value, builder.extract_element(lanes, ir.Constant(INDEX, k)))
+        return value
+
+    return v.scalar(v.scalar, v), codegen
+
+
 # The bits of each lane as bytes that are 0 or 1; a lane of 32 bits gives 32 bytes.
 bits_of = unary(
     lambda v: Vec("u8", v.n * v.llvm.element.width),

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..machine.lanes import even, first, fma, odd, total
+from ..machine.lanes import add_in_turn, even, first, fma, odd, total
 from ..machine.simd import address_of, store
 from ..machine.template import STAMPED, abstract, part
-from ..machine.vectors import f32x16, load_f32x1, load_f32x16, load_f32x32
+from ..machine.vectors import f32x16, load_f32x1, load_f32x16, load_f32x32, to_f64
 from .loops import Products, totals
 
 
@@ -35,6 +35,11 @@ class Floats(Products):
     def start(y):
         """The address of the first activation in y."""
         return address_of(y)
+
+    @part
+    def products(row, x):
+        """A chunk of weights, each times the activation in its place."""
+        return fmt.weights(row) * load_f32x16(x)
 
     @part
     def step(acc, v, x):
@@ -101,7 +106,9 @@ class Floats(Products):
     def rest(acc, row, n, x):
         """The sum with the last n % 64 weights: products in float32, their sum in float64."""
         acc = np.float64(acc)
-        for i in range(n - n % 64, n):
+        for i in range(n - n % 64, n - n % fmt.CHUNK, fmt.CHUNK):
+            acc = add_in_turn(acc, to_f64(fmt.products(row + fmt.SIZE * i, x + 4 * i)))
+        for i in range(n - n % fmt.CHUNK, n):
             acc += first(fmt.weight(row + fmt.SIZE * i) * load_f32x1(x + 4 * i))
         return np.float32(acc)
 
@@ -160,6 +167,10 @@ class FloatPairs(Floats):
     """Plain numbers whose products are summed pair by pair, as the instruction VDPBF16PS does; 32 at a time."""
 
     CHUNK, MANY_FROM = 32, 0
+
+    @part
+    def products(row, x):
+        return fmt.weights(row) * load_f32x32(x)
 
     @part
     def step(acc, v, x):

@@ -82,6 +82,10 @@ class Parser(argparse.ArgumentParser):
         names = list(action.option_strings) or [str(action.metavar or action.dest)]
         return next((name for name in names if name in words), max(names, key=len))
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help or the version; unlike argparse, let an error of the stream be told."""
+        print(message, end="", file=file, flush=True)
+
     def error(self, message: str) -> NoReturn:
         """Raise Error with a message of argparse, in clearer words, or with our own."""
         shell = shell_mistake(self.argv)

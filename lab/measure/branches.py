@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinymia import Cache, Error, put
+from tinymia import Cache, Error
 
 ROWS = 512  # the most rows in a batch: larger batches are not faster per row
 
@@ -51,9 +51,9 @@ class Branches(Cache):
         """The last row of each branch: [n_branch, ...]."""
         return x[self.ends - 1]
 
-    def store(self, il: int, k: np.ndarray, v: np.ndarray) -> None:
+    def store(self, il: int, k: np.ndarray, v: np.ndarray, ops: Any) -> None:
         """Hold the keys and values of all rows of layer il until the next layer."""
-        self.il, self.rows = il, (k, v)
+        self.il, self.rows, self.put = il, (k, v), ops.put
 
     def ops(self, ops: Any) -> Any:
         """The arithmetic `ops`, with attention done branch by branch, each on its own keys and values."""
@@ -84,7 +84,7 @@ class Branches(Cache):
         """
         k, v = self.base.k[self.il].copy(), self.base.v[self.il].copy()
         for rows, start in self.parts:
-            put(k, v, self.rows[0][rows], self.rows[1][rows], start)
+            self.put(k, v, self.rows[0][rows], self.rows[1][rows], start)
             yield rows, k, v
 
 

@@ -96,11 +96,15 @@ class Result:
 
 def _read_npz(path: Path) -> dict[str, Any]:
     arrays = read_npz(path)
+    if "result" not in arrays:
+        raise ValueError("it holds saved tensors" if "about" in arrays else "it holds other arrays")
     return json.loads(str(arrays.pop("result"))) | arrays
 
 
 def _read_json(path: str | Path) -> dict[str, Any]:
     found = read_json(path, "a saved result")
+    if not isinstance(found, dict) or not {"kind", "arrays"} <= found.keys():
+        raise ValueError("it holds other JSON")
     for name, kind in found.pop("arrays").items():
         dtype = np.dtype(kind)
         if dtype.kind not in "fiubU":

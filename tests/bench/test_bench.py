@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llvmlite.binding
 import numpy as np
 import pytest
 
@@ -234,3 +235,33 @@ def test_quantise(tiny, capsys, monkeypatch):
     assert {w.type_name for w in tinymia.load(made).weights.values() if len(w.shape) == 2} >= {"Q8_0"}
     monkeypatch.setattr(sys, "argv", ["quantise", source, "Q9"])
     assert quantise.main() == 2 and capsys.readouterr().err.startswith("error: Q9: llama.cpp makes ")
+
+
+@pytest.mark.parametrize("argv", [
+    ["verify_figures.py"], ["verify_figures.py", "--decoding"], ["quantise.py", "x.gguf", "Q4_0"],
+    ["sweep.py", "no.gguf"], ["sweep.py", "model.gguf", "--at", "99"],
+], ids=" ".join)
+def test_every_script_without_llama_cpp_or_with_a_wrong_flag_ends_with_one_line(tiny, tmp_path, argv):
+    (tmp_path / "llama_cpp.py").write_text("raise ImportError('not here')")
+    argv = [tiny() if word == "model.gguf" else word for word in argv]
+    path = os.pathsep.join(map(str, [tmp_path, ROOT / "tests", ROOT]))
+    ran = subprocess.run([sys.executable, str(ROOT / "bench" / argv[0]), *argv[1:]], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": path}, timeout=100)
+    assert ran.returncode == 2 and ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1, ran.stderr
+
+
+@live
+def test_the_table_of_decoding(tmp_path, monkeypatch, capsys):
+    """As docs/verify.md prints it, of one format and two prompts."""
+    from bench import verify_figures as figures
+
+    monkeypatch.setattr(figures, "SCRIPTS", ["法国的首都是"])
+    monkeypatch.setattr(figures, "LLAMA2", ["Hello world"])
+    monkeypatch.setattr(figures, "GENERATED", 8)
+    monkeypatch.setattr(sys, "argv", ["verify_figures", "--decoding", "--only", "Q4_K_S"])
+    assert figures.main() == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if " | Q4_K_S | " in line]
+    assert [(line[0], line[2], line[3], line[6]) for line in lines] == [
+        ("| d64g4", "2", "2", "2 |"), ("| d80g2", "2", "2", "2 |")]
+    if llvmlite.binding.get_host_cpu_features().get("avx512f"):
+        assert all(len(set(line[5].split(" of "))) == 1 for line in lines), lines

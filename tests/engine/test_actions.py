@@ -724,3 +724,36 @@ def test_what_prints_itself_says_what_it_is(model, tmp_path):
     assert repr(Scale("l_out-0", 2.0, at=[3])) == "Scale('l_out-0', factor=2.0, at=[3])"
     assert repr(Replace("a", logits_of)) == "Replace('a', fn=logits_of)"
     assert "tiny: 2 layers of 4 heads, 64 wide, 384 tokens, F32" in repr(model)
+
+
+# ------------------------------------------------------------------------------------------------ what is given
+
+
+@pytest.mark.parametrize("bad", [True, "2", b"2", 1j, 10**400, None, object(), [1, [2]], np.array([True])],
+                         ids=lambda v: repr(v)[:12])
+def test_a_factor_a_coefficient_and_a_value_are_numbers(model, bad):
+    """Before the run; Python would take True for 1 and "2" for 2."""
+    for action in (Scale("l_out-0", bad), Add("l_out-0", np.ones(64), bad), Ablate("l_out-0", mode="value", value=bad)):
+        with pytest.raises(tinymia.Error, match=r"number|a value goes with"):
+            action.bind("l_out-0", model.table["l_out-0"][0], model)
+    for good in (2, np.float32(2), np.array(2), np.full(64, 2.0), [2] * 64):
+        doubled = model.run(IDS, actions=Scale("l_out-0", good), keep="l_out-0")["l_out-0"]
+        assert np.array_equal(doubled, 2 * model.run(IDS, keep="l_out-0")["l_out-0"])
+
+
+@pytest.mark.parametrize("action", [Scale("l_out-0", [1, 2]), Ablate("l_out-0", mode="value", value=np.ones(63))])
+def test_numbers_that_do_not_fit_are_told_with_the_shape(model, action):
+    with pytest.raises(tinymia.ActionError, match=r"its numbers do not fit l_out-0, here \[\d, 64\]"):
+        model.run(IDS, actions=action)
+
+
+@pytest.mark.parametrize("argument,bad", [
+    ("keep", 3), ("keep", True), ("keep", b"l_out-0"), ("cache", 3), ("cache", {}), ("cache", "x"), ("start", 3),
+    ("start", (1,)), ("start", (1, "x")), ("start", (1.0, np.ones((9, 64)))), ("start", (1, np.ones((9, 64)) * 1j)),
+    ("start", (1, None)), ("actions", None), ("actions", 3), ("actions", {"a": 1}), ("logits", True),
+], ids=lambda v: repr(v)[:20])
+def test_an_argument_of_another_kind_is_one_error(model, argument, bad):
+    with pytest.raises(tinymia.Error) as e:
+        model.run(IDS, **{argument: bad})
+    assert "\n" not in str(e.value)
+    assert model.run(IDS, keep=None).names == []

@@ -409,8 +409,9 @@ def test_nan_is_no_logit():
 
 @pytest.mark.parametrize("how", [{"temp": "hot"}, {"temp": None}, {"temp": True}, {"top_k": 2.5}, {"top_k": 1.0},
                                  {"top_p": "1"}, {"min_p": None}, {"seed": 1.5}, {"seed": True},
-                                 {"repeat_penalty": "2"}],
-                         ids=str)
+                                 {"repeat_penalty": "2"}, {"temp": 10**400}, {"repeat_penalty": 10**400},
+                                 {"stop": 5}, {"stop": b"x"}],
+                         ids=lambda how: str(how)[:30])
 def test_values_of_another_kind(model, how):
     with pytest.raises(tinymia.Error, match=next(iter(how))):
         model.generate(IDS, n=1, **how)

@@ -127,6 +127,8 @@ FILES = {  # what is done to a model of two layers: the verdict
         ("attention.head_count_kv", 4, [2, 1], ["head_count_kv", "[2, 1]"]),
         ("attention.head_count_kv", 6, [2.0, 2.0], ["head_count_kv"]),
         ("embedding_length", 4, [64, 64], ["embedding_length"]),
+        ("expert_used_count", 4, [0, 0], SAME), ("expert_used_count", 4, [1, 1], ["expert_used_count is [1, 1]"]),
+        ("expert_used_count", 4, [0], ["expert_used_count"]), ("expert_count", 4, [0, 0], ["expert_count is [0, 0]"]),
         ("context_length", 4, [512, 512], ["context_length"]), ("block_count", 4, [2, 2], ["block_count"]),
         ("attention.layer_norm_rms_epsilon", 6, [1e-5, 1e-5], ["epsilon"]))},
     # keys that change the result
@@ -136,7 +138,16 @@ FILES = {  # what is done to a model of two layers: the verdict
         ("expert_count", 0, SAME), ("expert_count", 2, ["expert_count"]),
         ("expert_used_count", 2, ["expert_used_count"]),
         ("expert_group_count", 2, ["expert_group_count"]), ("nextn_predict_layers", 0, SAME),
+        ("rope.dimension_count", 0, ["a whole number of at least 2"]), ("rope.dimension_count", 32, ["at most 16"]),
+        ("feed_forward_length", 97, ["ffn_gate", "96", "97"]), ("attention.key_length", 8, ["rope.dimension_count"]),
+        ("attention.value_length", 8, ["attn_v", "32", "16"]), ("block_count", 0, ["block_count"]),
         ("nextn_predict_layers", 1, ["nextn_predict_layers"]))},
+    "no epsilon": (lambda g: g.drop("llama.attention.layer_norm_rms_epsilon"), ["epsilon", "missing"]),
+    "epsilon 0": (key("attention.layer_norm_rms_epsilon", 6, 0.0), OTHER),
+    "epsilon below 0": (key("attention.layer_norm_rms_epsilon", 6, -1e-5), ["epsilon", "a number of at least 0"]),
+    "no frequency base": (lambda g: g.drop("llama.rope.freq_base"), SAME),
+    "causal as a text": (key("attention.causal", 8, "false"), ["llama.attention.causal is 'false'"]),
+    "causal by layer": (key("attention.causal", 9, (7, [True, False])), ["llama.attention.causal is [True, False]"]),
     "rope.scale_linear": (key("rope.scale_linear", 6, 4.0), OTHER),
     "rope.scaling.factor": (key("rope.scaling.factor", 6, 4.0), OTHER),
     "rope.scaling.attn_factor": (key("rope.scaling.attn_factor", 6, 2.0), OTHER),
@@ -153,6 +164,20 @@ FILES = {  # what is done to a model of two layers: the verdict
         "rope.freq_base_swa": (6, 5.0), "vocab_size": (4, 17),
         "expert_weights_scale": (6, 2.0), "expert_group_used_count": (4, 2), "swin_norm": (7, True),
         "classifier.output_labels": (9, (8, ["a", "b"])), "no_such_key": (4, 3)}.items()},
+    # other kinds of file with the tensors of this one beside theirs
+    "a LoRA adapter's": (tensor("blk.0.attn_q.weight.lora_a", (64, 4), np.ones(256)), ["attn_q.weight.lora_a"]),
+    "an importance matrix's": (tensor("blk.0.attn_q.weight.in_sum2", (64,), ONES), ["attn_q.weight.in_sum2"]),
+    "an image encoder's": (tensor("v.patch_embd.weight", (64,), ONES), ["v.patch_embd.weight"]),
+    "a layer written 00": (tensor("blk.00.attn_q.scale", (1,), [3]), ["blk.00.attn_q.scale"]),
+    "a layer of -1": (tensor("blk.-1.attn_q.scale", (1,), [3]), ["blk.-1.attn_q.scale"]),
+    "an empty name": (tensor("", (4,), np.ones(4)), ["tensor without a name"]),
+    "the embedding's bias": (tensor("token_embd.bias", (64,), ONES), ["token_embd.bias"]),
+    "the output without its matrix": (lambda g: add(without(g, "output.weight"), "output.bias", (384,), np.ones(384)),
+                                      ["output.bias"]),
+    "the last norm's scale": (tensor("output_norm.scale", (1,), [2]), ["output_norm.scale"]),
+    "rope_freqs too short": (tensor("rope_freqs.weight", (4,), np.ones(4)), ["rope_freqs.weight"]),
+    "no last norm": (lambda g: without(g, "output_norm.weight"), ["output_norm.weight", "missing"]),
+    "tokens never to be chosen": (lambda g: g.set(PIECES + "suppress_tokens", 9, (5, [3, 4])), SAME),
     # vocabularies that do not fit
     "a token fewer": (lambda g: pieces(g, -1), ["token_embd.weight", "384", "383"]),
     "a token more": (lambda g: pieces(g, 1), ["token_embd.weight", "384", "385"]),
@@ -264,6 +289,8 @@ def test_unknown_keys_are_named_once(raw, tmp_path, capsys):
     """On stderr, since they may be meant to change something; what llama.cpp reads for no Llama is no news."""
     tinymia.load(key("no_such_key", 4, 3)(raw).write(tmp_path / "f.gguf"))
     assert "llama.no_such_key" in capsys.readouterr().err
+    tinymia.load(raw.set(PIECES + "suppress_tokens", 9, (5, [3])).write(tmp_path / "f.gguf"))
+    assert "suppress_tokens changes nothing here" in capsys.readouterr().err
     tinymia.load(key("attention.sliding_window", 4, 3)(raw).write(tmp_path / "f.gguf"))
     assert capsys.readouterr().err == ""
 

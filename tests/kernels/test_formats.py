@@ -182,7 +182,7 @@ def test_a_file_with_a_decoded_type(rng, tmp_path, capsys):
     tensor = tensors["b"]
     assert (tensor.type_name, tensor.shape) == ("IQ2_XS", (3, 512)) and "stored" not in vars(tensor)
     assert np.array_equal(tensor.numpy(), gguf.dequantize(raw, gguf.GGMLQuantizationType(fmt.type)))
-    assert tensor.stored is tensor.stored and tensor.stored[0].name == tensor.type_name == "IQ2_XS"
+    assert tensor.stored is tensor.stored and tensor.stored.fmt.name == tensor.type_name == "IQ2_XS"
 
 
 def test_types_that_nobody_decodes():

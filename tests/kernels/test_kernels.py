@@ -346,7 +346,7 @@ def test_several_products_of_one_x_equal_one_after_another(names, numerics, rng)
         x = rng.standard_normal((n_tok, n_in)).astype(np.float32)
         want = [tk.matmul(x, raw, fmt, n_out, numerics) for raw, fmt, n_out in matrices]
         for pool in (None, tk.Pool(3)):
-            got = tk.matmul_several(x, matrices, numerics, pool)
+            got = tk.matmul_several(x, [tk.Matrix.of(*each, n_in) for each in matrices], numerics, pool)
             assert len(got) == len(names) and all(np.array_equal(a, b) for a, b in zip(got, want))
     assert tk.matmul_several(x, [], numerics) == []
 
@@ -357,10 +357,13 @@ def test_several_products_of_one_x_quantise_it_once(rng, monkeypatch):
     monkeypatch.setattr(module, "_prepare", lambda *args: prepared.append(1) or prepare(*args))
     fmt, x = tk.FORMATS[12], rng.standard_normal((2, 256)).astype(np.float32)
     raw = random_weights(fmt, rng, 5, 256)[0]
-    tk.matmul_several(x, [(raw, fmt, 5)] * 3)
+    five = tk.Matrix.of(raw, fmt, 5, 256)
+    tk.matmul_several(x, [five] * 3)
     assert len(prepared) == 1
     with pytest.raises(ValueError, match="Q4_K weights of 6 rows of 256: 864 bytes, not 720"):
-        tk.matmul_several(x, [(raw, fmt, 5), (raw, fmt, 6)])
+        tk.Matrix.of(raw, fmt, 6, 256)
+    with pytest.raises(ValueError, match=r"activations \(2, 128\) do not fit weights of 5 rows of 256"):
+        tk.matmul_several(x[:, :128].copy(), [five, five])
 
 
 def test_matmul_refuses_what_does_not_fit(rng):
@@ -440,12 +443,13 @@ def test_exp_is_as_exact_as_the_one_of_ggml(rng):
 def test_attention_equals_the_oracle_and_its_own_steps(dtype, d_head, d_v, rng):
     n_head, n_head_kv, n_past, n_tok, cap, scale = 6, 2, 17, 5, 32, 1 / np.sqrt(d_head)
     k, v = np.zeros((n_head_kv, cap, d_head), dtype), np.zeros((n_head_kv, d_v, cap), dtype)
-    for cache, store, by_position in ((k, tk.store_keys, k), (v, tk.store_values, v.swapaxes(1, 2))):
-        d = by_position.shape[2]
-        past, now = (rng.standard_normal((n, n_head_kv, d)).astype(np.float32) for n in (n_past, n_tok))
-        store(cache, past, 0)
-        store(cache, now, n_past)
-        assert np.array_equal(by_position[:, n_past : n_past + n_tok], now.transpose(1, 0, 2).astype(dtype))
+    draw = lambda n, d: rng.standard_normal((n, n_head_kv, d)).astype(np.float32)  # noqa: E731
+    past, now = (draw(n_past, d_head), draw(n_past, d_v)), (draw(n_tok, d_head), draw(n_tok, d_v))
+    tk.put(k, v, *past, 0)
+    tk.put(k, v, *now, n_past)
+    for by_position, before, x in ((k, past[0], now[0]), (v.swapaxes(1, 2), past[1], now[1])):
+        assert np.array_equal(by_position[:, :n_past], before.transpose(1, 0, 2).astype(dtype))
+        assert np.array_equal(by_position[:, n_past : n_past + n_tok], x.transpose(1, 0, 2).astype(dtype))
         assert not by_position[:, n_past + n_tok :].any()
     q = rng.standard_normal((n_tok, n_head, d_head)).astype(np.float32)
     kq, p, kqv = naive_attention(q, k, v.swapaxes(1, 2), n_past, scale)
@@ -487,6 +491,7 @@ def test_scores_of_inf_and_nan_do_not_crash():
 
 def test_attention_refuses_what_does_not_fit():
     q, k, v = np.zeros((2, 4, 8), np.float32), np.zeros((2, 16, 8), np.float16), np.zeros((2, 8, 16), np.float16)
+    x = np.zeros((1, 2, 8), np.float32)
     for call, message in [
         (lambda: tk.kq(q, k, 17), "room for 16 positions; 17 are needed"),
         (lambda: tk.kq(q, k[:, :10].copy(), 5), "room for 10 positions; 5 are needed, and a multiple of 16"),
@@ -496,10 +501,14 @@ def test_attention_refuses_what_does_not_fit():
         (lambda: tk.attention(q, k, v.astype(np.float32), 0, 1.0), "do not fit"),
         (lambda: tk.attention(q, k, v, 15, 1.0), "room for 16 positions; 17 are needed"),
         (lambda: tk.attention(q, k, v, -1, 1.0), "do not fit"),
-        (lambda: tk.store_keys(k, np.zeros((1, 2, 8), np.float32), 16), "room for 16 positions; 17 are needed"),
-        (lambda: tk.store_keys(k, np.zeros((1, 2, 7), np.float32), 0), "x is a contiguous float32"),
-        (lambda: tk.store_values(v, np.zeros((1, 2, 7), np.float32), 0), "x is a contiguous float32"),
-        (lambda: tk.store_values(v, np.zeros((3, 2, 8), np.float32), -1), "do not fit"),
+        (lambda: tk.put(k, v, x, x, 16), "room for 16 positions; 17 are needed"),
+        (lambda: tk.put(k, v, x[:, :, :7].copy(), x, 0), "k is a contiguous float32"),
+        (lambda: tk.put(k, v, x, x[:, :, :7].copy(), 0), "v is a contiguous float32"),
+        (lambda: tk.put(k, v, x, x, -1), "do not fit"),
+        (lambda: tk.put(k, v, x, np.concatenate([x, x]), 0), "do not fit"),
+        (lambda: tk.put(k[:1].copy(), v, x, x, 0), "do not fit"),
+        (lambda: tk.put(k, v[:1].copy(), x, x, 0), "do not fit"),
+        (lambda: tk.put(k, v.astype(np.float32), x, x, 0), "do not fit"),
         (lambda: tk.soft_max(q, 1.0, -1), "n_past is -1"),
         (lambda: tk.kqv(np.zeros((4, 1, 17), np.float32), v), "room for 16 positions; 17 are needed"),
     ]:
@@ -677,7 +686,7 @@ def test_threads_may_share_a_pool(rng):
         for _ in range(20):
             if not np.array_equal(tk.matmul(x, raw, tk.FORMATS[2], 512, pool=pool), want):
                 wrong.append(1)
-            several = tk.matmul_several(x, [(raw, tk.FORMATS[2], 512)] * 2, pool=pool)
+            several = tk.matmul_several(x, [tk.Matrix.of(raw, tk.FORMATS[2], 512, x.shape[1])] * 2, pool=pool)
             if not all(np.array_equal(y, want) for y in several):
                 wrong.append(2)
 

@@ -166,7 +166,7 @@ def test_pictures_add_up(found):
     assert np.array_equal(heads.values, found.heads) and heads.diverging and heads.unit == "logits" and heads.upward
     assert np.nansum(layers.values) == pytest.approx(found.logit)
     assert list(layers.rows) == ["tokens", *"012345", "output"] and layers.values[0, 0] == found.embedding
-    assert layers.hovers[-1][-1].endswith(f"all up to here {found.logit:.2f}")
+    assert layers.hovers[-1][-1].endswith(f"sum up to here {found.logit:.2f}")
 
 
 @pytest.mark.parametrize("how,words", [

@@ -49,7 +49,7 @@ def test_without_interventions_there_is_one_of_each(copycat):
     plain = report(copycat, PROMPT, n=0)
     assert plain.outputs == [""] and len(plain.lenses) == len(plain.attributions) == 1
     page = report_page(plain)
-    assert "with interventions" not in page and "the model ran as it is" in page and page.count("<h2") == 7
+    assert "with interventions" not in page and "the model ran unchanged" in page and page.count("<h2") == 7
 
 
 def test_actions_while_decoding_change_the_text_alone(copycat, found):

@@ -28,6 +28,7 @@ COMMANDS = [
     ["task-vector", "country-capital", "--n-dev", "1", "--n-test", "1", "--shots", "2"],
     ["function-vector", "country-capital", "--n-mean", "1", "--n-effect", "1", "--n-test", "1", "--shots", "2"],
     ["steer", *P, "--positive", "examples/capitals.txt", "--negative", "examples/countries.txt", "-n", "1"],
+    ["story", "--clean", "Egypt -> Cairo, France ->", "--corrupt", "Egypt -> Cairo, Norway ->"],
     ["verify", "--self", *P, "--only", "norm"], ["--list-models"], ["task-vector", "--list"],
 ]
 
@@ -58,6 +59,13 @@ def test_closed_streams(argv):
 def test_errors_without_stderr(redirect):
     assert shell(redirect, "-m", "absent.gguf", *P) == (2, "", "")
     assert shell(redirect, "lens", "--nonsense") == (2, "", "")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["lens", "--help"], ["--list-models"]], ids=" ".join)
+def test_a_full_stdout_is_told_whatever_is_printed(argv):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    assert shell(">/dev/full", *argv) == (2, "", "error: the output cannot be written: No space left on device\n")
 
 
 def test_a_full_stderr_does_not_stop_the_work():

@@ -58,8 +58,9 @@ def test_every_task_that_ships_can_be_asked(copycat):
 
 def test_what_ships_is_in_the_package_data():
     text = (ROOT / "pyproject.toml").read_text("utf-8")
-    assert 'tinymia_lab = ["py.typed", "tasks/*.json"]' in text
-    assert {path.suffix for path in (ROOT / "lab" / "tasks").iterdir()} == {".json"}
+    assert 'tinymia_lab = ["py.typed", "tasks/*.json", "pairs/*.json"]' in text
+    for folder in ("tasks", "pairs"):
+        assert {path.suffix for path in (ROOT / "lab" / folder).iterdir()} == {".json"}
 
 
 def test_copycats_tasks_come_from_its_own_table():

