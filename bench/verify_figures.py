@@ -123,7 +123,7 @@ def decoding(model: tinymia.Model, texts: list[str]) -> str:
 
 
 def never_ends(name: str, x: np.ndarray) -> np.ndarray:
-    """The weights of a random model whose texts do not end early: the end token has a row of zeros, so its logit is 0."""
+    """The weights of a random model whose texts do not end early: the end token's row is zeros, so its logit is 0."""
     if name in ("output.weight", "token_embd.weight"):
         x[2] = 0
     return x

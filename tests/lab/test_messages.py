@@ -154,8 +154,8 @@ def test_saved_tensors_that_do_not_fit_name_the_file_and_what_would_fit(told, ti
     other = ["-m", tiny(n_embd=96)]
     for argv, sentence in (
         ([*ONE, "--patch", "l_out-3", "e.bin", "-20", "-1"], "no row [-20] in the source, which has 11 rows, 0 to 10"),
-        ([*ONE, "--patch", "l_out-3", "e.bin", "-1", "10"], "position 10 is out of range: the prompt has 3 tokens, 0 to 2"),
-        ([*ONE, "--patch", "l_out-3", "e.bin"], "11 rows for 3 positions: say which row goes where: FROM TO, such as -1"),
+        ([*ONE, "--patch", "l_out-3", "e.bin", "-1", "10"], "position 10 is out of range: the prompt has 3 tokens"),
+        ([*ONE, "--patch", "l_out-3", "e.bin"], "11 rows for 3 positions: say which row goes where: FROM TO"),
         ([*ONE, "--patch", "l_out-3", "junk", "-1", "-1"], "junk: 1 numbers are not rows of 128, the width of l_out-3"),
         ([*ONE, "--patch", "l_out-3", "g.npz", "-1", "-1"], "g.npz holds ffn_gate-3, 384 wide; l_out-3 is 128 wide"),
         ([*ONE, *other, "--patch", "l_out-1", "e.bin", "-1", "-1"], "e.bin: 1408 numbers are not rows of 96"),
@@ -170,7 +170,7 @@ def test_saved_tensors_that_do_not_fit_name_the_file_and_what_would_fit(told, ti
         (["lens", *P, "-o", "x.pdf"], "-o x.pdf: the kinds of file are .npz, .json, .png, .html"),
     ):
         assert sentence in fails(told(*argv))
-    status, out, err = told(*ONE, "--patch", "l_out-3", "before.npz", "-1", "-1")
+    status, _, err = told(*ONE, "--patch", "l_out-3", "before.npz", "-1", "-1")
     assert status == 0 and "note: before.npz holds l_out-2; its rows go to l_out-3" in err
     assert told("lens", *P, "-o", "r.npz")[0] == 0
     assert "holds another run: its prompt text is 'France ->', not 'Italy ->'; remove the file" in fails(
