@@ -103,7 +103,7 @@ def test_resume(found, copycat, tmp_path):
     elsewhere["model"]["path"], elsewhere["versions"] = "/there", {}
     assert resume(path, elsewhere, Found) is not None
     for settings, prompt, word in (({"layer": 4, "heads": [1, 2]}, "France ->", "settings layer is 3, not 4"),
-                                   ({"layer": 3, "heads": (1, 2)}, "Italy ->", "prompts prompt text")):
+                                   ({"layer": 3, "heads": (1, 2)}, "Italy ->", "its prompt text is")):
         with pytest.raises(tinymia.Error, match=word):
             resume(path, about(copycat, "look", settings, prompt=prompt), Found)
 
@@ -122,8 +122,14 @@ def test_files_that_hold_no_result(found, tmp_path):
     for name in ("y.npz", "y.json", "z.npz", "absent.npz"):
         with pytest.raises(tinymia.Error, match=name):
             Found.load(tmp_path / name)
+    (tmp_path / "w.json").write_text('{"kind": "Found", "arrays": {"scores": "<f4"}}')
+    with pytest.raises(tinymia.Error, match="not a saved result: it has no 'scores'"):
+        Found.load(tmp_path / "w.json")
     with pytest.raises(tinymia.Error, match=r"\.npz or a \.json"):
         found.save(tmp_path / "x.txt")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(tinymia.Error, match=r"not a saved result, which is an \.npz or a \.json file"):
+        Found.load(tmp_path / "model.gguf")
 
 
 # ---------------------------------------------------------------------------------------------- progress
