@@ -11,7 +11,7 @@ import tinymia
 from tinymia_lab import ablate, attribute, sweep
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
-gguf = pytest.importorskip("gguf")
+import gguf
 
 PROMPTS = [     # clean, corrupt; in the second pair a token stands in front of the words, in the first none
     ("The capital of France is", "The capital of Italy is"),
