@@ -1,12 +1,16 @@
 """What lies on disk, read and written here alone; everything read is hostile until checked.
 
     gguf.py        the index of a GGUF file, and its tensors where they lie in the map; split.py models of several
-    hparams.py     the model's shape out of the metadata; unused.py what else a file may hold
+    config.py      the shape of a model; architectures.py what sets architectures apart, as a table
+    hparams.py     that shape out of the metadata, rope.py what of it is about positions; unused.py what else a file
+                   may hold
     tokenizer.py   text to ids and back: spm.py by sentencepiece, bpe.py by tokenizers, vocab.py what both have
     tensors.py     saved activations: raw float32, .npy, .npz
     disk.py        how a file is read, text and JSON of any kind; outputs.py how one is written
 """
 
+from .architectures import ARCHITECTURES
+from .config import Config, Layer, Rope
 from .disk import dumps, expand, note, plain, read_json, read_text, reading
 from .errors import ActionError, Error, FileError, GGUFError, Note, UnknownName, printable, short
 from .gguf import Tensor, decode_now
@@ -19,11 +23,15 @@ from .unused import check_tensors
 from .vocab import Tokenizer
 
 __all__ = [
+    "ARCHITECTURES",
     "ActionError",
+    "Config",
     "Error",
     "FileError",
     "GGUFError",
+    "Layer",
     "Note",
+    "Rope",
     "Tensor",
     "Text",
     "Tokenizer",

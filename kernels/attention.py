@@ -12,8 +12,9 @@ one: by default, when there is one row. A row that belongs to a pass of several,
 
 import numpy as np
 
-from .attention_kernels import KERNELS, soft_max_rows
+from .attention_kernels import KERNELS
 from .machine.threads import Pool, run
+from .soft_max_rows import soft_max_rows
 
 
 def _like(name: str, x: np.ndarray, last: int | None = None) -> None:
@@ -44,6 +45,13 @@ def _alone(n_tok: int, alone: bool | None) -> bool:
     if alone and n_tok > 1:
         raise ValueError(f"{n_tok} tokens are not alone in their pass")
     return n_tok == 1 if alone is None else alone
+
+
+def _window(window: int | None) -> int:
+    """The number of positions that a token sees, as kernels take it; ValueError for one that sees nothing."""
+    if window is not None and window < 1:
+        raise ValueError(f"a window of {window} positions")
+    return 2**62 if window is None else window
 
 
 def store_keys(k: np.ndarray, x: np.ndarray, n_past: int) -> None:
@@ -80,17 +88,21 @@ def kq(
     return out
 
 
-def soft_max(kq: np.ndarray, scale: float, n_past: int, pool: Pool | None = None) -> np.ndarray:
+def soft_max(
+    kq: np.ndarray, scale: float, n_past: int, pool: Pool | None = None, window: int | None = None
+) -> np.ndarray:
     """out[h, t, j] = exp(scale kq[h, t, j]) / (sum over visible j), and exactly 0 for j > n_past + t.
 
-    float32 [n_head, n_tok, n_kv]. Scaled before the maximum is taken; the sum is float64.
+    float32 [n_head, n_tok, n_kv]. With a window, only the last `window` positions are visible. Scaled before the
+    maximum is taken; the sum is float64.
     Source: ggml-cpu/ops.cpp, ggml_compute_forward_soft_max_f32.
     """
     _like("kq", kq)
     if n_past < 0:
         raise ValueError(f"n_past is {n_past}")
     out = np.empty(kq.shape, np.float32)
-    run(pool, kq.nbytes, soft_max_rows, kq.shape[0] * kq.shape[1], kq, np.float32(scale), n_past, out)
+    args = kq, np.float32(scale), n_past, _window(window), out
+    run(pool, kq.nbytes, soft_max_rows, kq.shape[0] * kq.shape[1], *args)
     return out
 
 
@@ -109,10 +121,11 @@ def kqv(p: np.ndarray, v: np.ndarray, pool: Pool | None = None, alone: bool | No
 
 def attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, n_past: int, scale: float, pool: Pool | None = None,
-    alone: bool | None = None,
+    alone: bool | None = None, window: int | None = None, cap: float | None = None,
 ) -> np.ndarray:
-    """kqv(soft_max(kq(q, k, n_past + n_tok), scale, n_past), v) with the heads side by side.
+    """kqv(soft_max(kq(q, k, n_past + n_tok), scale, n_past, window), v) with the heads side by side.
 
+    With a cap, the softmax is that of ops.soft_cap(kq, cap).
     Returns float32 [n_tok, n_head * d_v]. Each thread needs memory for 4 n_kv scores. ValueError if shapes do not fit.
     """
     _like("q", q, k.shape[-1])
@@ -123,6 +136,6 @@ def attention(
         raise ValueError(f"n_past {n_past}, k {k.dtype} {k.shape}, v {v.dtype} {v.shape}: they do not fit each other")
     out = np.empty((n_tok, n_head * v.shape[1]), np.float32)
     work = 8 * n_head * n_tok * (n_past + n_tok)
-    args = q, k, v, n_past, np.float32(scale), _alone(n_tok, alone), out
+    args = q, k, v, n_past, np.float32(scale), _window(window), np.float32(cap or 0), _alone(n_tok, alone), out
     run(pool, work, kernels.attention, n_head * -(-n_tok // 4), *args)
     return out

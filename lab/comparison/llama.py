@@ -22,22 +22,28 @@ from .ggml import Ggml, best, decode, package, quiet, tokenize, why
 
 # llama.cpp's name and, where several tensors share it, ggml's operation: our names for them, first to last.
 # Two of its names mean something else here: its kqv_out is what goes into Wo (kqv_merged), its attn_out what comes out.
-# Source: llama-graph.cpp (build_norm, build_qkv, build_attn_mha, build_ffn) and models/llama.cpp, 2026.
+# Source: llama-graph.cpp (build_norm, build_qkv, build_attn_mha, build_ffn) and models/*.cpp, 2026.
 NAMES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("embd", "SCALE"): ("inp_scaled",),
     ("embd", ""): ("inp_embd",),
-    ("norm", "RMS_NORM"): ("norm", "norm_ffn"),
+    ("inp_scaled", ""): ("inp_scaled",),
+    ("norm", "RMS_NORM"): ("norm", "norm_q", "norm_k", "norm_attn_post", "norm_ffn", "norm_ffn_post"),
     ("attn_norm", ""): ("attn_norm",),
-    ("Qcur", "RESHAPE"): ("Qcur_pre",),
+    ("Qcur_normed", ""): ("Qcur_normed",),
+    ("Kcur_normed", ""): ("Kcur_normed",),
     ("Qcur", "ROPE"): ("Qcur",),
-    ("Kcur", "RESHAPE"): ("Kcur_pre",),
     ("Kcur", "ROPE"): ("Kcur",),
-    ("Vcur", "RESHAPE"): ("Vcur",),
+    ("Qcur", "SCALE"): ("Qcur_scaled",),
+    ("Qcur_attn_temp_scaled", ""): ("Qcur_attn_temp_scaled",),
     ("kq", ""): ("kq",),
+    ("kq_scaled_2", ""): ("kq_scaled_2",),
     ("kq_soft_max", ""): ("kq_soft_max",),
     ("kqv", ""): ("kqv",),
     ("kqv_out", ""): ("kqv_merged",),
     ("attn_out", ""): ("kqv_out",),
+    ("attn_post_norm", ""): ("attn_post_norm",),
     ("ffn_inp", ""): ("ffn_inp",),
+    ("sa_out", ""): ("ffn_inp",),
     ("ffn_norm", ""): ("ffn_norm",),
     ("ffn_gate", ""): ("ffn_gate",),
     ("ffn_gate_b", ""): ("ffn_gate",),
@@ -46,16 +52,29 @@ NAMES: dict[tuple[str, str], tuple[str, ...]] = {
     ("ffn_up_b", ""): ("ffn_up",),
     ("ffn_up_s", ""): ("ffn_up",),
     ("ffn_swiglu", ""): ("ffn_gate_par",),
+    ("ffn_geglu", ""): ("ffn_gate_par",),
     ("ffn_out", ""): ("ffn_out",),
+    ("ffn_post_norm", ""): ("ffn_post_norm",),
     ("l_out", ""): ("l_out",),
     ("result_norm", ""): ("result_norm",),
     ("result_output", ""): ("result_output",),
 }
-FUSED = {"ffn_silu": "inside ffn_swiglu there"}
+CUT = {"Qcur": "Qcur_pre", "Kcur": "Kcur_pre", "Vcur": "Vcur"}     # as they are cut into heads, or flat before that
+# What has no name there, by its operation and the tensor of ours that came last.
+UNNAMED = {
+    ("GET_ROWS", ""): "inp_embd", ("MUL_MAT", "kqv_merged"): "kqv_out", ("MUL_MAT", "result_norm"): "result_output_pre",
+    ("ADD", "kqv_out"): "ffn_inp",
+    **{("SCALE", base): f"{base}_scaled" for base in ("kqv_out", "ffn_out")},
+    **{("SCALE", base): "Qcur_scaled" for base in ("Qcur", "Qcur_normed", "Qcur_pre")},
+}
+ALL_LAYERS = {"norm": "norm_ffn_post", "ffn_post_norm": "ffn_post_norm"}     # named without their layer, one after another
+FUSED = {"ffn_silu": "inside ffn_swiglu there", "ffn_gelu": "inside ffn_geglu there"}
 FLASH = {name: "inside FLASH_ATTN_EXT there" for name in ("kq", "kq_soft_max", "kqv")}
 STEPS = {  # pattern of "name OPERATION": what llama.cpp computes besides, of which we have no tensor
     r"cache_[kv]_l\d+ .*": "the KV cache",
-    r"[QKV]cur-\d+ (MUL_MAT|MUL|ADD)": "projections before they are cut into heads",
+    r"([QKV]cur|wqkv|wqkv_b)-\d+ (MUL_MAT|MUL|ADD)": "projections before they are cut into heads",
+    r"[QKV]cur-\d+( \(cont\))? (RESHAPE|VIEW|CONT)": "projections as they are cut into heads",
+    r"(kq_scaled_1|kq_tanh)-\d+ (SCALE|TANH)|node_\d+ (SCALE|TANH)": "steps of a soft cap",
     r".+ \(\w+\) (VIEW|PERMUTE|TRANSPOSE|RESHAPE)": "views",
     r"ffn_(gate|up|down)(_b)?-\d+ (MUL_MAT|ADD)": "products before their bias or scale",
     r"node_\d+ (MUL_MAT|GET_ROWS|FLASH_ATTN_EXT)": "unnamed",
@@ -87,25 +106,47 @@ class Names:
     """From llama.cpp's names to ours, as the tensors come."""
 
     def __init__(self, model: Model):
-        self.table, self.seen = model.table, set[str]()
+        self.table, self.seen, self.last = model.table, set[str](), ""
+        self.n_layer, norm = model.config.n_layer, model.weights.blk[0].attn_q_norm
+        self.cut = ("MUL_MAT", "ADD", "CONT") if norm is not None and norm.ndim > 1 else ("RESHAPE", "VIEW")
         self.before = set[str]()  # names of what a bias or a scale makes into the tensor that is ours
+        self.scaled = set[str]()  # layers whose Wo has a scale: its product comes as another tensor
+        self.both = set[str]()    # layers where gate and up are one matrix
         for il, block in enumerate(model.weights.blk):
             for base, w in (("ffn_gate", block.ffn_gate), ("ffn_up", block.ffn_up)):
                 steps = [base, *[f"{base}_b"] * (w.bias is not None), *[f"{base}_s"] * (w.weight.scale is not None)]
                 self.before |= {f"{step}-{il}" for step in steps[:-1]}
+            self.scaled |= {str(il)} if block.attn_output.weight.scale is not None else set()
+            self.both |= {str(il)} if block.ffn_gate.weight.name.startswith(f"blk.{il}.ffn_up") else set()
 
-    def ours(self, name: str, op: str) -> str | None:
-        """Our exact name for this tensor, None if it has none."""
+    def ours(self, name: str, op: str) -> list[str]:
+        """Our exact names for this tensor, side by side in it where they are several."""
         base, dash, layer = name.rpartition("-")
         base = base or layer
         if name in self.before:
-            return None
-        for our in NAMES.get((base, op), NAMES.get((base, ""), ())):
-            exact = our + dash + layer if dash else our
+            return []
+        if base in ("ffn_up", "ffn_up_s") and layer in self.both:
+            return self.first([f"ffn_gate-{layer}"]) + self.first([f"ffn_up-{layer}"])
+        if base.startswith("node_"):
+            last, dash, layer = self.last.rpartition("-")
+            wanted = "MUL_MAT" if op == "MUL" and layer in self.scaled else "" if layer in self.scaled else op
+            our = UNNAMED.get((wanted if last == "kqv_merged" else op, last or layer))
+            return self.first([our + dash + layer * bool(dash)]) if our else []
+        found = [exact + dash + layer if dash else exact for exact in NAMES.get((base, op), NAMES.get((base, ""), ()))]
+        if base in CUT and op in self.cut:
+            found.append(f"{CUT[base]}-{layer}")
+        if not dash and base in ALL_LAYERS:
+            found = [*(f"{ALL_LAYERS[base]}-{il}" for il in range(self.n_layer)), *found]
+        return self.first(found)
+
+    def first(self, names: Sequence[str]) -> list[str]:
+        """The first of these that is ours and has not come yet, as a list of it alone."""
+        for exact in names:
             if exact in self.table and exact not in self.seen:
                 self.seen.add(exact)
-                return exact
-        return None
+                self.last = exact
+                return [exact]
+        return []
 
 
 def step(name: str, op: str) -> str | None:
@@ -145,27 +186,32 @@ class Callback:
 
     def take(self, t: int) -> None:
         theirs, op = self.ggml.label(t)
-        name = self.names.ours(theirs, op)
-        if name is None:
+        names = self.names.ours(theirs, op)
+        if not names:
             what = step(theirs, op)
             if self.step == 0:
                 kind = what or re.sub(r"\d+", "*", f"{theirs} {op}")
                 (self.outcome.steps if what else self.outcome.unknown)[kind] += 1
-        elif name in self.wanted:
+        elif self.wanted.intersection(names):
             array, raw = self.ggml.read(t)
-            dims = self.model.table[name][0].dims
-            shape = tuple(self.sizes[d] for d in dims)
-            part = array[..., : shape[-1]] if dims[-1] == "n_kv" else array  # n_kv is padded there
-            if part.size != math.prod(shape):
-                self.outcome.unknown[f"{theirs} {op} of {list(array.shape)}, where ours is {list(shape)}"] += 1
-                return
+            for name, part in zip(names, np.split(array, len(names), -1)):
+                if name in self.wanted:
+                    self.take_part(t, name, part, raw, theirs, op)
+
+    def take_part(self, t: int, name: str, array: np.ndarray, raw: np.ndarray, theirs: str, op: str) -> None:
+        """Hand on a tensor of ours, a view of the bytes `raw`."""
+        shape = tuple(self.sizes[d] for d in self.model.table[name][0].dims)
+        part = array[..., : shape[-1]] if self.model.table[name][0].dims[-1] == "n_kv" else array  # padded there
+        if part.size != math.prod(shape):
+            self.outcome.unknown[f"{theirs} {op} of {list(array.shape)}, where ours is {list(shape)}"] += 1
+            return
+        value = np.array(part, np.float32).reshape(shape)
+        new = self.edit(name, value) if self.step == 0 else None
+        if new is not None:
+            part[...] = new.reshape(part.shape)
+            self.ggml.write(t, raw)
             value = np.array(part, np.float32).reshape(shape)
-            new = self.edit(name, value) if self.step == 0 else None
-            if new is not None:
-                part[...] = new.reshape(part.shape)
-                self.ggml.write(t, raw)
-                value = np.array(part, np.float32).reshape(shape)
-            self.put(Item(name, theirs, value, self.step))
+        self.put(Item(name, theirs, value, self.step))
 
 
 def compute(
@@ -202,6 +248,8 @@ def compute(
         try:
             cp = llama_cpp.llama_context_default_params()
             cp.n_ctx = cp.n_batch = cp.n_ubatch = -(-(len(ids) + n) // 256) * 256
+            if model.config.freqs == "rope_factors_long.weight":   # llama.cpp chooses them by the size of the context
+                cp.n_ctx = max(cp.n_ctx, (model.config.n_original // 256 + 1) * 256)
             cp.n_threads = cp.n_threads_batch = threads
             cp.flash_attn_type = 1 if flash else 0
             cp.offload_kqv = cp.op_offload = False
