@@ -160,6 +160,12 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, halves: bool) -> np.nd
     return y
 
 
+def put(keys: np.ndarray, values: np.ndarray, k: np.ndarray, v: np.ndarray, n: int) -> None:
+    """Write k [n_tok, n_head_kv, d_head] and v [n_tok, n_head_kv, d_head_v] to the positions from n on of one layer."""
+    keys[:, n : n + len(k)] = k.swapaxes(0, 1)         # a number too large for float16 becomes infinite, as in ggml
+    values[:, :, n : n + len(v)] = v.transpose(1, 2, 0)
+
+
 def scores(q: np.ndarray, keys: np.ndarray, n_kv: int) -> np.ndarray:       # [n_tok, n_head, d_head] ->
     """Dot products of every query with the first n_kv keys; n_head / n_head_kv query heads share one key head."""
     k = np.repeat(keys[:, :n_kv], q.shape[1] // len(keys), axis=0)          # [n_head, n_kv, d_head]
@@ -215,15 +221,15 @@ def plain(dtype: np.dtype) -> SimpleNamespace:
     """The functions above as `forward` calls them, for numbers of a dtype."""
     these = SimpleNamespace(
         embed=lambda weight, tokens: embed(weight, tokens).astype(dtype), rms_norm=rms_norm, linear=linear,
-        linears=linears, rope_angles=rope_angles, rope=rope, scores=scores, soft_cap=soft_cap, soft_max=soft_max,
-        mix=mix, attention=attention, silu=silu, gelu=gelu, threads=1, done=lambda: None,
+        linears=linears, rope_angles=rope_angles, rope=rope, put=put, scores=scores, soft_cap=soft_cap,
+        soft_max=soft_max, mix=mix, attention=attention, silu=silu, gelu=gelu, threads=1, done=lambda: None,
     )
     these.several = lambda: these
     return these
 
 
 def fast(threads: int | None, numerics: str) -> Any:
-    """The same functions by the kernels, which numba compiles for this CPU."""
+    """The functions above as kernels, which numba compiles for this CPU."""
     from tinymia_kernels import Arithmetic
 
     return Arithmetic(threads, numerics)
@@ -273,23 +279,16 @@ class Cache:
         """The last row of x [n_tok, ...]: the only one whose logits predict the next token."""
         return x[-1:]
 
-    def store(self, il: int, k: np.ndarray, v: np.ndarray) -> None:
-        """Keep the keys [n_tok, n_head_kv, d_head] and values [n_tok, n_head_kv, d_head_v] of a pass."""
-        put(self.k[il], self.v[il], k, v, self.n)
+    def store(self, il: int, k: np.ndarray, v: np.ndarray, ops: Any) -> None:
+        """Keep the keys [n_tok, n_head_kv, d_head] and values [n_tok, n_head_kv, d_head_v] of a pass, by ops.put."""
+        ops.put(self.k[il], self.v[il], k, v, self.n)
 
     def ops(self, ops: Any) -> Any:
-        """The arithmetic that a pass over this cache uses: `ops` as it is.
+        """The arithmetic that a pass over this cache uses: here `ops`, unchanged.
 
         A subclass whose rows do not all see the same keys replaces scores, soft_max, mix and attention here.
         """
         return ops
-
-
-def put(keys: np.ndarray, values: np.ndarray, k: np.ndarray, v: np.ndarray, n: int) -> None:
-    """Write k [n_tok, n_head_kv, d_head] and v [n_tok, n_head_kv, d_head_v] to the positions from n on of one layer."""
-    with np.errstate(over="ignore"):  # a number too large for float16 becomes infinite, as in ggml
-        keys[:, n : n + len(k)] = k.swapaxes(0, 1)
-        values[:, :, n : n + len(v)] = v.transpose(1, 2, 0)
 
 
 # ---------------------------------------------------------------------------------------- forward
@@ -355,7 +354,7 @@ def forward(m: Model, tokens: np.ndarray, cache: Cache, t: Tap, start: Start = N
             k = t("Kcur", il, o.rope(k, *turns[layer.rope]))                        # [n_tok, n_head_kv, d_head]
         q = scaled("Qcur_attn_temp_scaled", il, q, heat)                            # [n_tok, n_head, d_head]
         q = scaled("Qcur_scaled", il, q, q_scale)                                   # [n_tok, n_head, d_head]
-        cache.store(il, k, v)
+        cache.store(il, k, v, o)
         if t.wants(il, "kq", "kq_scaled_2", "kq_soft_max", "kqv"):  # step by step, so that each step has its name
             kq = t("kq", il, o.scores(q, cache.k[il], n_kv))                        # [n_head, n_tok, n_kv]
             kq = cap("kq_scaled_2", il, kq, c.attn_soft_cap)                        # [n_head, n_tok, n_kv]
@@ -391,7 +390,7 @@ def forward(m: Model, tokens: np.ndarray, cache: Cache, t: Tap, start: Start = N
 
 
 class Tap:
-    """The `t` of forward: hands each named tensor to the actions that want it, and counts that every one fired."""
+    """The `t` of forward: it gives each named tensor to the actions on its name, and notes which actions have fired."""
 
     def __init__(self, model: Model, actions: Any, on_record: Callable[[Record], None] | None = None):
         self.model, self.actions, self.on_record = model, listed(actions), on_record
@@ -415,22 +414,26 @@ class Tap:
         check_apart(list(files))
 
     def begin(self, phase: str, positions: np.ndarray) -> None:
-        """Before each pass: the positions of its rows, intp [n_tok]."""
+        """Prepare for a pass: its phase, and the positions of its rows, intp [n_tok]."""
         self.phase, self.positions = phase, positions
         self.seen[phase].update(positions.tolist())
 
     def wants(self, il: int | None, *bases: str) -> bool:
-        """Whether an action of this phase is on one of these names."""
-        return any(a.when in ("all", self.phase) for base in bases for _, a in self.by_name.get((base, il), ()))
+        """Return whether an action of this phase is on one of these names in layer il."""
+        return bool(self.by_name) and any(
+            a.when in ("all", self.phase) for base in bases for _, a in self.by_name.get((base, il), ())
+        )
 
     def __call__(self, base: str, il: int | None, x: np.ndarray) -> np.ndarray:
         """The value to go on with: x itself unless an action changes it."""
+        if not self.by_name:    # most passes have no actions, and a small model passes here a hundred times per token
+            return x
         for i, action in self.by_name.get((base, il), ()):
             if action.when in ("all", self.phase):
                 name = base if il is None else f"{base}-{il}"
                 op = self.model.table[name][0]
                 keep = partial(self._keep, action)
-                with np.errstate(all="ignore"):  # what is no number shows in the logits, and is told of there
+                with np.errstate(all="ignore"):  # NaN and infinity show in the logits, and are reported there
                     y = action.apply(x, Context(name, il, self.positions, self.phase, op, self.model, keep))
                 if y is NOT_HERE:
                     continue
@@ -447,7 +450,7 @@ class Tap:
             self.on_record(self.records[-1])
 
     def finish(self, prompt: str | Sequence[int], **about: Any) -> None:
-        """After the run: write the files of Save, then complain of actions that never fired, or not at all of `at`."""
+        """Write the files of Save after the run. Raises ActionError for an action that never fired."""
         files: dict[str | Path, dict[str, dict[int, np.ndarray]]] = {}  # path, name, first position
         for r in self.records:
             if isinstance(r.action, Save) and r.action.path is not None:
@@ -466,7 +469,7 @@ class Tap:
                     warnings.warn(f"{action}: positions {lost} never came: the last one was {max(seen)}", Note, 3)
 
     def _join(self, name: str, passes: list[np.ndarray]) -> np.ndarray:
-        """The passes of a run after one another along the token axis."""
+        """Join the values of several passes along the token axis."""
         op = self.model.table[name][0]
         if len(passes) > 1 and "n_kv" in op.dims:
             raise ActionError(f"{name} grows with each token: save it with when=prompt")
@@ -478,12 +481,12 @@ class Tap:
 
 @dataclass(repr=False)
 class Run:
-    """What a pass over a prompt gave."""
+    """The result of a pass over a prompt."""
 
     logits: np.ndarray              # float32 [n_tok, n_vocab], [1, n_vocab] for logits="last"
     tokens: list[int]
     records: list[Record]           # what the actions kept, in the order of computation
-    text: str = ""                  # of the prompt
+    text: str = ""                  # the text of the prompt
     table: Mapping[str, Any] = field(default_factory=dict)      # the model's names
 
     @property
@@ -512,7 +515,7 @@ class Run:
 
 @dataclass
 class Generation:
-    """What a model went on with."""
+    """A text that a model generated, with its tokens."""
 
     text: str                   # new text only
     tokens: list[int]           # new ids, an end token included
@@ -563,9 +566,9 @@ class Model:
                 f"{kinds.most_common(1)[0][0]}, numerics {self.numerics})")
 
     def tokenize(self, text: str, bos: bool | None = None, special: bool = True) -> list[int]:
-        """Ids of a text. BOS comes first as the file, or `bos`, says; `special` recognises <s> and the like.
+        """The ids of a text. BOS comes first if `bos`, or else the file, says so; `special` recognises <s> etc.
 
-        A text that begins with BOS by itself gets another one all the same, as in llama.cpp, and a Note.
+        A text that already begins with BOS gets another one, as in llama.cpp, and a Note.
         """
         t = self.tokenizer
         ids = t.encode(text, bos, special)
@@ -575,25 +578,25 @@ class Model:
         return ids
 
     def chat(self, messages: str | Sequence[Mapping[str, str]], system: str | None = None) -> list[int]:
-        """Ids of a chat, ready for the assistant's answer, in the form that the template in the file gives it.
+        """The ids of a chat, ready for the assistant's answer, in the format of the template in the file.
 
-        messages: what the user says, or [{"role": "user", "content": text}, {"role": "assistant", ...}, ...]; system: a
-        system message in front. Special tokens are only those of the template. Raises Error.
+        messages: the user's text, or [{"role": "user", "content": text}, {"role": "assistant", ...}, ...]; system: a
+        system message in front. Only the template can write special tokens. Raises Error.
         """
         from tinymia_files.chat import format_chat
 
         return format_chat(self.template, self.tokenizer, messages, system).ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Text of ids, without the blank that tokenize puts before the first word. Raises Error."""
+        """The text of ids, without the space that tokenize puts before the first word. Raises Error."""
         return self.tokenizer.decode(given.token_ids(ids, self.n_ids))
 
     def text(self, prompt: str | Sequence[int]) -> str:
-        """The text of a prompt: of ids the one that is cut into them again, where there is one."""
+        """The text of a prompt; for ids, if possible, a text that is cut into the same ids again."""
         return prompt if isinstance(prompt, str) else self.tokenizer.text(given.token_ids(prompt, self.n_ids))
 
     def piece(self, i: int) -> str:
-        """One token as people read it. Raises Error for an id that is not there."""
+        """One token as people read it. Raises Error for an unknown id."""
         return self.tokenizer.piece(given.token_ids([i], self.n_ids)[0])
 
     def rows(self, weight: Tensor, ids: np.ndarray) -> np.ndarray:
@@ -618,24 +621,22 @@ class Model:
         start: Start = None,
         on_record: Callable[[Record], None] | None = None,
     ) -> Run:
-        """One pass over a prompt, text or ids, after what `cache` holds.
+        """Run one pass over a prompt, text or ids, after what `cache` holds.
 
-        A text after a cache that holds something goes on with it: it gets no BOS, and no blank before it.
+        If the cache is not empty, a text continues what it holds: it gets no BOS, and no space before it.
         keep: names whose tensors, as the actions left them, are copied into the run. logits: "all", or "last" row only
         (then norm, result_norm and result_output have one row). start = (il, x) begins at layer il on the residual x
-        [n_tok, n_embd]. Raises Error for a prompt that does not fit and for logits that are no numbers.
+        [n_tok, n_embd]. Raises Error for a prompt that does not fit, and for logits that are NaN or infinite.
         """
         if logits not in ("all", "last"):
             raise Error(f"logits={logits!r}: it must be all or last")
-        cache = cache or self.cache()
+        if cache is not None and not isinstance(cache, Cache):
+            raise Error(f"cache is {short(cache)}; it must be what Model.cache() gives")
+        cache = self.cache() if cache is None else cache
         ids = self.ids(prompt, follows=cache.n > 0)
-        tap = Tap(self, [*listed(actions), *map(Save, [keep] if isinstance(keep, str) else keep)], on_record)
+        tap = Tap(self, [*listed(actions), *map(Save, given.names(keep, "keep"))], on_record)
         if start is not None:
-            il, x = given.whole(start[0], "the layer of start"), np.ascontiguousarray(start[1], self.dtype)
-            if not 0 <= il <= self.config.n_layer or x.shape != (len(ids), self.config.n_embd):
-                raise Error(f"start=({il}, {list(x.shape)}): it takes a layer up to {self.config.n_layer} and "
-                            f"[{len(ids)}, {self.config.n_embd}]")
-            start = (il, x)
+            start = given.residual(start, self.config.n_layer, (len(ids), self.config.n_embd), self.dtype)
         out = self._pass(ids, cache, tap, "prompt", start, logits == "last")
         tap.finish(prompt, tokens=ids)
         text = prompt if isinstance(prompt, str) else self.detokenize(ids)
@@ -654,7 +655,7 @@ class Model:
         special: bool = True,
         **sampling: Any,
     ) -> Generation:
-        """Go on with a prompt, text or ids, for up to n tokens: greedily, or as Sampler's fields say (temp=0.8, ...).
+        """Continue a prompt, text or ids, by up to n tokens: greedily, or as Sampler's fields say (temp=0.8, ...).
 
         Ends at an end-of-text token, at a `stop` text (which is not part of the result) or control token ("</s>"), when
         the context is full, or at Ctrl-C. on_text gets the text piece by piece, whole characters only.
@@ -697,7 +698,7 @@ class Model:
         return Generation(text, new, ids, reason, tap.records, seconds)
 
     def lens(self, x: np.ndarray, k: int = 5, score: str = "raw") -> list[list[tuple[str, float]]]:
-        """The logit lens: for each row of x [n_tok, n_embd] its k best (piece, score), best first; none for NaN.
+        """Apply the logit lens: for each row of x [n_tok, n_embd] its k best (piece, score), best first; none for NaN.
 
         "raw" is (x * norm weight) W^T, as the post's program printed; "logit" divides by the RMS first and adds the
         output's bias, scales and caps, where a model does so; "prob" is the softmax of that. In exact arithmetic and
@@ -707,12 +708,12 @@ class Model:
         """
         x = np.ascontiguousarray(np.atleast_2d(x), np.float32)
         if x.ndim != 2 or x.shape[1] != self.config.n_embd:
-            raise Error(f"the lens sees rows of n_embd = {self.config.n_embd} numbers, not {list(x.shape)}")
+            raise Error(f"the lens takes rows of n_embd = {self.config.n_embd} numbers, not {list(x.shape)}")
         if score not in ("raw", "logit", "prob"):
             raise Error(f"lens score {score!r}: it must be raw, logit or prob")
         k = min(given.whole(k, "k"), self.config.n_vocab)
         if k < 1:
-            raise Error(f"the lens shows {k} tokens a row: it must be at least 1")
+            raise Error(f"the lens shows {k} tokens per row: it must be at least 1")
         normed = x if score == "raw" else self.ops.rms_norm(x, self.config.eps)
         scores = self.unembed(normed, raw=score == "raw")
         if score == "prob":
@@ -731,7 +732,7 @@ class Model:
     def ids(
         self, prompt: str | Sequence[int], bos: bool | None = None, special: bool = True, follows: bool = False
     ) -> list[int]:
-        """Ids of a prompt, text or ids, that can be run; a text that `follows` another gets no BOS and no blank."""
+        """The ids of a prompt, checked; a text that `follows` another one gets no BOS and no space. Raises Error."""
         if isinstance(prompt, str) and follows:
             prompt = self.tokenizer.encode(prompt, False, special, follows)
         elif isinstance(prompt, str):
@@ -753,7 +754,7 @@ class Model:
         tap.begin(phase, positions)
         n = cache.n
         try:
-            with np.errstate(over="ignore"):  # of silu's exp: the quotient is then 0, as it should be
+            with np.errstate(all="ignore"):  # exp of silu may overflow, rightly; what is not a number is found below
                 logits = forward(self, np.asarray(ids, np.intp), cache, tap, start, last)
             self.ops.done()
             if not np.isfinite(logits.max(axis=1)).all():
@@ -786,7 +787,7 @@ def load(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `tinymia`; what it takes and prints stands in lab/cli.py."""
+    """Run the command `tinymia`, whose flags and output are in lab/cli.py. Returns the exit status."""
     from tinymia_lab.cli import main
 
     return main(argv)

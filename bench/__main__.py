@@ -1,7 +1,7 @@
 """tinymia beside llama.cpp, pair by pair: `python -m bench -m MODEL.gguf --threads 1,2 --out results/today`.
 
-bench/README.md says what each row means. Exit status: 0, 1 when something asked for could not be measured, 2 when
-nothing could, 130 after Ctrl-C. What was measured is printed in every case.
+bench/README.md explains each row. Exit status: 0; 1 if a part could not be measured; 2 if nothing could; 130 after
+Ctrl-C. Whatever was measured is printed in every case.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from .ours import Ours
 
 
 def parser() -> argparse.ArgumentParser:
+    """Make the parser of the command."""
     p = argparse.ArgumentParser("python -m bench", description="tinymia's speed and memory beside llama.cpp's")
     p.add_argument("-m", "--model", action="append", default=[], metavar="FILE",
                    help="GGUF; repeatable (the bundled one)")
     p.add_argument("-t", "--threads", metavar="N,...", help="numbers of threads (1 and all cores)")
     p.add_argument("--only", metavar="PART,...", help=f"parts: {', '.join(PARTS)} (all)")
-    p.add_argument("--repeats", type=int, metavar="N", help="pairs a measurement (7)")
+    p.add_argument("--repeats", type=int, metavar="N", help="pairs per measurement (7)")
     p.add_argument("--out", metavar="PREFIX", help="write PREFIX.md, PREFIX.json and PREFIX.png")
-    p.add_argument("--quick", action="store_true", help="every part, little of each: proves that it runs")
+    p.add_argument("--quick", action="store_true", help="every part, but short: only a test that it runs")
     return p
 
 
 class Bench:
-    """One run: its settings, and what was found."""
+    """One run of the benchmark: its settings and its rows."""
 
     def __init__(self, args: argparse.Namespace, command: str):
         self.sizes = QUICK if args.quick else Sizes()
@@ -56,17 +57,18 @@ class Bench:
         self.about["bandwidth"] = {n: self.bandwidth(n, 10) for n in self.threads}
 
     def note(self, text: str) -> None:
-        """Something that the reader of the table must know, once."""
+        """Add a note for the reader of the table, and print it, once."""
         if text not in self.notes:
             self.notes.append(text)
             say(text)
 
     def fail(self, text: str) -> None:
-        """Something asked for that is not in the table."""
+        """Add a note about something that is missing in the table; the exit status is then not 0."""
         self.failed = True
         self.note(text)
 
     def read_threads(self, text: str | None) -> list[int]:
+        """The numbers of threads of --threads, without wrong ones, which are noted."""
         if text is None:
             return sorted({1, physical_cores()})
         good = []
@@ -78,6 +80,7 @@ class Bench:
         return list(dict.fromkeys(good))
 
     def read_only(self, text: str | None) -> list[str]:
+        """The parts of --only, in order, without unknown ones, which are noted."""
         names = list(PARTS) if text is None else [part.strip() for part in text.split(",")]
         for name in names:
             if name not in PARTS:
@@ -85,7 +88,7 @@ class Bench:
         return [name for name in PARTS if name in names]
 
     def find_llama_cpp(self, folder: Path) -> bool:
-        """Whether there is a llama.cpp; the program of first_token.c too, where that can be compiled."""
+        """Look for llama.cpp, and compile first_token.c if a part needs it. Returns whether llama.cpp was found."""
         try:
             self.about |= theirs.about()
         except Error as e:
@@ -99,7 +102,7 @@ class Bench:
         return True
 
     def run(self) -> None:
-        """Every model with every number of threads."""
+        """Measure every model with every number of threads."""
         with tempfile.TemporaryDirectory() as folder:
             compare = self.find_llama_cpp(Path(folder))
             for path in self.models:
@@ -111,9 +114,10 @@ class Bench:
                         break
 
     def run_case(self, path: Path, threads: int, compare: bool) -> None:
+        """Measure one model with one number of threads, beside llama.cpp if `compare`. Raises Error."""
         small = path.exists() and is_small(path)
         only = [name for name in self.only if name != ("decode" if small else "small")]
-        if threads != self.threads[-1]:  # the same kernels are compiled
+        if threads != self.threads[-1]:  # compiling takes equally long for any number of threads
             only = [name for name in only if name != "first"]
         if not only:
             return
@@ -133,7 +137,7 @@ class Bench:
                 other.close()
 
     def open_theirs(self, path: Path, threads: int, n_ctx: int) -> theirs.Theirs | None:
-        """llama.cpp with this model, None where it cannot have it."""
+        """Load the model in llama.cpp; None, with a note, if that is not possible."""
         try:
             machine.need(2 * path.stat().st_size, f"{path}: llama.cpp, which keeps a second copy of the weights,")
             return theirs.Theirs(path, threads, context(self.sizes, n_ctx))
@@ -143,15 +147,17 @@ class Bench:
 
 
 def is_small(path: Path) -> bool:
+    """Return whether a model file is so small that the Python code around each operation dominates its speed."""
     return path.is_file() and path.stat().st_size < SMALL
 
 
 def say(text: str) -> None:
+    """Print a line on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+    """Run the command. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(argv)
     if args.repeats is not None and args.repeats < 1:

@@ -1,4 +1,4 @@
-"""What a measurement stands on: CPU, versions, memory and its bandwidth, processes that are timed from outside."""
+"""The conditions of a measurement: CPU, versions, memory and its bandwidth; and timing a process from outside."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def cpu() -> str:
-    """The CPU as it calls itself, and as LLVM does."""
+    """The name of the CPU, and LLVM's name for it."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -37,12 +37,12 @@ def cpu() -> str:
 
 
 def cpus() -> int:
-    """Hardware threads that this process may use."""
+    """The number of hardware threads that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def commit() -> str | None:
-    """The commit that runs, with + where files differ from it; None outside of a repository."""
+    """The current commit, with a + if files differ from it; None outside a repository."""
     try:
         git = ["git", "-C", str(ROOT)]
         name = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, check=True, text=True)
@@ -53,7 +53,7 @@ def commit() -> str | None:
 
 
 def about(command: str) -> dict[str, Any]:
-    """Date, command, machine and versions."""
+    """The date, the command, the computer and the versions."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "command": command, "cpu": cpu(),
         "cores": physical_cores(), "cpus": cpus(), "memory": memory()[0], "os": platform.platform(),
@@ -63,7 +63,7 @@ def about(command: str) -> dict[str, Any]:
 
 
 def memory() -> tuple[int, int]:
-    """Bytes of memory: (all, what processes can have now). Linux; elsewhere (0, 0), which is taken for unknown."""
+    """The bytes of memory: (total, available now). On Linux; elsewhere (0, 0), which stands for unknown."""
     try:
         rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     except OSError:
@@ -73,7 +73,7 @@ def memory() -> tuple[int, int]:
 
 
 def need(n_bytes: int, what: str) -> None:
-    """Raise Error where so much memory is not to be had."""
+    """Raise Error if fewer than n_bytes of memory are available; `what` names what needs them."""
     free = memory()[1]
     if free and n_bytes > free:
         raise Error(f"{what} needs {n_bytes / 1e9:.2f} GB of memory, and {free / 1e9:.2f} GB are free")
@@ -84,7 +84,7 @@ def need(n_bytes: int, what: str) -> None:
 
 @numba.njit(nogil=True)
 def read(x):
-    """Sum of int64 [n]: one load a number, nothing else of weight."""
+    """Sum x, int64 [n]: one load per number, and almost nothing else."""
     total = 0
     for i in range(len(x)):
         total += x[i]
@@ -92,14 +92,14 @@ def read(x):
 
 
 class Bandwidth:
-    """Bytes a second that threads read together from an array too big for the caches."""
+    """Measures the bytes per second that threads read together from an array that is larger than the caches."""
 
     def __init__(self, n_bytes: int):
         self.x = np.ones(n_bytes // 8, np.int64)
         read(self.x[:8])
 
     def __call__(self, threads: int, tries: int = 3) -> float:
-        """The best of a few tries: what the memory can do."""
+        """The bytes per second of the best of several tries."""
         parts = np.array_split(self.x, threads)
         return max(self._once(parts) for _ in range(tries))
 
@@ -118,7 +118,7 @@ class Bandwidth:
 
 
 class Spawned(NamedTuple):
-    """What a process took."""
+    """The time and the memory that a process took."""
 
     first: float    # seconds to its first byte of output
     total: float    # seconds to its end
@@ -126,7 +126,7 @@ class Spawned(NamedTuple):
 
 
 def spawn(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> Spawned:
-    """Run a command, its output read and dropped. Raises Error with its last line when it fails."""
+    """Run a command and drop its output. If it fails, raise Error with the last line of its stderr."""
     launch = [sys.executable, "-S", "-E", str(Path(__file__).with_name("spawn.py"))]
     p = subprocess.run([*launch, *map(str, command)], capture_output=True, text=True, env={**os.environ, **(env or {})},
                        cwd=ROOT, errors="replace")

@@ -1,4 +1,4 @@
-"""What is measured: each part takes a Case, runs ours and theirs in turn, and yields rows."""
+"""The measurements: each part takes a Case, runs tinymia and llama.cpp in turn, and yields rows of the table."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .ours import Ours, prompt
 from .theirs import Theirs
 
 TEXT = "Once upon a time,"      # six tokens of Llama-2's vocabulary, BOS among them
-SMALL = 16 << 20                # bytes of file up to which a model is a small one: the Python around each op counts
-PAUSE = 0.05                    # seconds after each side, in which its waiting threads go to sleep
+SMALL = 16 << 20                # a file of fewer bytes is a small model, where the Python code around each op matters
+PAUSE = 0.05                    # seconds after each run, in which its threads go to sleep
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured, in tokens."""
+    """The lengths of the measurements, in tokens."""
 
     prefill: tuple[int, ...] = (128, 512)
     decode: int = 32
@@ -39,56 +39,57 @@ QUICK = Sizes(prefill=(32,), decode=16, small=32, keep=32, long=(40, 80))
 
 @dataclass(frozen=True)
 class Goal:
-    """A number that the median of a row's ratio, or of ours, must reach."""
+    """A number that the median of a row's ratios, or of our values, must reach."""
 
     on: str     # "ratio" or "ours"
     sign: str   # "≥" or "≤"
     value: float
 
     def met(self, x: float) -> bool:
+        """Return whether a median reaches the goal."""
         return x >= self.value if self.sign == "≥" else x <= self.value
 
 
 @dataclass
 class Row:
-    """One line of the table: numbers of ours and of theirs, pair by pair."""
+    """One line of the table: our numbers and llama.cpp's, pair by pair."""
 
     measure: str
     model: str
     threads: int
     unit: str
     ours: list[float]
-    theirs: list[float]                                     # empty where there is nothing to compare with
+    theirs: list[float]                                     # empty if there is nothing to compare with
     goal: Goal | None = None
-    bandwidth: list[float] = field(default_factory=list)    # bytes a second, measured beside each pair
-    bytes_read: int = 0                                     # of weights, for a decoded token
+    bandwidth: list[float] = field(default_factory=list)    # bytes per second, measured with each pair
+    bytes_read: int = 0                                     # bytes of weights read per decoded token
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ratio(self) -> list[float]:
-        """Ours over theirs, of each pair."""
+        """Ours divided by theirs, per pair."""
         return [a / b for a, b in zip(self.ours, self.theirs)]
 
     @property
     def ceiling(self) -> list[float]:
-        """Tokens a second at which the weights alone take the whole bandwidth."""
+        """The tokens per second at which reading the weights would take the whole bandwidth, per pair."""
         return [b / self.bytes_read for b in self.bandwidth]
 
     @property
     def of_ceiling(self) -> list[float]:
-        """Share of the ceiling that ours reaches, of each pair."""
+        """The share of the ceiling that we reach, per pair."""
         return [a / c for a, c in zip(self.ours, self.ceiling)]
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is reached; None where there is none, or nothing to compare with."""
+        """True if the goal is reached; None if there is none, or nothing to compare with."""
         values = self.goal and (self.ratio if self.goal.on == "ratio" else self.ours)
         return self.goal.met(median(values)) if self.goal and values else None
 
 
 @dataclass
 class Case:
-    """A model and a number of threads, and what goes with the whole run."""
+    """A model, a number of threads, and the settings of the whole run."""
 
     path: Path
     threads: int
@@ -98,20 +99,21 @@ class Case:
     bandwidth: Bandwidth
     sizes: Sizes
     repeats: int
-    skip: Callable[[str], None]     # is told of what a model has no room for
+    skip: Callable[[str], None]     # called with a note about a prompt that does not fit the context
 
     def row(self, measure: str, unit: str, ours: list[float], theirs: list[float], goal: Goal | None = None,
             **more: Any) -> Row:
-        """A row of this case. A small model has one goal, that of decoding."""
+        """Make a row of this case. A small model has a goal for decoding only."""
         goal = goal if measure == "small" or not self.small else None
         return Row(measure, self.path.stem, self.threads, unit, ours, theirs, goal, **more)
 
     @property
     def small(self) -> bool:
+        """True if the model file is smaller than SMALL."""
         return self.path.stat().st_size < SMALL
 
     def ids(self, n: int, more: int = 0) -> list[int] | None:
-        """A prompt of n tokens, None where it and `more` tokens do not fit into the model's context."""
+        """A prompt of n tokens; None if it and `more` tokens do not fit into the model's context."""
         config = self.ours.model.config
         if n + more <= config.n_ctx:
             return prompt(n, config.n_vocab)
@@ -121,9 +123,10 @@ class Case:
 
 def pairs(repeats: int, ours: Callable[[], Any], theirs: Callable[[], Any] | None,
           after: Callable[[], Any] | None = None) -> tuple[list[Any], list[Any], list[Any]]:
-    """Results of `repeats` calls of each, in turn, the one that begins changing; a first call of each is not counted.
+    """Call ours and theirs `repeats` times in turn, and return the results; the first call of each is not counted.
 
-    `after` is called once a pair. Without theirs the second list is empty, without `after` the third.
+    They take turns in who begins. `after` is called once per pair. Without theirs the second list is empty, without
+    `after` the third.
     """
     out: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
     calls = [(side, call) for side, call in enumerate((ours, theirs)) if call is not None]
@@ -140,11 +143,12 @@ def pairs(repeats: int, ours: Callable[[], Any], theirs: Callable[[], Any] | Non
 
 
 def rates(n: int, seconds: list[float]) -> list[float]:
+    """Tokens per second from seconds per n tokens."""
     return [n / s for s in seconds]
 
 
 def decode(case: Case) -> Iterator[Row]:
-    """Tokens a second, one at a time, beside the memory's bandwidth."""
+    """Measure tokens per second when decoding one token at a time, and the memory bandwidth with each pair."""
     n = case.sizes.small if case.small else case.sizes.decode
     n = min(n, case.ours.model.config.n_ctx - case.sizes.after)
     ids = case.ids(case.sizes.after, n)
@@ -159,7 +163,7 @@ def decode(case: Case) -> Iterator[Row]:
 
 
 def prefill(case: Case) -> Iterator[Row]:
-    """Tokens a second of a prompt in one pass."""
+    """Measure tokens per second of a prompt in one pass."""
     for n in case.sizes.prefill:
         ids = case.ids(n)
         if ids is not None:
@@ -169,7 +173,7 @@ def prefill(case: Case) -> Iterator[Row]:
 
 
 def start(case: Case) -> Iterator[Row]:
-    """From the shell to the first token, and the most memory it took."""
+    """Measure the time from the shell to the first token, and the peak memory."""
     command = [sys.executable, "-m", "tinymia", "-m", case.path, "-t", case.threads, "-p", TEXT, "-n", "1"]
     ours, theirs, _ = pairs(
         case.repeats, lambda: spawn(command),
@@ -183,11 +187,12 @@ def start(case: Case) -> Iterator[Row]:
 
 
 def megabytes(runs: list[Spawned]) -> list[float]:
+    """The peak memory of processes, in MB."""
     return [s.peak / 1e6 for s in runs]
 
 
 def first(case: Case) -> Iterator[Row]:
-    """The first run ever on a machine: no kernel is compiled yet."""
+    """Measure the first run on a computer, when no kernel is compiled yet."""
     command = [sys.executable, "-m", "tinymia", "-m", case.path, "-t", case.threads, "-p", TEXT, "-n", "2"]
     with tempfile.TemporaryDirectory() as folder:
         once = spawn(command, {"NUMBA_CACHE_DIR": folder})
@@ -195,7 +200,7 @@ def first(case: Case) -> Iterator[Row]:
 
 
 def keep(case: Case) -> Iterator[Row]:
-    """Seconds of a prompt with a copy of every l_out, against (in place of llama.cpp's) those without."""
+    """Measure the seconds of a prompt with a copy of every l_out and, instead of llama.cpp's, those without copies."""
     ids = case.ids(case.sizes.keep)
     if ids is not None:
         kept, plain, _ = pairs(2 * case.repeats, lambda: case.ours.prefill(ids, "l_out-*"),
@@ -204,7 +209,7 @@ def keep(case: Case) -> Iterator[Row]:
 
 
 def long(case: Case) -> Iterator[Row]:
-    """Milliseconds a token of long prompts, and the memory of a process that runs one."""
+    """Measure milliseconds per token of long prompts, and the memory of a process that runs one."""
     for n in case.sizes.long:
         ids = case.ids(n)
         if ids is None:
@@ -225,12 +230,12 @@ PARTS: dict[str, Callable[[Case], Iterator[Row]]] = {
 
 
 def context(sizes: Sizes, n_ctx: int) -> int:
-    """Positions that llama.cpp needs for everything here."""
+    """The length of context that llama.cpp needs for all parts."""
     return min(n_ctx, max(*sizes.prefill, *sizes.long, sizes.after + sizes.decode, sizes.after + sizes.small))
 
 
 def measure(case: Case, only: list[str], fail: Callable[[str], None]) -> Iterator[Row]:
-    """Rows of the parts asked for; a part that fails is told of, and the next one runs."""
+    """Yield the rows of the chosen parts; `fail` is called for a part that fails, and the next one runs."""
     for part in dict.fromkeys(PARTS[name] for name in only):
         try:
             yield from (row for row in part(case) if row.measure.split()[0] in only)

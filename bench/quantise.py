@@ -10,14 +10,12 @@ import sys
 from pathlib import Path
 
 from tinymia import Error
-from tinymia_lab.comparison.llama import quiet, why
-
-from .theirs import llama_cpp
+from tinymia_lab.comparison.ggml import package, quiet, why
 
 
 def quantise(source: Path, name: str) -> Path:
     """Make one such file. Raises Error."""
-    lib = llama_cpp()
+    lib = package()
     kind = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{name}", None)
     if kind is None:
         known = [k.removeprefix("LLAMA_FTYPE_MOSTLY_") for k in dir(lib) if k.startswith("LLAMA_FTYPE_MOSTLY_")]

@@ -1,6 +1,7 @@
-"""What it costs to hand a kernel that does nothing to two threads: `python bench/regions.py`, microseconds a call.
+"""The cost of running an empty kernel on two threads: `python bench/regions.py` prints microseconds per call.
 
-The least of many: numba's own layers where they are installed, Python threads with queues, tinymia's pool.
+Compared are numba's threading layers that are installed, Python threads with queues, and tinymia's pool; each number is
+the least of many.
 """
 
 import subprocess
@@ -38,12 +39,13 @@ print(best)
 
 @kernel
 def nothing(x, i0, i1):
+    """Write one number per item: as little work as possible."""
     for i in range(i0, i1):
         x[i] = i
 
 
 def least(call) -> float:
-    """Seconds a call, the least of 300 times 20."""
+    """The seconds per call: the least of 300 means over 20 calls."""
     call()
     best = 1.0
     for _ in range(300):
@@ -55,6 +57,7 @@ def least(call) -> float:
 
 
 def main() -> None:
+    """Print the table."""
     x, pool = np.zeros(2), Pool(2)
     print(f"the kernel alone  {1e6 * least(lambda: nothing(x, 0, 2)):6.2f}")
     print(f"tinymia's pool    {1e6 * least(lambda: pool.run(nothing, 2, x)):6.2f}")

@@ -1,4 +1,4 @@
-"""What was measured, as a table in Markdown, as JSON, and as a chart of decoding against the memory's bandwidth."""
+"""The results as a table in Markdown, as JSON, and as a chart of decoding speed beside the memory's limit."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ PLAIN = {"keep"}    # measures whose other side is tinymia itself
 
 
 def short(x: float) -> str:
-    """Three digits."""
+    """A number with three significant digits."""
     return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
 def middle(values: Sequence[float]) -> str:
+    """The median as text, or a dash if there are no values."""
     return short(median(values)) if values else "–"
 
 
 def goal(row: Row) -> str:
+    """The goal of a row as text; "" if it has none."""
     if row.goal is None:
         return ""
     return f"{row.goal.sign} {row.goal.value:g}" + (f" {row.unit}" if row.goal.on == "ours" else " x")
 
 
 def line(row: Row) -> str:
-    """A row of the table: medians, the ratio's lowest and highest."""
+    """A row of the table in Markdown: medians, and the lowest and highest ratio."""
     spread = f"{min(row.ratio):.2f} to {max(row.ratio):.2f}" if row.ratio else "–"
     share = f"{median(row.of_ceiling):.0%}" if row.bandwidth and row.measure == "decode" else ""
     reached = {None: "", True: "yes", False: "**no**"}[row.met]
@@ -49,7 +51,7 @@ def line(row: Row) -> str:
 
 
 def markdown(about: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]) -> str:
-    """Machine and versions, the table, and what could not be measured."""
+    """The report in Markdown: computer and versions, the table, and notes about what could not be measured."""
     bandwidth = ", ".join(f"{n} threads {short(x / 1e9)} GB/s" if n > 1 else f"1 thread {short(x / 1e9)} GB/s"
                           for n, x in about["bandwidth"].items())
     versions = ", ".join(f"{k} {about[k]}" for k in ("tinymia", "commit", "python", "numba", "llvmlite", "numpy",
@@ -65,7 +67,7 @@ def markdown(about: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]) -
 
 
 def as_json(about: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]) -> str:
-    """Everything, every single number of every pair among it."""
+    """The report as JSON, with the numbers of every pair."""
     def plain(row: Row) -> dict[str, Any]:
         g: Goal | None = row.goal
         return {**vars(row), "goal": vars(g) if g else None, "ratio": row.ratio, "ceiling": row.ceiling,
@@ -76,9 +78,9 @@ def as_json(about: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]) ->
 
 
 def chart(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
-    """A panel for each number of threads: a pair of bars a model, and a mark where the memory's ceiling is.
+    """Draw the chart: a panel per number of threads, a pair of bars per model, and a mark at the memory's limit.
 
-    Small models, which live in the caches, are drawn only where there is no other. Raises Error without matplotlib.
+    Small models, which fit in the caches, are drawn only if there is no other model. Raises Error without matplotlib.
     """
     try:
         from matplotlib.figure import Figure
@@ -98,7 +100,7 @@ def chart(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
                 bars(ax, y + 0.19, row.theirs, GREY, "llama.cpp" if first else None)
             ax.plot([median(row.ceiling)] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2,
                     label="memory ceiling" if first else None)
-        ax.set(title=f"{n} thread{'s' * (n > 1)}, {short(about['bandwidth'][n] / 1e9)} GB/s", xlabel="tokens a second")
+        ax.set(title=f"{n} thread{'s' * (n > 1)}, {short(about['bandwidth'][n] / 1e9)} GB/s", xlabel="tokens / s")
         ax.set_yticks(range(len(models)), models)
         ax.grid(axis="x", color="#dddddd")
         ax.set_axisbelow(True)
@@ -110,7 +112,7 @@ def chart(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
 
 
 def bars(ax: Any, y: float, values: Sequence[float], colour: str, label: str | None) -> None:
-    """The median as a bar with its number, the spread as a line."""
+    """Draw the median as a bar with its number, and the spread as a line."""
     at = median(values)
     ax.barh(y, at, 0.36, color=colour, label=label)
     ax.plot([min(values), max(values)], [y, y], color="black", linewidth=0.8)
@@ -118,7 +120,7 @@ def bars(ax: Any, y: float, values: Sequence[float], colour: str, label: str | N
 
 
 def write(prefix: str, about: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]) -> None:
-    """PREFIX.md, PREFIX.json and PREFIX.png. Raises Error where one cannot be written."""
+    """Write PREFIX.md, PREFIX.json and PREFIX.png. Raises Error if one cannot be written."""
     def put(suffix: str, text: str) -> None:
         write_atomic(f"{prefix}{suffix}", lambda f: f.write(text.encode()))
 

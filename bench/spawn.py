@@ -10,6 +10,8 @@ import time
 
 
 def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit("usage: python spawn.py COMMAND...")
     read, write = os.pipe()
     clock = time.perf_counter()
     pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, write, 1)])

@@ -1,4 +1,4 @@
-"""Activation patching of l_out, layer by position: the sweep beside one plain run a cell, and beside TransformerLens.
+"""Activation patching of l_out, layer by position: the sweep beside one run per cell, and beside TransformerLens.
 
     python bench/sweep.py model.gguf [--at 1] [--layers 0,7,14,21] [--threads 2]
     python bench/sweep.py stories260K-f32.gguf --transformer-lens      # pip install torch 'transformer-lens<4'
@@ -27,18 +27,18 @@ ANSWER, AGAINST = 300, 301      # ids whose logits are compared
 
 
 def prompts(model: Model, n_tok: int, at: int) -> tuple[list[int], list[int]]:
-    """Ids of two prompts that differ at one position."""
+    """The ids of two prompts that differ at one position."""
     ids = [1, *np.random.default_rng(n_tok).integers(300, model.config.n_vocab, n_tok - 1).tolist()]
     return ids, [*ids[:at], ids[at] - 1, *ids[at + 1 :]]
 
 
 def timed_sweep(args: argparse.Namespace, layers: list[int] | None, numerics: str = "ggml") -> tuple[float, Sweep]:
-    """The least time of the repeats, each with a model just loaded, so that the two unpatched runs count."""
+    """The least time of the repeats, each with a newly loaded model, so that the two unpatched runs are included."""
     seconds = []
     for _ in range(args.repeats):
         model = tinymia.load(args.model, args.threads, numerics)
         pair = prompts(model, args.tokens, args.at)
-        model.run(pair[0], logits="last")       # pages are read, kernels compiled
+        model.run(pair[0], logits="last")       # so that pages are read and kernels compiled before
         clock = time.perf_counter()
         found = sweep(model, *pair, ANSWER, AGAINST, layers=layers)
         seconds.append(time.perf_counter() - clock)
@@ -50,7 +50,8 @@ def beside_plain_runs(args: argparse.Namespace) -> None:
     model = tinymia.load(args.model, args.threads)
     layers, n_tok = chosen(args.layers, model.config.n_layer, "layer"), args.tokens
     clean, corrupt = prompts(model, n_tok, args.at)
-    picks = np.random.default_rng(args.seed).choice(len(layers) * n_tok, args.sample, replace=False).tolist()
+    n_cell = len(layers) * n_tok
+    picks = np.random.default_rng(args.seed).choice(n_cell, min(args.sample, n_cell), replace=False).tolist()
     cells = [(i // n_tok, i % n_tok) for i in picks]
     seconds, found = timed_sweep(args, layers)
     kept = model.run(clean, keep=["l_out"], logits="last")
@@ -67,7 +68,7 @@ def beside_plain_runs(args: argparse.Namespace) -> None:
 
 
 def hooked(model: Model) -> Any:
-    """The model in TransformerLens, its weights as float32."""
+    """The model in TransformerLens, with weights in float32."""
     import torch
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -76,16 +77,16 @@ def hooked(model: Model) -> Any:
         n_layers=c.n_layer, d_model=c.n_embd, n_ctx=c.n_ctx, d_head=c.d_head, n_heads=c.n_head, d_mlp=c.n_ff,
         n_key_value_heads=None if c.n_head_kv == c.n_head else c.n_head_kv, d_vocab=c.n_vocab, act_fn="silu",
         normalization_type="RMS", final_rms=True, gated_mlp=True, eps=c.eps, positional_embedding_type="rotary",
-        rotary_adjacent_pairs=True, rotary_dim=c.n_rot, rotary_base=int(c.rope_base), dtype=torch.float32,
+        rotary_adjacent_pairs=True, rotary_dim=c.ropes[0].n_rot, rotary_base=int(c.ropes[0].base), dtype=torch.float32,
         device="cpu"))
 
     def weight(name: str, *shape: int) -> torch.Tensor:
-        """[n_out, n_in] as [n_in, n_out], or as heads of what goes in or comes out."""
+        """A weight [n_out, n_in] as [n_in, n_out], or in the given shape."""
         x = torch.from_numpy(np.array(w[f"{name}.weight"].numpy(), np.float32))
         return x.T.reshape(shape) if shape else x if x.ndim == 1 else x.T
 
     def heads(name: str) -> torch.Tensor:
-        """[n_head, d_model, d_head]."""
+        """A weight of queries, keys or values as [n_head, d_model, d_head]."""
         return weight(name).reshape(c.n_embd, -1, c.d_head).permute(1, 0, 2)
 
     state = {name: torch.zeros_like(x) if ".b_" in name else x for name, x in t.state_dict().items()}
@@ -143,13 +144,13 @@ def beside_transformer_lens(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+    """Run the command. Returns the exit status."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", metavar="FILE")
     p.add_argument("--tokens", type=int, default=64, metavar="N")
     p.add_argument("--at", type=int, metavar="POS", help="where the prompts differ (default: the middle)")
     p.add_argument("--layers", metavar="LIST", help="such as 0,3-5: of both sweeps")
-    p.add_argument("--sample", type=int, default=24, metavar="N", help="plain runs that are timed")
+    p.add_argument("--sample", type=int, default=24, metavar="N", help="number of plain runs that are timed")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--repeats", type=int, default=1)
     p.add_argument("--threads", type=int)
@@ -157,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     args.at = args.tokens // 2 if args.at is None else args.at
     try:
+        if not 0 < args.at < args.tokens or args.sample < 1 or args.repeats < 1:
+            raise Error("--at must be 1 to --tokens minus 1; --sample and --repeats must be at least 1")
         (beside_transformer_lens if args.transformer_lens else beside_plain_runs)(args)
     except Error as e:
         print(f"error: {e}", file=sys.stderr)

@@ -1,7 +1,8 @@
-"""llama.cpp as the benchmark runs it, with its own settings: in this process, and as a program of its own.
+"""llama.cpp as the benchmark runs it, with its default settings: in this process, and as a separate program.
 
-In this process through the C functions of llama-cpp-python, a handful of microseconds a call. The program is
-first_token.c, compiled against the same library: a Python process would be charged with importing llama-cpp-python.
+In this process it runs through the C functions of llama-cpp-python, which cost a few microseconds per call. The program
+is first_token.c, compiled against the same library, because the time of a Python process would include the import of
+llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tinymia_lab.comparison.ggml import package, quiet, why
 
 
 def llama_cpp() -> Any:
-    """llama-cpp-python. Raises Error, which says how to have it."""
+    """Import llama-cpp-python. Raises Error, which says how to install it."""
     try:
         return package()
     except Error as e:
@@ -26,13 +27,13 @@ def llama_cpp() -> Any:
 
 
 def about() -> dict[str, str]:
-    """Version, and what its library was built for."""
+    """The version, and the CPU features that its library was built for."""
     lib = llama_cpp()
     return {"llama_cpp": lib.__version__, "llama_cpp_built_for": lib.llama_print_system_info().decode().strip(" |")}
 
 
 class Theirs:
-    """A loaded model and a context of n_ctx positions: seconds of passes."""
+    """A loaded model with a context of n_ctx positions, whose passes are timed."""
 
     def __init__(self, path: Path, threads: int, n_ctx: int):
         self.lib, self.context, self.model = llama_cpp(), None, None
@@ -58,7 +59,7 @@ class Theirs:
         self.context = self.model = None
 
     def prefill(self, ids: list[int]) -> float:
-        """Seconds of one pass over a prompt, logits of its last token."""
+        """The seconds of one pass over a prompt, with logits of its last token."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
         tokens = (self.lib.llama_token * len(ids))(*ids)
         clock = time.perf_counter()
@@ -66,7 +67,7 @@ class Theirs:
         return time.perf_counter() - clock
 
     def decode(self, ids: list[int], n: int) -> float:
-        """Seconds of n passes over one token each, after a prompt."""
+        """The seconds of n passes over one token each, after a prompt."""
         self.prefill(ids)
         token = (self.lib.llama_token * 1)(ids[0])
         clock = time.perf_counter()
@@ -78,11 +79,11 @@ class Theirs:
         status = self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(tokens, n))
         if status:
             raise Error(f"llama.cpp gave up on {n} tokens: llama_decode returned {status}")
-        self.lib.llama_get_logits(self.context)  # waits until they are there
+        self.lib.llama_get_logits(self.context)  # waits until the pass is done
 
 
 def compile_program(folder: Path) -> Path:
-    """first_token.c as a program in `folder`. Raises Error without a C compiler or llama.h."""
+    """Compile first_token.c to a program in `folder`. Raises Error without a C compiler or llama.h."""
     root = Path(llama_cpp().__file__).parent
     compiler = shutil.which("cc") or shutil.which("gcc")
     header = next((h for h in (root.parent / "include" / "llama.h", root / "include" / "llama.h") if h.exists()), None)

@@ -1,9 +1,9 @@
-"""What stands around `forward` in tinymia.py: actions on named values, weights by attribute, choosing a token.
+"""The engine around `forward` in tinymia.py: actions on named values, weights by attribute, choosing a token.
 
-    action.py     what an action is, and what it is told of a tensor
+    action.py     what an action is, and what it learns about a tensor
     actions.py    Lens, Log, Save, Replace, Patch, Ablate, Add, ProjectOut, Scale
     sources.py    where actions take rows from: saved files, arrays, runs
-    given.py      what a caller gives: positions, heads, layers, ids, arguments
+    given.py      checks of what a caller gives: positions, heads, layers, ids, arguments
     names.py      the names of all that is computed, and which of them a pattern means
     weights.py    the tensors of a file, checked, as the forward pass uses them
     sampling.py   the best of many scores, and a token from logits

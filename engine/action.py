@@ -1,4 +1,4 @@
-"""What an action is: what it is told about a tensor, what it may answer, and the base of those that change it."""
+"""The base of all actions: what an action learns about a tensor, what it may return, and how it changes a part."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from . import given
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Positions = int | Sequence[int] | Sequence[bool] | np.ndarray | None  # numbers, or a mask: True for each that is meant
+Positions = int | Sequence[int] | Sequence[bool] | np.ndarray | None  # numbers, or a mask with one bool per position
 # A saved file, an array, a Run, or a tuple of these: rows are chosen in each, then their mean is taken.
 Source = str | Path | np.ndarray | Sequence[float] | Mapping[str, np.ndarray] | tuple[Any, ...] | None
 
 
 class NotHere(Enum):
-    """What `apply` returns when no row of the pass is meant: the action then does not count as having fired."""
+    """The type of NOT_HERE, which `apply` returns if no row of the pass is meant: the action has then not fired."""
 
     NOT_HERE = "not here"
 
@@ -33,11 +33,11 @@ NOT_HERE = NotHere.NOT_HERE
 
 @dataclass(frozen=True)
 class Context:
-    """What an action is told about the tensor it is called with."""
+    """Everything that an action learns about the tensor it is called with."""
 
     name: str                   # exact name
     layer: int | None
-    positions: np.ndarray       # intp [n_tok]: place of each row in the sequence
+    positions: np.ndarray       # intp [n_tok]: the position of each row in the sequence
     phase: str                  # "prompt" or "decode"
     op: Any                     # its line in the table of names
     model: Any = field(repr=False)
@@ -52,10 +52,10 @@ class Context:
         self.keep(self, value)
 
     def select(self, at: Positions, must: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of this pass that stand at the positions `at`, and for each the index in `at` that asked for it.
+        """The rows of this pass at the positions `at`, and for each row its index in `at`: intp [n_row] both.
 
         Negative positions count from the end of the sequence; a mask has one value per position of the prompt. With
-        `must`, raises ActionError for positions that a prompt does not have.
+        `must`, raises ActionError for positions that the prompt does not have.
         """
         if at is None:
             return np.arange(len(self.positions)), np.arange(len(self.positions))
@@ -69,7 +69,7 @@ class Context:
 
 
 def listed(actions: Action | Sequence[Action]) -> list[Action]:
-    """Actions as a list; one may stand by itself. Raises ActionError for what is not an action."""
+    """Actions as a list; a single action becomes a list of one. Raises ActionError for what is not an action."""
     one = isinstance(actions, Action) or not hasattr(actions, "__iter__")
     found: list[Any] = [actions] if one else list(actions)  # type: ignore[arg-type]
     for action in found:
@@ -80,29 +80,29 @@ def listed(actions: Action | Sequence[Action]) -> list[Action]:
 
 @dataclass(frozen=True, repr=False)
 class Action:
-    """What to do with the tensors that `name` matches.
+    """Something to do with the tensors whose names match `name`.
 
-    `when` is "prompt" (the pass over the prompt, as mia), "decode" (the passes over generated tokens) or "all". The KV
-    cache keeps what a pass left in it: a change of Kcur or Vcur, or of anything before them, that was made during the
-    prompt is still seen by every later token; one made while decoding is seen from that token on.
+    when: "prompt" (the pass over the prompt, as in mia), "decode" (the passes over generated tokens) or "all". The KV
+    cache keeps what a pass has stored in it. So if an action changes Kcur or Vcur, or anything before them, during the
+    prompt, all later tokens still see the change; if it does so while decoding, they see it from that token on.
     """
 
     name: str
     when: str = field(default="prompt", kw_only=True)
 
     def bind(self, name: str, op: Any, model: Any) -> Self:
-        """This action for one exact name, with what it needs loaded and checked before the run starts."""
+        """Return this action for one exact name, with its sources loaded and checked, before the run. Raises Error."""
         return self
 
     def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | NotHere:
-        """The value that the pass continues with: x unchanged (never written to), or a new array of its shape.
+        """Return the value that the pass continues with: `x` unchanged, or a new array of its shape. `x` is read-only.
 
-        NOT_HERE when this action does not apply to any row of this pass.
+        Return NOT_HERE if this action does not apply to any row of this pass.
         """
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        """Patch('l_out-3', row -1 of Run('Egypt -> Cairo,', 5 tokens), at=-1): what was said, in few words."""
+        """Patch('l_out-3', row -1 of Run('Egypt -> Cairo,', 5 tokens), at=-1): the arguments, shortened."""
         parts, src = [repr(self.name)], getattr(self, "src", None)
         for f in sorted(fields(self)[1:], key=lambda f: bool(f.kw_only)):
             value = getattr(self, f.name)
@@ -115,12 +115,13 @@ class Action:
 
 @dataclass(frozen=True, repr=False)
 class Edit(Action):
-    """Base of the actions that change a part: the rows at positions `at`, of `heads`; all where None."""
+    """The base of actions that change a part of a tensor: the rows at positions `at`, and there `heads`. None: all."""
 
     at: Positions = field(default=None, kw_only=True)
     heads: Positions = field(default=None, kw_only=True)
 
     def bind(self, name: str, op: Any, model: Any) -> Self:
+        """Check the positions, and that the tensor has the heads. Raises ActionError."""
         if self.at is not None:
             given.indices(self.at, "position", where=f"{name}: ")
             if self.when == "decode" and given.is_mask(self.at):
@@ -136,6 +137,7 @@ class Edit(Action):
         return replace(self, heads=heads)
 
     def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | NotHere:
+        """Put the new values of `edit` into a copy of x, at the chosen rows and heads. Raises ActionError."""
         rows, which = ctx.select(self.at, self.when == "prompt")
         if not len(rows):
             return NOT_HERE
@@ -145,8 +147,7 @@ class Edit(Action):
         try:
             new = np.broadcast_to(np.asarray(self.edit(part, rows, which), x.dtype), old.shape)
         except ValueError as e:
-            kind = type(self).__name__
-            raise ActionError(f"{kind} of {ctx.name} does not fit rows of {list(old.shape[1:])}: {e}") from e
+            raise ActionError(f"{self}: its numbers do not fit {ctx.name}, here {list(old.shape)}") from e
         if self.heads is not None:
             c = ctx.model.config
             mask = np.isin(np.arange(c.n_head_kv if "n_head_kv" in ctx.op.dims else c.n_head), self.heads)
@@ -156,12 +157,12 @@ class Edit(Action):
         return y
 
     def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
-        """New values of x[rows]; x is [n_tok, ...], and which says which of `at` each row is."""
+        """Return new values for x[rows]; x is [n_tok, ...], and which[i] is the index in `at` of rows[i]."""
         raise NotImplementedError
 
 
 class Record(NamedTuple):
-    """What an action kept: the best tokens of a Lens, the summary of a Log, the array of a Save."""
+    """A value that an action kept: the best tokens of a Lens, the summary of a Log, the array of a Save."""
 
     action: Action
     name: str

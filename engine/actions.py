@@ -1,4 +1,4 @@
-"""What one can do with a named value: see it (Lens, Log, Save) or change it (Replace, Patch, Ablate, Add, ...)."""
+"""The actions: they look at a named value (Lens, Log, Save) or change it (Replace, Patch, Ablate, Add, ...)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from tinymia_files import ActionError
 
-from . import sources
+from . import given, sources
 from .action import Action, Context, Edit, NotHere, Positions, Source
 
 if TYPE_CHECKING:
@@ -20,32 +20,35 @@ if TYPE_CHECKING:
 
 
 def _read(source: Source) -> np.ndarray:
-    """A source as `bind` left it: read, checked, and of the shape that is wanted."""
+    """A source after `bind`, which has read and checked it: an array of the right shape."""
     return cast(np.ndarray, source)
 
 
 @dataclass(frozen=True, repr=False)
 class Lens(Action):
-    """See each row through the logit lens: its k best tokens, scored as in Model.lens, kept in the records."""
+    """Keep the k best tokens of each row under the logit lens, scored as in Model.lens, in the records."""
 
     k: int = 10
     score: str = "raw"
 
     def bind(self, name: str, op: Any, model: Any) -> Self:
+        """Check that the tensor is as wide as the residual stream. Raises ActionError."""
         if op.dims != ("n_tok", "n_embd"):
             raise ActionError(f"{name} is [{', '.join(op.dims)}]; the lens sees tensors of [n_tok, n_embd]")
         return self
 
     def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | NotHere:
+        """Record the best tokens, and return x."""
         ctx.record(ctx.model.lens(x, self.k, self.score))
         return x
 
 
 @dataclass(frozen=True, repr=False)
 class Log(Action):
-    """Keep a summary in the records: shape, mean, root mean square, least and greatest value, the first few."""
+    """Keep a summary in the records: shape, mean, root mean square, least and greatest value, the first four values."""
 
     def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | NotHere:
+        """Record the summary, and return x."""
         rms = math.sqrt(np.mean(np.square(x, dtype=np.float64)))
         ctx.record({"shape": list(x.shape), "mean": float(x.mean()), "rms": rms, "min": float(x.min()),
                     "max": float(x.max()), "first": x.reshape(-1)[:4].tolist()})
@@ -54,42 +57,46 @@ class Log(Action):
 
 @dataclass(frozen=True, repr=False)
 class Save(Action):
-    """Keep a copy, in the records and, when a path is given, in a file that is written after the run."""
+    """Keep a copy in the records and, if a path is given, in a file that is written after the run."""
 
     path: str | Path | None = None
 
     def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | NotHere:
+        """Record a copy, and return x."""
         ctx.record(x.copy())
         return x
 
 
 @dataclass(frozen=True, repr=False)
 class Replace(Action):
-    """fn(x, ctx): an array of the same shape to go on with, or None for no change; x is a copy that fn may write to."""
+    """Continue with fn(x, ctx), an array of the same shape, or None for no change. x is a copy that fn may write to."""
 
     fn: Callable[[np.ndarray, Context], np.ndarray | None]
 
     def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | NotHere:
+        """Return what fn returns, or x if that is None."""
         y = self.fn(x.copy(), ctx)
         return x if y is None else y
 
 
 @dataclass(frozen=True, repr=False)
 class Patch(Edit):
-    """Put row `src` of another run in place of the row `at`.
+    """Replace the rows at positions `at` by the rows `src` of another run.
 
-    Without `src`, the source's only row or the same positions; without both, the whole tensor.
+    Without `src`: by the only row of the source, or by its rows at the same positions. Without both: the whole tensor.
     """
 
     source: Source
     src: Positions = None
 
     def bind(self, name: str, op: Any, model: Any) -> Self:
+        """Read the source, and choose its rows. Raises Error."""
         bound = super().bind(name, op, model)
         read = sources.read_sources(self.source, name, op.dims, model, self.name)
         return replace(bound, source=sources.mean([sources.rows_for(x, self.src, self.at, name) for x in read], name))
 
     def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
+        """The source's rows for these rows. Raises ActionError if a whole tensor has another number of rows."""
         source = _read(self.source)
         if self.at is None and len(source) != len(x):
             raise ActionError(f"patch of {self.name}: {len(source)} rows for {len(x)} positions: say from and to")
@@ -98,10 +105,11 @@ class Patch(Edit):
 
 @dataclass(frozen=True, repr=False)
 class Ablate(Edit):
-    """Take information away, by mode: "zero"; "mean", over the positions of the prompt's pass; "resample", the same
-    rows of `source`, another run; or "value", a number or an array that fits a row.
+    """Remove information from a tensor, by one of four modes.
 
-    A pass over one row has no mean but that row: it is an error there, and so while decoding.
+    "zero": zeros. "mean": the mean over the positions of the prompt. "resample": the same rows of `source`, another
+    run. "value": a number, or an array that fits a row. Mode mean is an error for a pass over one row, and so while
+    decoding, because the mean of one row is that row.
     """
 
     mode: str = "zero"
@@ -109,6 +117,7 @@ class Ablate(Edit):
     source: Source = None
 
     def bind(self, name: str, op: Any, model: Any) -> Self:
+        """Check the mode and what goes with it, and read the source. Raises Error."""
         bound = super().bind(name, op, model)
         if self.mode not in ("zero", "mean", "resample", "value"):
             raise ActionError(f"ablation mode {self.mode!r}: it must be zero, mean, resample or value")
@@ -119,12 +128,15 @@ class Ablate(Edit):
         if self.mode == "mean" and self.when != "prompt":
             raise ActionError(f"ablation of {name}: mode mean goes with when=prompt, not {self.when}: a pass that "
                               "decodes has one row, and its mean is itself")
+        if self.value is not None:
+            given.numbers(self.value, "the value", f"ablation of {name}: ")
         if self.source is None:
             return bound
         read = sources.read_sources(self.source, name, op.dims, model, self.name)
         return replace(bound, source=sources.mean(read, name))
 
     def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
+        """The values that the mode puts in place of x[rows]. Raises ActionError."""
         if self.mode == "mean":
             if len(x) == 1:
                 raise ActionError(f"ablation of {self.name}: the pass has one row, and its mean is itself")
@@ -139,17 +151,20 @@ class Ablate(Edit):
 
 @dataclass(frozen=True, repr=False)
 class Add(Edit):
-    """x + coef * vector; the vector is the source's row `row`, or its only one."""
+    """Add coef * vector to each row; the vector is row `row` of the source, or its only row."""
 
     vector: Source
     coef: float = 1.0
     row: int | None = None
 
     def bind(self, name: str, op: Any, model: Any) -> Self:
+        """Read the vector. Raises Error."""
         bound = super().bind(name, op, model)
+        given.numbers(self.coef, "the coefficient", f"{name}: ")
         return replace(bound, vector=sources.read_row(self.vector, self.row, name, op.dims, model, self.name))
 
     def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
+        """x[rows] + coef * vector."""
         return x[rows] + x.dtype.type(self.coef) * _read(self.vector)
 
 
@@ -160,6 +175,7 @@ class ProjectOut(Edit):
     direction: Source
 
     def bind(self, name: str, op: Any, model: Any) -> Self:
+        """Read the direction, and divide it by its length. Raises Error."""
         bound = super().bind(name, op, model)
         row = sources.read_row(self.direction, None, name, op.dims, model, self.name)
         length = float(np.linalg.norm(row))
@@ -168,16 +184,23 @@ class ProjectOut(Edit):
         return replace(bound, direction=row / row.dtype.type(length))
 
     def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
+        """x[rows] without their part along the direction."""
         direction = _read(self.direction)
-        along = np.tensordot(x[rows], direction, direction.ndim)  # [n_rows]
-        return x[rows] - np.multiply.outer(along, direction)
+        # Summed in float64: in float32 the last bit would depend on how many rows a product has.
+        along = np.tensordot(x[rows].astype(np.float64), direction.astype(np.float64), direction.ndim)  # [n_rows]
+        return x[rows] - np.multiply.outer(along.astype(x.dtype), direction)
 
 
 @dataclass(frozen=True, repr=False)
 class Scale(Edit):
-    """factor * x."""
+    """Multiply each row by a factor."""
 
     factor: float
 
+    def bind(self, name: str, op: Any, model: Any) -> Self:
+        given.numbers(self.factor, "the factor", f"{name}: ")
+        return super().bind(name, op, model)
+
     def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
+        """factor * x[rows]."""
         return x.dtype.type(self.factor) * x[rows]

@@ -1,7 +1,7 @@
-"""What a caller gives: positions, heads, layers, token ids, names of arguments. Each is what it says or an Error.
+"""Checks of what a caller gives: positions, heads, layers, token ids, names of arguments.
 
-Python and NumPy take much for a whole number that is none: True is 1, 1.5 is cut to 1, a mask of rows [True, False]
-becomes the rows 1 and 0. Everything that chooses by number goes through the two functions here.
+Python and NumPy accept much as a whole number that is not one: True is 1, 1.5 is cut to 1, and a mask [True, False]
+becomes the rows 1 and 0. So everything that chooses by number goes through `whole` or `indices`, which raise Error.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ PLURAL = {"id": "token ids", "layer": "layers", "head": "heads", "position": "po
 
 
 class ArgumentError(Error, TypeError):
-    """An argument that a function does not have; the message names the one that is meant."""
+    """An argument that a function does not have; the message names the one that was probably meant."""
 
 
 def whole(value: Any, what: str) -> int:
-    """A whole number, of Python or of NumPy. Raises Error for all else, True and 1.0 included."""
+    """A whole number of Python or NumPy as an int. Raises Error for everything else, also for True and 1.0."""
     try:
         if not isinstance(value, (bool, np.bool_)):
             return operator.index(value)
@@ -33,23 +33,56 @@ def whole(value: Any, what: str) -> int:
     raise Error(f"{what} is {short(value)}; it must be a whole number")
 
 
+def numbers(value: Any, what: str, where: str = "") -> np.ndarray:
+    """A number, or an array of numbers. Raises Error for all else: True, texts, complex numbers, 10**400."""
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind in "fiu":
+            return array
+    except (TypeError, ValueError):     # lists of different lengths
+        pass
+    raise Error(f"{where}{what} is {short(value)}; it must be a number, or an array of numbers")
+
+
+def names(value: Any, what: str) -> list[Any]:
+    """Names as a list; one may stand by itself, and None for none. Raises Error for what is not a list."""
+    if value is None or isinstance(value, str):
+        return [] if value is None else [value]
+    try:
+        return list(value)
+    except TypeError:
+        raise Error(f"{what} is {short(value)}; it must be a name, or a list of names") from None
+
+
+def residual(start: Any, n_layer: int, shape: tuple[int, int], dtype: Any) -> tuple[int, np.ndarray]:
+    """(layer, x) of a run that begins in the middle, x as contiguous numbers. Raises Error."""
+    try:
+        first, given = start
+    except (TypeError, ValueError):
+        raise Error(f"start is {short(start)}; it must be (layer, x), x of shape {list(shape)}") from None
+    layer, x = whole(first, "the layer of start"), numbers(given, "x of start")
+    if not 0 <= layer <= n_layer or x.shape != shape:
+        raise Error(f"start=({layer}, {list(x.shape)}): it takes a layer up to {n_layer} and {list(shape)}")
+    return layer, np.ascontiguousarray(x, dtype)
+
+
 def out_of_range(what: str, given: Any, n: int, things: str, holder: str = "there are") -> str:
-    """The message for a number, or numbers, beyond 0 to n - 1: head 9 is out of range: there are 4 heads, 0 to 3."""
+    """The message for a number outside 0 to n - 1, such as: head 9 is out of range: there are 4 heads, 0 to 3."""
     return f"{what} {given} is out of range: {holder} {n} {things}, 0 to {n - 1}"
 
 
 def is_mask(given: Any) -> bool:
-    """Whether it chooses by True and False."""
+    """Return whether a choice is a mask: an array of booleans, or a list of nothing but booleans."""
     if isinstance(given, np.ndarray) or hasattr(given, "__array__"):
         return np.asarray(given).dtype == bool
     return isinstance(given, Sequence) and len(given) > 0 and all(isinstance(v, (bool, np.bool_)) for v in given)
 
 
 def indices(given: Any, what: str, n: int | None = None, where: str = "") -> np.ndarray:
-    """The places that are meant, intp [n_place], as one number, numbers, or a mask: True for each place that is meant.
+    """The chosen indices, intp [n_index], from one number, a list of numbers, or a mask (True for each chosen index).
 
-    `what` is "position", "head", "layer", "row" or "id". A mask has one value for each of the `n` there are; where n is
-    not known, its length is not checked. Raises Error, for no place at all as well, that begins with `where`.
+    what: "position", "head", "layer", "row" or "id". n: how many there are, which must be the length of a mask; None if
+    that is not known. Raises Error, also if nothing is chosen; its message begins with `where`.
     """
     many = PLURAL[what]
     if isinstance(given, (str, bytes)) or given is None or (what == "id" and (_single(given) or is_mask(given))):
@@ -77,7 +110,7 @@ def indices(given: Any, what: str, n: int | None = None, where: str = "") -> np.
 
 
 def token_ids(ids: Any, n: int) -> list[int]:
-    """Ids, none at all included, each of them one of n tokens. Raises Error."""
+    """Token ids as a list, which may be empty. Raises Error for an id that is not one of n tokens."""
     if isinstance(ids, bytes):
         raise Error("a prompt is text or token ids, not bytes")
     empty = ids.size == 0 if isinstance(ids, np.ndarray) else isinstance(ids, Sequence) and not ids
@@ -89,12 +122,12 @@ def token_ids(ids: Any, n: int) -> list[int]:
 
 
 def never_came(at: Any, seen: set[int]) -> list[int]:
-    """Those positions of an action that no pass has had; negative ones count from the end."""
+    """The positions of `at` that are not in `seen`, those of all passes; negative ones count from the end."""
     return [p for p in indices(at, "position").tolist() if p not in seen and not -max(seen) - 2 < p < 0]
 
 
 def _single(given: Any) -> bool:
-    """Whether it is one value and no list."""
+    """Return whether a choice is one value, not a list."""
     return not isinstance(given, Sequence) and np.ndim(getattr(given, "__array__", lambda: 0)()) == 0
 
 
@@ -113,7 +146,7 @@ def _refuse(given: Any, what: str, where: str) -> NoReturn:
 
 
 def told(value: Any) -> str:
-    """What a caller gave in few words, for a message: arrays by their shape, functions by their name."""
+    """A short description of an argument for a message: arrays by their shape, functions by their name."""
     if isinstance(value, np.ndarray):
         return f"array {list(value.shape)}" if value.size > 4 else str(value.tolist())
     if isinstance(value, tuple) and value:
@@ -124,12 +157,13 @@ def told(value: Any) -> str:
 
 
 def closest(name: object, names: Iterable[str]) -> str:
-    """The names that look like a wrong one, as the end of a message."""
+    """The end of a message about a wrong name: the names that look most like it."""
     close = difflib.get_close_matches(str(name), list(names), 3, 0.5)
     return f"; closest: {', '.join(close)}" if close else ""
 
 
-# What other libraries call the arguments of generate: llama.cpp and its Python bindings, transformers, web APIs.
+# The names that other libraries have for arguments of `generate`: llama.cpp, its Python bindings, transformers, web
+# APIs.
 ELSEWHERE = {
     "max_tokens": "n", "max_new_tokens": "n", "max_length": "n", "n_predict": "n", "num_predict": "n", "n_tokens": "n",
     "max_completion_tokens": "n", "temperature": "temp", "topk": "top_k", "k": "top_k", "topp": "top_p", "p": "top_p",

@@ -1,6 +1,6 @@
-"""What actions take from elsewhere: rows of saved files, arrays, runs, and means of them.
+"""The sources of actions: rows of saved files, arrays and runs, and means over several of these.
 
-Rows are chosen in each source first; then the mean is taken, so that sources need not have as many rows.
+Rows are chosen in each source before the mean is taken, so the sources may have different numbers of rows.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .given import indices, told, whole
 
 
 def read_sources(source: Any, name: str, dims: Sequence[str], model: Any, asked: str) -> list[np.ndarray]:
-    """Rows of the tensor `name` in each source: float32, the token axis first.
+    """The tensor `name` of each source, in the model's dtype, with the token axis first.
 
-    A source is a file, an array, what is read by name (a Run, a dict), or a tuple of these. A file that holds one
-    tensor of another name is taken, with a Note that says for what it was `asked`. Raises Error.
+    A source is a file, an array, a mapping from names to arrays (a Run, a dict), or a tuple of these. A file whose only
+    tensor has another name is accepted, with a Note; `asked` is what the caller asked for. Raises Error.
     """
     if isinstance(source, tuple):
         if not source:
@@ -44,9 +44,9 @@ def read_sources(source: Any, name: str, dims: Sequence[str], model: Any, asked:
 
 
 def rows_for(source: np.ndarray, src: Any, at: Any, name: str) -> np.ndarray:
-    """Rows of a source for a patch, [n_row, ...]: one for each of `at`; all of them where there are neither.
+    """The rows of a source for a patch, [n_row, ...]: one per position in `at`, or all if `at` and `src` are None.
 
-    They are the rows `src`; without it the only row, or those of the same positions. Raises Error.
+    With `src`, these rows; without it, the only row, or the rows at the same positions. Raises Error.
     """
     n, where = len(source), f"patch of {name}: "
     to = None if at is None else indices(at, "position", where=where)
@@ -65,7 +65,7 @@ def rows_for(source: np.ndarray, src: Any, at: Any, name: str) -> np.ndarray:
 
 
 def read_row(source: Any, row: int | None, name: str, dims: Sequence[str], model: Any, asked: str) -> np.ndarray:
-    """One row of a source, the one asked for or the only one; of several sources the mean of their rows."""
+    """Row `row` of a source, or its only row; for several sources, the mean of these rows. Raises Error."""
     found = []
     for rows in read_sources(source, name, dims, model, asked):
         i = 0 if row is None and len(rows) == 1 else row
@@ -76,7 +76,7 @@ def read_row(source: Any, row: int | None, name: str, dims: Sequence[str], model
 
 
 def mean(parts: list[np.ndarray], name: str) -> np.ndarray:
-    """The mean of rows that were chosen in several sources."""
+    """The mean over sources of the rows chosen in each. Raises Error if their shapes differ."""
     if len({p.shape for p in parts}) != 1:
         shapes = " and ".join(str(list(p.shape)) for p in parts)
         raise Error(f"{name}: sources of {shapes} have no mean: choose as many rows in each, of the same width")

@@ -1,12 +1,13 @@
-"""What lies on disk, read and written here alone; everything read is hostile until checked.
+"""All reading and writing of files. A file that is read may be hostile, so everything in it is checked first.
 
-    gguf.py        the index of a GGUF file, and its tensors where they lie in the map; split.py models of several
-    config.py      the shape of a model; architectures.py what sets architectures apart, as a table
-    hparams.py     that shape out of the metadata, rope.py what of it is about positions; unused.py what else a file
-                   may hold
-    tokenizer.py   text to ids and back: spm.py by sentencepiece, bpe.py by tokenizers, vocab.py what both have
+    gguf.py        the index of a GGUF file, and its tensors as views of the mapped file;
+                   split.py: models in several files
+    config.py      the shape of a model; architectures.py: what sets architectures apart, as a table
+    hparams.py     reads that shape from the metadata, rope.py what of it is about positions; unused.py: tensors and
+                   keys that do not change the numbers
+    tokenizer.py   text to ids and back: spm.py by sentencepiece, bpe.py by tokenizers, vocab.py for both
     tensors.py     saved activations: raw float32, .npy, .npz
-    disk.py        how a file is read, text and JSON of any kind; outputs.py how one is written
+    disk.py        how files are read, text and JSON of any kind; outputs.py: how files are written
 """
 
 from .architectures import ARCHITECTURES

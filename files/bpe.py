@@ -1,8 +1,8 @@
 """Byte-level BPE vocabularies (`tokenizer.ggml.model = gpt2`: Llama 3, SmolLM2), by the tokenizers library.
 
-A text is cut into words by the regular expressions that `tokenizer.ggml.pre` names, each applied to what the one before
-left, matches and gaps alike. A word's bytes are spelt as letters (GPT-2's byte alphabet: a space is Ġ), and then joined
-by the file's merges, the first of the list first.
+A text is cut into words by the regular expressions that `tokenizer.ggml.pre` names. Each one cuts the parts that the
+one before it left, and keeps both matches and the text between them. The bytes of a word are written as letters
+(GPT-2's byte alphabet, where a space is Ġ), and then joined by the file's merges, the first merge in the list first.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from .vocab import BYTE, CONTROL, NORMAL, UNKNOWN, Tokenizer, byte, one_line
 
 
 class Pre(NamedTuple):
-    """What a pre-tokenizer's name stands for."""
+    """The rules that the name of a pre-tokenizer stands for."""
 
     patterns: tuple[str, ...]       # Oniguruma
-    whole_words: bool = False       # a word that is a token is that token, whatever the merges say
-    add_bos: bool = False           # where the file does not say
+    whole_words: bool = False       # True: a word that is a token becomes that token without any merges
+    add_bos: bool = False           # used if the file does not say
 
 
-# The patterns are those of the models' own tokenizer.json; where llama.cpp's std::regex reads less, what it reads.
-# Source: llama-vocab.cpp, llm_tokenizer_bpe (patterns by type) and llama_vocab::impl::load (types by name).
+# The patterns are those of the models' own tokenizer.json or, where llama.cpp's std::regex cannot express them, those
+# of llama.cpp. Source: llama-vocab.cpp, llm_tokenizer_bpe (patterns by type) and llama_vocab::impl::load (types by
+# name).
 SUFFIX = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CASED = r"[^\r\n\p{L}\p{N}]?(?:(?=\p{L})[^a-z])*(?:(?=\p{L})[^A-Z])+", \
@@ -73,7 +74,7 @@ for names, pre in {
 
 @functools.cache
 def alphabet() -> tuple[str, dict[str, int]]:
-    """GPT-2's letters for bytes: printable ones stand for themselves, the others for U+0100 and on; and the way back.
+    """GPT-2's letters for bytes, and the inverse: printable bytes stand for themselves, the others are U+0100 and up.
 
     Source: openai/gpt-2, src/encoder.py, bytes_to_unicode.
     """
@@ -84,13 +85,15 @@ def alphabet() -> tuple[str, dict[str, int]]:
 
 
 class BytePairs(Tokenizer):
-    """Text to ids and back by the file's own tokens and merges. The library's object is made when a text first needs
-    it: a run on ids does without."""
+    """Text to ids and back by the file's own tokens and merges.
+
+    The library's object is made when the first text is encoded, so runs on ids do not need the library.
+    """
 
     DEFAULTS: ClassVar = {"bos": 11, "eos": 11, "unknown": None}
 
     def __init__(self, meta: dict[str, Any], path: Path):
-        name = meta.get("tokenizer.ggml.pre", "default")  # what llama.cpp takes for a file that names none
+        name = meta.get("tokenizer.ggml.pre", "default")  # llama.cpp's choice for a file without this key
         if not isinstance(name, str) or name not in KNOWN:
             known = f"supported: {', '.join(KNOWN)}"
             raise GGUFError(f"{path}: the pre-tokenizer tokenizer.ggml.pre is {short(name)}; {known}", limit=2000)
@@ -98,7 +101,7 @@ class BytePairs(Tokenizer):
         super().__init__(meta, path, self.pre.add_bos)
         self.merges: list[str] = self._array(meta, "merges", list)
         if not self.merges:
-            raise GGUFError(f"{path}: tokenizer.ggml.merges is empty: nothing says how letters join to tokens")
+            raise GGUFError(f"{path}: tokenizer.ggml.merges is empty: letters cannot be joined to tokens")
 
     @functools.cached_property
     def _bpe(self) -> Any:
@@ -109,10 +112,10 @@ class BytePairs(Tokenizer):
         except ImportError as e:
             raise Error(f"{self.path}: its text needs the tokenizers library: pip install 'tinymia[bpe]'") from e
         merges = [(m[:i], m[i + 1 :]) for m in dict.fromkeys(self.merges) if (i := m.find(" ", 1)) > 0]
-        words, nothing = self.pre.whole_words, {"\0": len(self.pieces)}  # what no token spells: _encode leaves it out
+        words, nothing = self.pre.whole_words, {"\0": len(self.pieces)}  # text that no token spells: _encode drops it
         try:
             model = models.BPE(self.ids | nothing, merges, unk_token="\0", ignore_merges=words)
-        except Exception as e:  # the library has no class of its own for merges that make no token
+        except Exception as e:  # the library has no exception class for merges that make no token
             raise GGUFError(f"{self.path}: tokenizers refuses tokenizer.ggml.merges: {short(str(e))}") from e
         library = Library(model)
         cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.pre.patterns]
@@ -127,7 +130,7 @@ class BytePairs(Tokenizer):
         return "".join(alphabet()[0][b] for b in text.encode("utf-8", "replace"))
 
     def _bytes(self, i: int) -> bytes:
-        """A token's bytes, those of a control token's name included."""
+        """The bytes of a token; for a control token, those of its name."""
         kind, piece = (self.types[i], self.pieces[i]) if i < len(self.pieces) else (CONTROL, f"<{i}>")
         if kind == BYTE:
             return byte(piece)
@@ -137,10 +140,10 @@ class BytePairs(Tokenizer):
         return bytes(v for v in values if v is not None)
 
     def bytes(self, i: int) -> bytes:
-        """What a token adds to a text: nothing for a control token."""
+        """The bytes that a token adds to a text: none for a control token."""
         return b"" if i >= len(self.pieces) or self.types[i] in (CONTROL, UNKNOWN) else self._bytes(i)
 
     def piece(self, i: int) -> str:
-        """A token as people read it: bytes that are no whole character show as <0xE2>, line ends are escaped."""
+        """A token as people read it: bytes of incomplete characters show as <0xE2>, line ends are escaped."""
         text = self._bytes(i).decode("utf-8", "surrogateescape")
         return one_line("".join(f"<0x{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else c for c in text))

@@ -1,8 +1,9 @@
-"""Chats as a model was trained on them: messages put into the form that the template in its file gives them.
+"""Chats in the form on which a model was trained: the template in its file turns messages into one prompt.
 
-The template, tokenizer.chat_template, is a jinja2 program. It runs in a process of its own (chat_render.py). Special
-tokens are those that the template writes. What people wrote stays text, also where it spells such a token: a mark that
-no text holds is put after the first character of each, and shows afterwards where they lie in the rendered text.
+The template, tokenizer.chat_template, is a jinja2 program, and runs in a separate process (chat_render.py). Only what
+the template itself writes can become a special token. A message that spells one, such as <|im_end|>, stays text: a
+mark, a character that occurs nowhere else, is put after the first character of each such spelling, and is found again
+in the rendered text.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 from .errors import Error, short
 from .vocab import CONTROL, UNKNOWN, Tokenizer
 
-SECONDS, BYTES = 10, 1 << 30    # that a template may take
+SECONDS, BYTES = 10, 1 << 30    # the most time and memory that a template may take
 Messages = str | Sequence[Mapping[str, str]]
 
 
@@ -31,10 +32,10 @@ class Chat(NamedTuple):
 
 
 def format_chat(template: object, tokenizer: Tokenizer, messages: Messages, system: str | None = None) -> Chat:
-    """The prompt for the assistant's next message. Raises Error for what is not a message and for a template's faults.
+    """The prompt for the assistant's next message. Raises Error for what is not a message, and if the template fails.
 
-    messages: what the user says, or a list of {"role": "user" or "assistant" or "system", "content": text}; system: the
-    system message, in place of what the template has.
+    messages: the user's text, or a list of {"role": "user" or "assistant" or "system", "content": text}; system: the
+    system message, which replaces the template's default.
     """
     said = read_messages(messages, system)
     if not isinstance(template, str) or not template.strip():
@@ -42,10 +43,10 @@ def format_chat(template: object, tokenizer: Tokenizer, messages: Messages, syst
                     "trained for chats; give it the text as it is")
     pieces = [p for p in tokenizer.special if tokenizer.types[tokenizer.ids[p]] in (CONTROL, UNKNOWN)]
     used = "".join([template, *(m["content"] for m in said)])
-    mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in used)    # of those that stand for nothing
+    mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in used)    # private use: no meaning
     marked = [{**m, "content": _mark(m["content"], pieces, mark)} for m in said]
     asked = [marked]
-    if said[0]["role"] != "system":     # what stands where a system message would is the template's own
+    if said[0]["role"] != "system":     # render once more with a system message, to find the default one
         asked.append([{"role": "system", "content": mark * 2}, *marked])
     rendered, *with_system = _render(template, tokenizer, asked)
     text, plain = "", list[tuple[int, int]]()
@@ -56,12 +57,14 @@ def format_chat(template: object, tokenizer: Tokenizer, messages: Messages, syst
                   and text.startswith(tokenizer.pieces[tokenizer.bos]))
     ids = tokenizer.encode(text, False if before else None, plain=plain)
     if tokenizer.add_eos and tokenizer.eos is not None:
-        ids = ids[:-1]      # the text goes on
+        ids = ids[:-1]      # no EOS: the assistant's answer follows
     return Chat(ids, text, _between(rendered, with_system[0].split(mark * 2)).replace(mark, "") if with_system else "")
 
 
 def read_messages(messages: Messages, system: str | None = None) -> list[dict[str, str]]:
     """Messages as a list of dictionaries. Raises Error."""
+    if not isinstance(messages, (str, Sequence)):
+        raise Error(f"a chat is a text or a list of messages, not {short(messages)}")
     said = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
     if system is not None:
         said = [{"role": "system", "content": system}, *said]
@@ -76,7 +79,7 @@ def read_messages(messages: Messages, system: str | None = None) -> list[dict[st
 
 
 def _mark(text: str, pieces: Sequence[str], mark: str) -> str:
-    """The mark after the first character of everything in the text that spells a special token."""
+    """Insert the mark after the first character of each special token that the text spells."""
     starts = set()
     for piece in pieces:
         at = text.find(piece)
@@ -87,14 +90,14 @@ def _mark(text: str, pieces: Sequence[str], mark: str) -> str:
 
 
 def _between(text: str, around: Sequence[str]) -> str:
-    """What a text has in the place where another one, parted there, has something else; "" where they differ more."""
+    """The part of a text between around[0] and around[1]; "" if it does not begin and end with these."""
     if len(around) != 2 or not text.startswith(around[0]) or not text[len(around[0]) :].endswith(around[1]):
         return ""
     return text[len(around[0]) : len(text) - len(around[1])]
 
 
 def _render(template: str, tokenizer: Tokenizer, conversations: Sequence[Any]) -> list[str]:
-    """The texts that a template makes of the first conversation, and of the others if it takes them."""
+    """The texts that a template makes from the first conversation, and from the others if it accepts them."""
     if importlib.util.find_spec("jinja2") is None:
         raise Error("chat templates need jinja2: pip install 'tinymia[chat]'")
     ids = {"bos": tokenizer.bos, "eos": tokenizer.eos}

@@ -1,16 +1,16 @@
-"""The program that renders a chat template, in a process of its own: a template is code out of a file of weights.
+"""The program that renders a chat template, in a separate process, because a template is code from a downloaded file.
 
 stdin: JSON {"template", "conversations": [[{"role", "content"}, ...], ...], "bos", "eos", "seconds", "bytes"}.
 stdout: JSON {"texts": [...]} or {"error": what is wrong}. Templates run in jinja2's sandbox, without a loader of files,
-with the filters and functions that Hugging Face's transformers gives them; where the system can, the process has no
-more than so much time and memory. It imports nothing of tinymia, so that it starts fast.
+with the filters and functions that Hugging Face's transformers gives them. Where the operating system allows it, the
+process has a limit of time and memory. It does not import tinymia, so that it starts fast.
 
 Source: transformers, utils/chat_template_utils.py (_compile_jinja_template).
 """
 
 import sys
 
-sys.path = [folder for folder in sys.path if folder]    # not the current folder: what lies there is not ours
+sys.path = [folder for folder in sys.path if folder]    # do not import modules from the current folder
 
 import json  # noqa: E402
 from datetime import datetime  # noqa: E402
@@ -22,21 +22,23 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: E402
 
 
 class Refused(Exception):
-    """What a template raises by raise_exception."""
+    """The exception that a template raises by raise_exception."""
 
 
 def refuse(message: Any = "") -> None:
+    """Raise Refused: the template's raise_exception."""
     raise Refused(str(message))
 
 
 def tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
+    """JSON of a value: the template's filter `tojson`, which by default keeps letters outside ASCII."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def render(asked: dict[str, Any]) -> dict[str, Any]:
-    """What main writes for what it reads."""
+    """Render the conversations, and return what `main` writes: {"texts": [...]} or {"error": text}."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = tojson
@@ -61,6 +63,7 @@ def render(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Read a request from stdin, limit time and memory, render, and write the answer to stdout."""
     asked = json.load(sys.stdin)
     try:
         import resource

@@ -1,10 +1,10 @@
-"""Weights of types that have no kernel: gguf-py decodes them, once, to what kernels take.
+"""Weights of types that have no kernel: gguf-py decodes them, once, to a format that has one.
 
-    IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S    EXPANDED, 8.6 bits a weight, which holds their numbers exactly
-    all others                                        F16, or F32 when one of the numbers is too large for F16
+    IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S    EXPANDED, 8.6 bits per weight, which holds their numbers exactly
+    all others                                        F16, or F32 if one of the numbers is too large for F16
 
-Products with the others still see activations as ggml's CPU code quantises them for the type: Q8_K beside blocks of 256
-weights, Q8_0 beside smaller ones. Source: ggml-cpu.c, type_traits_cpu (vec_dot_type).
+In products with the others, activations are still quantised as ggml's CPU code does for the type: to Q8_K for blocks of
+256 weights, to Q8_0 for smaller ones. Source: ggml-cpu.c, type_traits_cpu (vec_dot_type).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .disk import note
 from .types import BlockType, dequantize
 
 F32, F16, EXPANDED = kernels.FORMATS[0], kernels.FORMATS[1], kernels.EXPANDED
-SLICE = 1 << 20  # weights decoded at a time: gguf-py takes some tens of bytes for each while it works
+SLICE = 1 << 20  # weights decoded at a time, because gguf-py needs some tens of bytes per weight meanwhile
 
-# A weight is d * unit * (2 s + 1) * a whole number. By type: the unit; where the bytes with the scales s lie, and s's
-# bits in them.  Source: ggml-common.h, block_iq1_s to block_iq3_s.
+# A weight is d * unit * (2 s + 1) * a whole number. By type: the unit; the places of the bytes that hold the scales s;
+# the bits of s in these bytes.  Source: ggml-common.h, block_iq1_s to block_iq3_s.
 TABLES = {
     "IQ1_S": (0.125, slice(35, 50, 2), 0x70),
     "IQ1_M": (0.125, slice(48, 56), [0xFF, 0x0F] * 4),
@@ -35,10 +35,12 @@ TABLES = {
 }
 
 
-def stored(raw: np.ndarray, kind: BlockType, n_rows: int, n_in: int) -> tuple[kernels.Format, np.ndarray]:
-    """What kernels take of a weight: its format, and its bytes as they are or, without a kernel, decoded."""
+def stored(raw: np.ndarray, kind: BlockType, n_rows: int, n_in: int) -> kernels.Matrix:
+    """A weight as kernels take it: its bytes as they are, decoded if its type has no kernel."""
     fmt = kernels.FORMATS.get(kind.type)
-    return decode(raw, kind, n_rows, n_in) if fmt is None else (fmt, raw)
+    if fmt is None:
+        fmt, raw = decode(raw, kind, n_rows, n_in)
+    return kernels.Matrix.of(raw, fmt, n_rows, n_in)
 
 
 def _target(fmt: BlockType) -> kernels.Format:
@@ -46,7 +48,7 @@ def _target(fmt: BlockType) -> kernels.Format:
 
 
 def decode(raw: np.ndarray, fmt: BlockType, n_rows: int, n_in: int) -> tuple[kernels.Format, np.ndarray]:
-    """The rows in a format that has kernels: (format, bytes). The format keeps the name and number of the type."""
+    """Decode rows to a format that has kernels: (format, bytes). The format keeps the name and number of the type."""
     to, rows, step = _target(fmt), raw.reshape(n_rows, -1), max(1, SLICE // n_in)
     out = np.empty((n_rows, to.row_bytes(n_in)), np.uint8)
     for i in range(0, n_rows, step):
@@ -67,10 +69,14 @@ def decode(raw: np.ndarray, fmt: BlockType, n_rows: int, n_in: int) -> tuple[ker
 
 
 def _expand(blocks: np.ndarray, fmt: BlockType) -> np.ndarray:
-    """Blocks [n, type_size] as EXPANDED [n, 276], by decoding them three times: the quotients are the factors."""
+    """Blocks [n, type_size] as EXPANDED [n, 276].
+
+    They are decoded three times: with scales and d of 1, with d of 1, and as they are. Quotients of the results are the
+    scales and d.
+    """
     unit, place, bits = TABLES[fmt.name]
     d_is_1 = blocks.copy()
-    if fmt.name == "IQ1_M":  # d is in the upper four bits of the last four u16, in a sequence of its own
+    if fmt.name == "IQ1_M":  # here d is spread over the upper four bits of the last four u16
         d_is_1[:, 49::2] = d_is_1[:, 49::2] & 0x0F | np.array([0, 0, 0xC0, 0x30], np.uint8)
     else:
         d_is_1[:, :2] = 0x00, 0x3C
@@ -85,7 +91,7 @@ def _expand(blocks: np.ndarray, fmt: BlockType) -> np.ndarray:
 
 
 def say_cost(path: Path, weights: list[tuple[BlockType, int]]) -> None:
-    """One line on stderr: what decoding these weights, of which format and number each is, costs in memory."""
+    """Write a line on stderr: how much memory decoding takes; weights: (type, number of weights) per tensor."""
     if not weights:
         return
     types = ", ".join(sorted({fmt.name for fmt, _ in weights}))

@@ -1,8 +1,8 @@
-"""How files are read here: one way to expand a path, to tell what is wrong with a file, to read text and JSON, to map.
+"""How files are read: one way each to expand a path, to report a broken file, to read text and JSON, and to map a file.
 
-A file that is read may be damaged, renamed, encrypted or made by an enemy. The libraries that take it apart (zipfile,
-zlib, json, NumPy) raise some twenty kinds of exception for that, and new versions raise others. So readers do not list
-them: what goes wrong inside `reading` is an error of the file.
+A file may be damaged, renamed, encrypted or hostile. The libraries that parse it (zipfile, zlib, json, NumPy) raise
+some twenty kinds of exception for that, and new versions raise others. So readers do not list them: every exception
+inside `reading` is reported as an error of the file.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .errors import Error, FileError, short
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
-    """A path with `~` and `~name` expanded as a shell does: left as they are where there is no such user.
+    """A path with `~` and `~name` expanded as in a shell: they stay as they are if there is no such user.
 
-    Raises FileError for what no file can be called.
+    Raises FileError for a text that cannot be the name of a file.
     """
     try:
         text = os.path.expanduser(os.fsdecode(path))
@@ -42,9 +42,9 @@ def expand(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def reading(path: object, what: str, kind: type[FileError] = FileError) -> Iterator[None]:
-    """Tell whatever goes wrong in the block as one error of the file: that it is not `what` ("a saved tensor").
+    """Turn every exception of the block into one error of the file: it is not `what` ("a saved tensor").
 
-    An Error that the block raises itself, which says more, is let through.
+    An Error that the block itself raises says more, and passes unchanged.
     """
     try:
         yield
@@ -61,9 +61,12 @@ def reading(path: object, what: str, kind: type[FileError] = FileError) -> Itera
 
 
 def note(text: str, end: str = "\n") -> None:
-    """Write a line for the user on stderr, at once. Where there is no stderr, or it takes nothing, the line is lost:
-    never does it stand among the results on stdout, and never does it stop the work."""
-    with suppress(OSError, ValueError, AttributeError):     # full, closed, no stream at all
+    """Write a line for the user on stderr, at once.
+
+    If there is no stderr, or it cannot be written, the line is lost: it never appears among the results on stdout, and
+    never stops the work.
+    """
+    with suppress(OSError, ValueError, AttributeError):     # the stream is full, closed, or None
         sys.stderr.write(text + end)
         sys.stderr.flush()
 
@@ -72,9 +75,9 @@ def note(text: str, end: str = "\n") -> None:
 
 
 def read_text(path: str | os.PathLike[str], what: str) -> str:
-    """The text of a UTF-8 file as it stands, carriage returns included; only a byte order mark is dropped, and told of.
+    """The text of a UTF-8 file, carriage returns included; only a byte order mark is dropped, with a note on stderr.
 
-    `what` says in an error what should have been text: "the prompt". Raises FileError.
+    `what` names the text in an error message, such as "the prompt". Raises FileError.
     """
     name = expand(path)
     with reading(path, f"{what} in UTF-8"):
@@ -94,14 +97,14 @@ def read_text(path: str | os.PathLike[str], what: str) -> str:
 
 
 def read_json(path: str | os.PathLike[str], what: str) -> Any:
-    """What a file of JSON holds. Raises FileError, which calls the file `what` ("a task file")."""
+    """The value that a JSON file holds. Raises FileError, in which `what` names the kind of file ("a task file")."""
     text = read_text(path, what)
     with reading(path, what):
         return json.loads(text)
 
 
 def plain(value: Any) -> Any:
-    """The same as JSON can hold it: arrays as lists, paths as text, what is not finite as null."""
+    """A value as JSON can hold it: arrays as lists, paths as text, infinity and NaN as null."""
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
     if isinstance(value, dict):
@@ -116,7 +119,7 @@ def plain(value: Any) -> Any:
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """JSON that every reader takes, on one line or indented: no NaN, and no half characters of names not in UTF-8."""
+    """JSON that every reader accepts, on one line or indented: no NaN, and no lone surrogates from file names."""
     text = json.dumps(plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
@@ -125,12 +128,12 @@ def dumps(value: Any, indent: int | None = None) -> str:
 
 
 class Mapped(mmap.mmap):
-    """A file in memory, which knows which file it was when it was mapped.
+    """A file in memory, with its name and identity from the time when it was mapped.
 
-    A file that becomes shorter while it is mapped ends the process with SIGBUS at the next look at what is gone.
+    If the file becomes shorter while it is mapped, reading the missing part ends the process with SIGBUS.
     """
 
-    path: Path                  # as it was named
+    path: Path                  # as the caller named it
     place: str                  # the absolute path
     identity: tuple[int, ...]   # device, inode, bytes, time of the last change in nanoseconds
 
@@ -148,7 +151,7 @@ class Mapped(mmap.mmap):
         return mapped
 
     def sha256(self) -> str:
-        """SHA-256 of the bytes that are mapped, in hexadecimal. Raises FileError when they are not what was loaded."""
+        """SHA-256 of the mapped bytes, in hexadecimal. Raises FileError if the file has changed since it was loaded."""
         self.check()
         if self.identity not in _hashes:
             digest, view = hashlib.sha256(), memoryview(self)
@@ -160,9 +163,9 @@ class Mapped(mmap.mmap):
         return _hashes[self.identity]
 
     def check(self) -> None:
-        """Raise FileError when the file was written to since it was mapped.
+        """Raise FileError if the file was written to since it was mapped.
 
-        A file that was removed, or replaced by another one of its name, is not: what is mapped stays.
+        It does not matter if the file was removed, or replaced by another one of its name: the mapped one stays.
         """
         try:
             now = _identity(os.stat(self.place))
@@ -173,7 +176,7 @@ class Mapped(mmap.mmap):
 
 
 def is_mapped(found: os.stat_result) -> bool:
-    """Whether a file is mapped in this process: a model that is loaded."""
+    """Return whether a file is mapped in this process, as the file of a loaded model is."""
     with _lock:
         return any(m.identity[:2] == (found.st_dev, found.st_ino) for m in _live)
 

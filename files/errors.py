@@ -1,4 +1,4 @@
-"""The errors that a user can cause; each is one line that says what, where and what would be right."""
+"""The errors that a user can cause. Each message is one line: what is wrong, where, and what would be right."""
 
 import unicodedata
 from collections.abc import Callable
@@ -18,13 +18,13 @@ class Error(Exception):
     """Something wrong with a file, a name, an index or a flag."""
 
     def __init__(self, message: str, limit: int = 400):
-        """Names from a hostile file may stand in the message: it stays one line that a terminal can show."""
+        """Make the message one line that a terminal can show, since it may hold names from a hostile file."""
         line = printable(message)
         super().__init__(line if len(line) <= limit else line[: limit - 3] + "...")
 
 
 class Note(UserWarning):
-    """What a user should know and what is no error; given by `warnings.warn`, and printed by the command line."""
+    """A warning about something that is not an error; Python gets it by `warnings.warn`, the command line prints it."""
 
 
 class FileError(Error):
@@ -42,10 +42,11 @@ class UnknownName(Error, KeyError):
 
 
 class ActionError(Error):
-    """An action that cannot be done: a source of another shape, a position out of range, one that never fired."""
+    """An action that is impossible: a source of another shape, a position out of range; or one that never fired."""
 
 
 def short(value: object) -> str:
-    """A value from a file, fit for one line of a message."""
-    text = repr(value)
+    """A value in at most 60 characters, for one line of a message; NumPy's arrays and numbers as Python's."""
+    size = getattr(value, "size", None)
+    text = repr(value.tolist() if isinstance(size, int) and size < 60 and hasattr(value, "tolist") else value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,6 +1,6 @@
-"""Reading GGUF: a bounds-checked walk over header, metadata and tensor table.
+"""Reading GGUF: header, metadata and tensor table, with every length checked before it is used.
 
-gguf-py's reader takes seconds to open a large vocabulary; this one takes a tenth of a second, and shows the format.
+gguf-py's reader takes seconds to open a file with a large vocabulary; this one takes a tenth of a second.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STRING, ARRAY = 8, 9
 
 
 class Reader:
-    """A walk over a GGUF header that takes no step before it knows that the bytes are there.
+    """Reads a GGUF header from front to back, and checks before each step that the bytes are there.
 
     magic "GGUF" | u32 version | u64 n_tensors | u64 n_metadata | metadata | tensor table | padding | data
     metadata: string key, u32 type, value.  tensor: string name, u32 n_dims, u64 dims[n_dims], u32 type, u64 offset.
@@ -39,34 +39,37 @@ class Reader:
         self.data, self.path, self.pos, self.end = data, path, 0, len(data)
 
     def need(self, n: int, what: str) -> int:
-        """Position of the next n bytes, which are stepped over."""
+        """The position of the next n bytes; the reader moves past them. Raises GGUFError if they are missing."""
         if n > self.end - self.pos:
             raise GGUFError(f"{self.path}: ends inside {what} (at byte {self.pos} of {self.end}, {n} more are wanted)")
         self.pos += n
         return self.pos - n
 
     def scalar(self, code: str, what: str) -> Any:
+        """The next number, of a type code of `struct`; `what` names it in an error. Raises GGUFError."""
         return struct.unpack_from("<" + code, self.data, self.need(struct.calcsize("<" + code), what))[0]
 
     def string(self, what: str) -> str:
+        """The next string; bytes that are not UTF-8 become U+FFFD. Raises GGUFError."""
         n = self.scalar("Q", what)
         pos = self.need(n, what)
         return str(self.data[pos : pos + n], "utf-8", "replace")
 
     def strings(self, n: int, what: str) -> list[str]:
-        """n strings after one another, as string() would read them: of a vocabulary there are hundreds of thousands."""
+        """The next n strings, read faster than by string(): a vocabulary has hundreds of thousands."""
         data, pos, end, found, length = self.data, self.pos, self.end, [], struct.Struct("<Q").unpack_from
         for _ in range(n):
             size = length(data, pos)[0] if pos <= end - 8 else 0
             if pos > end - 8 or size > end - pos - 8:
                 self.pos = pos
-                self.string(what)  # says what is missing
+                self.string(what)  # raises, with what is missing
             found.append(data[pos + 8 : pos + 8 + size])
             pos += 8 + size
         self.pos = pos
         return [piece.decode("utf-8", "replace") for piece in found]
 
     def value(self, kind: int, key: str) -> Any:
+        """The next value of metadata, of a GGUF value type: number, text, list of texts or array. Raises GGUFError."""
         if kind in SCALARS:
             return self.scalar(SCALARS[kind], key)
         if kind == STRING:
@@ -75,7 +78,7 @@ class Reader:
             raise GGUFError(f"{self.path}: {key} has value type {kind}; GGUF knows 0 to 12")
         kind, n = self.scalar("I", key), self.scalar("Q", key)
         if kind == STRING:
-            if n > (self.end - self.pos) // 8:  # before a hostile count makes us loop
+            if n > (self.end - self.pos) // 8:  # so that a hostile count starts no endless loop
                 raise GGUFError(f"{self.path}: {key} claims {n} strings, more than the file has room for")
             return self.strings(n, key)
         if kind not in SCALARS:
@@ -86,13 +89,13 @@ class Reader:
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A weight where it lies in the file."""
+    """A weight, as a view of its bytes in the mapped file."""
 
     name: str                   # as GGUF has it: blk.0.attn_q.weight
     shape: tuple[int, ...]      # NumPy's order: (n_out, n_in) for a matrix
     type: BlockType             # how a row is stored
     raw: np.ndarray             # uint8 [bytes], read-only, in the map
-    scale: np.float32 | None = None     # what the file wants all the numbers multiplied by, and products therefore
+    scale: np.float32 | None = None     # a factor of all the numbers, and so of products with them
 
     @property
     def type_name(self) -> str:
@@ -100,8 +103,8 @@ class Tensor:
         return self.type.name
 
     @cached_property
-    def stored(self) -> tuple[Any, np.ndarray]:
-        """What kernels take: (kernels.Format, uint8 bytes), in the map, or decoded where there is no kernel."""
+    def stored(self) -> Any:
+        """The weight for kernels: a kernels.Matrix of its bytes in the map, decoded if its type has no kernel."""
         from .decode import stored
 
         return stored(self.raw, self.type, math.prod(self.shape[:-1]), self.shape[-1])
@@ -112,17 +115,17 @@ class Tensor:
         return self.raw.size
 
     def numpy(self) -> np.ndarray:
-        """Dequantised copy, float32 [shape], times the scale where there is one."""
+        """A dequantised copy, float32 [shape], times the scale if there is one."""
         x = dequantize(self.raw, self.type, self.shape[-1]).reshape(self.shape)
         return x if self.scale is None else x * self.scale
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """Dequantised rows of a matrix, as numpy() has them: float32 [len(ids), n_in]."""
+        """Dequantised rows of a matrix, equal to those of numpy(): float32 [len(ids), n_in]."""
         x = dequantize(self.raw.reshape(self.shape[0], -1)[ids].reshape(-1), self.type, self.shape[1])
         return x if self.scale is None else x * self.scale
 
     def but(self, **fields: Any) -> Tensor:
-        """The same weight with other fields."""
+        """A copy of this weight with other values in some fields."""
         other = copy.copy(self)
         vars(other).update(fields)
         return other
@@ -138,7 +141,7 @@ class Tensors(dict[str, Tensor]):
 
 
 def decode_now(path: Path, tensors: Iterable[Tensor]) -> None:
-    """Decode those of the tensors that have no kernel, and say on stderr what they cost in memory."""
+    """Decode the tensors whose types have no kernel, and say on stderr how much memory that takes."""
     weights = {t.name: t for t in tensors if t.type.type not in TYPES}
     if weights:
         from .decode import say_cost
@@ -149,9 +152,9 @@ def decode_now(path: Path, tensors: Iterable[Tensor]) -> None:
 
 
 def read_part(path: Path) -> tuple[dict[str, Any], Tensors]:
-    """Map one GGUF file and read its index: (metadata, tensors by name). split.py's read_gguf knows models of several.
+    """Map one GGUF file and read its index: (metadata, tensors by name). See split.py for models in several files.
 
-    Versions 2 and 3, little-endian. Raises GGUFError for anything that does not add up: nothing in a file is trusted.
+    Versions 2 and 3, little-endian. Raises GGUFError for everything that is inconsistent: nothing in a file is trusted.
     """
     r = Reader(_map(path), path)
     magic = r.data[:4]
@@ -163,7 +166,7 @@ def read_part(path: Path) -> tuple[dict[str, Any], Tensors]:
         kind = "is big-endian" if version in (2 << 24, 3 << 24) else f"has GGUF version {version}"
         raise GGUFError(f"{path}: {kind}; supported: little-endian versions 2 and 3")
     n_tensors, n_meta = r.scalar("Q", "the tensor count"), r.scalar("Q", "the metadata count")
-    if n_meta > r.end // 13 or n_tensors > r.end // 33:  # the least bytes that an entry takes
+    if n_meta > r.end // 13 or n_tensors > r.end // 33:  # the fewest bytes that an entry takes
         raise GGUFError(f"{path}: claims {n_meta} metadata entries and {n_tensors} tensors, more than it has room for")
     meta: dict[str, Any] = {}
     for i in range(n_meta):
@@ -205,7 +208,7 @@ def _read_tensor_info(r: Reader, i: int) -> Info:
 
 
 def _place(table: list[Info], r: Reader, start: int, alignment: int) -> Tensors:
-    """Check where each tensor claims to lie, and view it there."""
+    """Check the place that each tensor claims in the file, and make a view of it."""
     tensors = Tensors()
     tensors.files = (r.data,)
     data = np.frombuffer(r.data, np.uint8)
@@ -218,10 +221,10 @@ def _place(table: list[Info], r: Reader, start: int, alignment: int) -> Tensors:
             known = ", ".join(t.name for t in TYPES.values())
             what = f"tensor {name} has type {_type_name(kind)}; supported: {known}, and what gguf-py can decode"
             raise GGUFError(f"{r.path}: {what}")
-        if min(shape) < 1 or math.prod(shape) > 8 * r.end:  # no format takes less than a bit a weight
+        if min(shape) < 1 or math.prod(shape) > 8 * r.end:  # every format takes at least one bit per weight
             raise GGUFError(f"{r.path}: tensor {name} has shape {list(shape)}, which the file has no room for")
         if shape[-1] % fmt.block_size:
-            row = f"rows of {shape[-1]}, no multiple of {fmt.block_size} as {fmt.name} needs"
+            row = f"rows of {shape[-1]}: {fmt.name} needs a multiple of {fmt.block_size}"
             raise GGUFError(f"{r.path}: tensor {name} has {row}")
         size = math.prod(shape) // fmt.block_size * fmt.type_size
         if offset % alignment:

@@ -15,7 +15,9 @@ from .gguf import Tensor
 from .rope import read_layers
 from .unused import note_keys
 
-LAYERS = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")  # one value, or one for each layer
+LAYERS = (  # one value, or one for each layer
+    "feed_forward_length", "attention.head_count", "attention.head_count_kv", "expert_used_count")
+KINDS = {int: "a whole number", float: "a number"}     # in words
 NONE = {  # keys that must be 0, and why
     "expert_count": "mixtures of experts are not supported",
     "expert_used_count": "mixtures of experts are not supported",
@@ -25,7 +27,7 @@ NONE = {  # keys that must be 0, and why
 
 
 class Reader:
-    """The metadata of a model's architecture, checked as they are asked for."""
+    """The metadata of a model's architecture, each checked when it is read."""
 
     def __init__(self, meta: dict[str, Any], path: Path):
         arch = meta.get("general.architecture")
@@ -61,7 +63,7 @@ class Reader:
                 raise self.refuse(key, "; layers that differ are not supported")
             value = value[0].item()
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or not least <= value < 2**31:
-            raise GGUFError(f"{self.path}: {self.name}.{key} is {short(value)}; it must be {kind.__name__} of at least "
+            raise GGUFError(f"{self.path}: {self.name}.{key} is {short(value)}; it must be {KINDS[kind]} of at least "
                             f"{least:g}")
         return kind(value)
 

@@ -1,7 +1,7 @@
-"""How files are written here: looked at before a long run, then written whole or not at all, and never onto an input.
+"""How files are written: checked before a long run, then written completely or not at all, and never over an input.
 
-A file that is there keeps its mode and owner, and a link stays a link: what it points to is replaced. Pipes, devices
-and /dev/stdout are written to as they are, and so is a file in a folder where nothing can be put beside it.
+A file that is replaced keeps its mode and owner. A link stays a link, and the file that it points to is replaced.
+Pipes, devices and /dev/stdout are written in place, and so is a file in a folder where no temporary file can be made.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ AnyPath = str | os.PathLike[str]
 
 
 def check_target(path: AnyPath, names: Sequence[str] = (), inputs: Iterable[AnyPath] = ()) -> None:
-    """Raise FileError now for what could not, or should not, be written after a long run.
+    """Raise FileError now for a file that could not, or should not, be written after a long run.
 
-    names: the tensors that it is to hold. inputs: files that the run reads; a loaded model always counts as one.
+    names: the tensors that the file will hold. inputs: files that the run reads, to which a loaded model always
+    belongs.
     """
     _, found = _target(path)
     for other in inputs:
@@ -39,7 +40,7 @@ def check_target(path: AnyPath, names: Sequence[str] = (), inputs: Iterable[AnyP
 
 
 def check_apart(paths: Sequence[AnyPath]) -> None:
-    """Raise FileError where two of the paths are one file, so that one output would be lost under the other."""
+    """Raise FileError if two of the paths are the same file, because the second output would overwrite the first."""
     for i, path in enumerate(paths):
         for other in paths[:i]:
             if _collide(path, other):
@@ -48,7 +49,7 @@ def check_apart(paths: Sequence[AnyPath]) -> None:
 
 
 def place(path: AnyPath) -> str:
-    """The one name of where a path leads: absolute, links followed."""
+    """A path made unique: absolute, with links followed."""
     try:
         return os.path.realpath(expand(path))
     except OSError:  # a ring of links, or the current folder was deleted
@@ -56,7 +57,7 @@ def place(path: AnyPath) -> str:
 
 
 def write_atomic(path: AnyPath, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file under a temporary name and rename it: it is there whole or not at all. Raises FileError."""
+    """Write a file under a temporary name and rename it, so that it is complete or does not exist. Raises FileError."""
     target, found = _target(path)
     try:
         if found is None or (stat.S_ISREG(found.st_mode) and _may_replace(target, found) and not _descriptor(found)):
@@ -100,7 +101,7 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _trouble(target: Path, found: os.stat_result | None) -> str:
-    """Why there can be no writing; "" where there can be."""
+    """The reason why a file cannot be written; "" if it can."""
     if found is None:
         folder = _stat(target.parent)
         if folder is None:
@@ -116,7 +117,7 @@ def _trouble(target: Path, found: os.stat_result | None) -> str:
         return "it is a folder"
     if stat.S_ISSOCK(found.st_mode):
         return "it is a socket"
-    # root may write to any file, and yet a file without permission to write is meant to be kept
+    # root may write to any file; a file without permission to write is kept even then
     if not _allowed(target, os.W_OK) or (stat.S_ISREG(found.st_mode) and not found.st_mode & 0o222):
         return "there is no permission to write to it"
     return ""
@@ -127,7 +128,7 @@ def _allowed(path: Path, what: int) -> bool:
 
 
 def _may_replace(target: Path, found: os.stat_result) -> bool:
-    """Whether a file can be put in its place: in a folder that can be written, and is not shared as /tmp is."""
+    """Return whether a new file can replace this one: its folder is writable, and not shared like /tmp."""
     folder = os.stat(target.parent)
     shared = folder.st_mode & stat.S_ISVTX and hasattr(os, "geteuid")
     if shared and os.geteuid() not in (0, found.st_uid, folder.st_uid):
@@ -142,7 +143,7 @@ def _replace(target: Path, found: os.stat_result | None, write: Callable[[IO[byt
         with os.fdopen(os.open(temporary, flags, 0o666), "wb") as f:
             write(f)
             if found is not None and hasattr(os, "fchmod"):
-                with suppress(OSError):  # another's file: it becomes ours
+                with suppress(OSError):  # not allowed for another user's file: then the new file is ours
                     os.fchown(f.fileno(), found.st_uid, found.st_gid)
                 with suppress(OSError):  # a file system without modes
                     os.fchmod(f.fileno(), stat.S_IMODE(found.st_mode))
@@ -152,9 +153,9 @@ def _replace(target: Path, found: os.stat_result | None, write: Callable[[IO[byt
 
 
 def _open(target: Path, found: os.stat_result) -> IO[bytes]:
-    """What is there, to be written to as it is."""
+    """Open an existing file, pipe or device for writing in place."""
     number = _descriptor(found)
-    if number:  # not opened again, or the two would write over each other in a file
+    if number:  # duplicated, because two open files would overwrite each other's output
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
@@ -163,7 +164,7 @@ def _open(target: Path, found: os.stat_result) -> IO[bytes]:
 
 
 def _descriptor(found: os.stat_result) -> int:
-    """1 or 2 where the file is our stdout or stderr, else 0."""
+    """1 or 2 if the file is this process's stdout or stderr, else 0."""
     for number in (1, 2):
         with suppress(OSError):  # closed
             if os.path.samestat(os.fstat(number), found):
@@ -172,13 +173,13 @@ def _descriptor(found: os.stat_result) -> int:
 
 
 def _same(found: os.stat_result, path: AnyPath) -> bool:
-    with suppress(OSError, FileError):  # it is not there, or cannot be seen: its reader will tell
+    with suppress(OSError, FileError):  # it does not exist, or is not accessible: whoever reads it will report that
         return os.path.samestat(found, os.stat(expand(path)))
     return False
 
 
 def _collide(path: AnyPath, other: AnyPath) -> bool:
-    """Whether two outputs are one file, there or to be made (two outputs to /dev/null lose nothing)."""
+    """Return whether two outputs are one file, existing or not yet (two outputs to /dev/null lose nothing)."""
     with suppress(OSError, FileError):
         found = os.stat(expand(path))
         return stat.S_ISREG(found.st_mode) and _same(found, other)

@@ -1,7 +1,7 @@
-"""Models split over several files, `NAME-00001-of-00003.gguf`: any part names the model, and all parts are mapped.
+"""Models split over several files, `NAME-00001-of-00003.gguf`: the name of any part stands for the model.
 
-Each part is a GGUF file of its own with some of the tensors. The first has the metadata; every one has split.no (from
-0), split.count, and split.tensors.count, the tensors of all parts together.
+Each part is a complete GGUF file with some of the tensors. The first part has the metadata; every part has split.no
+(from 0), split.count, and split.tensors.count, the number of tensors in all parts together.
 Source: llama.cpp, tools/gguf-split/gguf-split.cpp and llama_split_path.
 """
 
@@ -15,9 +15,9 @@ from .gguf import Tensors, read_part
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], Tensors]:
-    """Map a model, with all its parts when it is split, and read its index: (metadata, tensors by name).
+    """Map a model, with all its parts if it is split, and read its index: (metadata, tensors by name).
 
-    Raises GGUFError for what is no GGUF file, and for parts that are missing or not of one model.
+    Raises GGUFError for a file that is not GGUF, and for parts that are missing or belong to different models.
     """
     meta, tensors = read_part(path)
     no, count, total = _numbers(meta, path)
@@ -25,7 +25,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Tensors]:
         return meta, tensors
     suffix = f"-{no + 1:05}-of-{count:05}.gguf"
     if not path.name.endswith(suffix):
-        found = f"part {no + 1} of {count}: its name must end in {suffix}, for the other parts are found by theirs"
+        found = f"part {no + 1} of {count}: its name must end in {suffix}, as the other parts are found by name"
         raise GGUFError(f"{path}: the file is {found}")
     parts = [path.with_name(f"{path.name.removesuffix(suffix)}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
     read = [(meta, tensors) if i == no else _other(part, path, i, count, total) for i, part in enumerate(parts)]
@@ -61,7 +61,7 @@ def _numbers(meta: dict[str, Any], path: Path) -> tuple[int, int, int]:
 
 
 def _other(part: Path, named: Path, no: int, count: int, total: int) -> tuple[dict[str, Any], Tensors]:
-    """Another part than the one that was named, which must be of the same model."""
+    """Read one of the other parts, which must belong to the same model as the named one."""
     if not part.exists():
         raise GGUFError(f"{part}: part {no + 1} of {count} of the model is missing")
     meta, tensors = read_part(part)

@@ -22,11 +22,12 @@ class SentencePiece(Tokenizer):
         self.space_prefix = self._flag(meta, "add_space_prefix", True)
 
     def _processor(self, space_prefix: bool) -> Any:
-        """A sentencepiece ModelProto, written field by field (source: sentencepiece_model.proto), and loaded.
+        """The library's object for this vocabulary: a ModelProto is written field by field, and loaded.
 
-        As in llama.cpp, letters join to any piece of the file, whatever its type (special pieces that are meant as such
-        were cut out before), and a letter without a piece becomes bytes: by byte_fallback, where there is a piece for
-        each of the 256, otherwise below. The unknown piece, which sentencepiece needs, is one more than the file has.
+        As in llama.cpp, letters join to any piece of the file, whatever its type (special tokens were cut out before),
+        and a letter without a piece becomes bytes: by byte_fallback if all 256 bytes have a piece, otherwise by
+        _bytes_of. sentencepiece needs an unknown piece; it gets the first id after those of the file.
+        Source: sentencepiece_model.proto.
         """
         try:
             from sentencepiece import SentencePieceProcessor
@@ -46,13 +47,13 @@ class SentencePiece(Tokenizer):
         parts = []
         for i, (piece, score) in enumerate(zip(self.pieces, self.scores)):
             kind = BYTE if fallback and piece in BYTES else NORMAL
-            if "\0" in piece or self.ids[piece] != i:  # sentencepiece refuses double pieces
+            if "\0" in piece or self.ids[piece] != i:  # sentencepiece refuses a piece that occurs twice
                 piece, kind = f"\ue000{i}", UNUSED
             body = message(1, piece.encode("utf-8", "replace")) + b"\x15" + struct.pack("<f", score) + integer(3, kind)
             parts.append(message(1, body))
         parts.append(message(1, message(1, b"\xee\x80\x80") + integer(3, UNKNOWN)))
         trainer = integer(3, 2) + integer(35, fallback) + integer(40, unknown)  # BPE, byte_fallback, unk_id
-        trainer += b"".join(integer(field, 2**31 - 1) for field in (41, 42, 43))  # no bos, eos, pad of its own
+        trainer += b"".join(integer(field, 2**31 - 1) for field in (41, 42, 43))  # no bos, eos, pad
         normalizer = message(1, b"identity") + integer(3, space_prefix) + integer(4, 0) + integer(5, 1)
         try:
             return SentencePieceProcessor(model_proto=b"".join(parts) + message(2, trainer) + message(3, normalizer))
@@ -69,11 +70,11 @@ class SentencePiece(Tokenizer):
         ids: list[int] = processor.encode(text)
         if len(self.pieces) not in ids:
             return ids
-        pieces = processor.encode(text, out_type=str)  # with the letters themselves where they are unknown
+        pieces = processor.encode(text, out_type=str)  # an unknown letter is given as itself
         return [j for i, piece in zip(ids, pieces) for j in ([i] if i < len(self.pieces) else self._bytes_of(piece))]
 
     def _bytes_of(self, text: str) -> list[int]:
-        """Ids of the bytes of letters that have no piece; the unknown token for a byte that has none either."""
+        """Ids of the bytes of a text without a piece; the unknown token for a byte that has no token."""
         ids = [self.ids.get(f"<0x{b:02X}>", self.unknown) for b in text.encode()]
         if None in ids:
             raise Error(f"{self.path}: the vocabulary has no token for {text!r}, nor for its bytes, nor an unknown one")
@@ -81,19 +82,19 @@ class SentencePiece(Tokenizer):
 
     @functools.cached_property
     def _sp(self) -> Any:
-        """The library's object."""
+        """The library's object for a text of its own."""
         return self._processor(self.space_prefix)
 
     @functools.cached_property
     def _sp_following(self) -> Any:
-        """The library's object that puts no blank first."""
+        """The library's object for a text that continues another one: it puts no space first."""
         return self._processor(False) if self.space_prefix else self._sp
 
     def _spelling(self, text: str) -> str:
         return text.replace(" ", "▁")
 
     def bytes(self, i: int) -> bytes:
-        """What a token adds to a text, by its type: as llama_token_to_piece has it."""
+        """The bytes that a token adds to a text, by its type, as in llama_token_to_piece."""
         kind, piece = (self.types[i], self.pieces[i]) if i < len(self.pieces) else (UNUSED, "")
         if kind == BYTE:
             return byte(piece)

@@ -1,7 +1,7 @@
-"""Saved activations: raw float32 as mia wrote it, or NumPy's .npy and .npz with what the numbers are.
+"""Saved activations: raw float32, as mia wrote it, or NumPy's .npy and .npz, with a description of the numbers.
 
-A raw file is ggml's bytes of one tensor and nothing else. A .npy file is what np.save writes, then a line of JSON that
-np.load does not read; an .npz file holds any number of tensors by name, and the JSON as `about`.
+A raw file holds the bytes of one tensor, as in ggml, and nothing else. A .npy file holds what np.save writes and then a
+line of JSON, which np.load ignores. An .npz file holds any number of tensors by name, and the JSON under `about`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KINDS = {b"PK\3\4": "it begins as an .npz file", b"\x93NUMPY": "it begins as an 
 def write_tensors(path: str | Path, tensors: dict[str, np.ndarray], about: dict[str, Any]) -> None:
     """Save float32 arrays by name; the suffix decides the format (see the top of this file).
 
-    `about` says where they come from: prompt, tokens, model. Raises FileError.
+    about: where they come from (prompt, tokens, model). Raises FileError.
     """
     check_target(path, list(tensors))
     suffix = Path(path).suffix
@@ -65,32 +65,32 @@ def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any
             if kind := next((kind for begin, kind in KINDS.items() if data.startswith(begin)), None):
                 raise FileError(f"{path}: not raw float32, though its name has no .npy or .npz at the end: {kind}")
             if not data or len(data) % 4:
-                raise FileError(f"{path}: {len(data)} bytes are no raw float32 tensor")
+                raise FileError(f"{path}: {len(data)} bytes are not a raw float32 tensor: its size is a multiple of 4")
             return {"": np.frombuffer(data, "<f4").astype(np.float32)}, {}
         if not isinstance(about, dict) or any(a.dtype.kind not in "fiu" for a in arrays.values()):
-            raise ValueError("no arrays of numbers")
+            raise ValueError("it holds arrays that are not numbers")
         if not all(isinstance(key, str) for key in arrays):
-            raise ValueError("the name of its tensor is no text")
-        with np.errstate(over="ignore"):  # of float64: infinity
+            raise ValueError("the name of its tensor is not a text")
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity
             return {key: np.asarray(a, np.float32) for key, a in arrays.items()}, about
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file by name, of numbers, texts and booleans. For use inside `reading`."""
+    """The arrays of an .npz file by name: numbers, texts and booleans. To be called inside `reading`."""
     arrays = {}
     with zipfile.ZipFile(path) as z:
         for info in z.infolist():
-            if info.file_size > 1100 * info.compress_size + 4096:  # deflate makes 1032 times as much at most
+            if info.file_size > 1100 * info.compress_size + 4096:  # deflate compresses by a factor of 1032 at most
                 raise ValueError(f"{info.filename} claims {info.file_size} bytes, more than it has room for")
             with z.open(info) as f:
                 arrays[info.filename.removesuffix(".npy")] = read_npy(f, info.file_size)
-                if f.read():  # and at the end its checksum is looked at
+                if f.read():  # reading to the end also checks the checksum
                     raise ValueError(f"{info.filename} is longer than its array")
     return arrays
 
 
 def read_npy(f: IO[bytes], size: int) -> np.ndarray:
-    """The array of an .npy file of `size` bytes, which is asked before there is room made. For use inside `reading`."""
+    """The array of an .npy file of `size` bytes; memory is allocated only if it fits. To be called in `reading`."""
     version = np.lib.format.read_magic(f)
     header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in header:
@@ -107,7 +107,10 @@ def read_npy(f: IO[bytes], size: int) -> np.ndarray:
 
 
 def read_tensor(path: str | Path, name: str, model: dict[str, Any]) -> tuple[np.ndarray, str]:
-    """(the tensor `name` of a file, or the only one; its name there, "" in a raw file); refuses another model's."""
+    """The tensor `name` of a file, or its only tensor, and the name that it has there ("" in a raw file).
+
+    Raises FileError if there is no such tensor, or if it was saved from another model than `model`.
+    """
     arrays, about = read_tensors(path)
     if about.get("model", model) != model:
         raise FileError(f"{path}: saved from another model, {about['model']}; this one is {model}")
@@ -122,9 +125,9 @@ def as_rows(
 ) -> np.ndarray:
     """A tensor with its token axis first.
 
-    dims are the names of its dimensions, sizes those that are known: n_tok and n_kv are not. What has one dimension (a
-    raw file, a vector) is cut into rows. Raises FileError when it does not fit, which names the source and what it
-    holds.
+    dims: the names of its dimensions; sizes: the known sizes (all but n_tok and n_kv). An array of one dimension (a raw
+    file, a vector) is cut into rows. Raises FileError, with the names of the source and of the tensor in it, if the
+    array does not fit.
     """
     shape, what = [sizes.get(d) for d in dims], f"{source} holds {held}," if held else f"{source} is"
     width = math.prod(d for d in shape if d)

@@ -1,4 +1,4 @@
-"""The tokenizer that a model file asks for, and tokens' bytes joined into text."""
+"""The tokenizer that belongs to a model file, and the joining of tokens into text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS = {"llama": SentencePiece, "gpt2": BytePairs}  # by tokenizer.ggml.model
 
 
 def read_tokenizer(meta: dict[str, Any], path: Path) -> Tokenizer:
-    """The tokenizer of a file's metadata. Raises GGUFError for a kind that is not known, or a broken vocabulary."""
+    """Make the tokenizer of a file from its metadata. Raises GGUFError for an unknown kind or a broken vocabulary."""
     name = meta.get("tokenizer.ggml.model")
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
@@ -25,7 +25,7 @@ def read_tokenizer(meta: dict[str, Any], path: Path) -> Tokenizer:
 
 
 class Text:
-    """Joins tokens' bytes into text: whole characters only, and nothing that may yet become a stop text."""
+    """Joins the bytes of tokens into text. on_text gets whole characters, and nothing that may begin a stop text."""
 
     def __init__(self, stop: Sequence[str] = (), on_text: Callable[[str], None] | None = None):
         self.stop, self.on_text = stop, on_text or (lambda text: None)
@@ -33,7 +33,7 @@ class Text:
         self.text, self.shown = "", 0
 
     def add(self, data: bytes, final: bool = False) -> bool:
-        """Take a token's bytes; True when a stop text is complete, which then is cut off."""
+        """Add the bytes of a token. Returns True if a stop text is complete; it is then cut off."""
         self.text += self.decoder.decode(data, final)
         found = [i for s in self.stop if (i := self.text.find(s)) >= 0]
         beginnings = [n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])]
@@ -46,6 +46,6 @@ class Text:
         return bool(found)
 
     def close(self) -> str:
-        """The whole text, its last piece handed out."""
+        """Hand the last piece to on_text, and return the whole text."""
         self.add(b"", final=True)
         return self.text

@@ -10,7 +10,7 @@ from .errors import GGUFError
 
 
 class BlockType(NamedTuple):
-    """How a type of ggml stores its numbers: `block_size` of them in `type_size` bytes."""
+    """A type of ggml: it stores `block_size` numbers in `type_size` bytes."""
 
     type: int               # ggml's number
     name: str
@@ -18,8 +18,9 @@ class BlockType(NamedTuple):
     type_size: int
 
 
-# The types that kernels/ computes with as they lie; gguf-py decodes the others when a model is loaded.
-# Source: ggml.h, enum ggml_type; ggml-common.h. A test compares it with gguf.GGML_QUANT_SIZES and with kernels.FORMATS.
+# The types that have kernels; gguf-py decodes the others when a model is loaded.
+# Source: ggml.h, enum ggml_type; ggml-common.h. A test compares the table with gguf.GGML_QUANT_SIZES and with
+# kernels.FORMATS.
 TYPES = {
     t[0]: BlockType(*t)
     for t in [
@@ -33,7 +34,7 @@ TYPES = {
 
 
 def dequantize(raw: np.ndarray, kind: BlockType, n_in: int) -> np.ndarray:
-    """Rows of n_in numbers as float32 [n_rows, n_in], a copy; raw is uint8, their bytes."""
+    """Decode rows of n_in numbers to float32 [n_rows, n_in], a copy; raw: uint8, their bytes. Raises GGUFError."""
     if kind.name == "F32":
         return raw.view(np.float32).reshape(-1, n_in).copy()
     if kind.name == "F16":
@@ -50,7 +51,7 @@ def dequantize(raw: np.ndarray, kind: BlockType, n_in: int) -> np.ndarray:
 
 
 def decodable(kind: int) -> BlockType | None:
-    """The type of ggml's number `kind`, when gguf-py can decode it; None where it cannot, or is not installed."""
+    """The type with ggml's number `kind`, if gguf-py is installed and can decode it; else None."""
     try:
         import gguf
 

@@ -1,6 +1,6 @@
 """What a model file may hold besides what the forward pass uses. Everything else in it is refused by name.
 
-llama.cpp is the judge (tests/test_odd_files.py asks it): it refuses a file with a tensor that its graph of the
+llama.cpp is the judge (tests/files/test_odd_files.py asks it): it refuses a file with a tensor that its graph of the
 architecture does not create, and it does not look at metadata keys that its loader of the architecture does not read.
 """
 
@@ -66,7 +66,8 @@ def check_tensors(
     left = [name for name in tensors if name not in used and not _harmless(tensors[name], matrices, n_layer)]
     if not left:
         return
-    name, more = min(left, key=lambda n: (len(n), n)), f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+    name = min(left, key=lambda n: (len(n), n)) or "without a name"
+    more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
     layer = re.match(r"blk\.(\d+)\.", name)
     if layer and not int(layer[1]) < n_layer:
         has = f"the metadata give the model {n_layer} layers, 0 to {n_layer - 1}"
@@ -100,5 +101,5 @@ def note_keys(meta: dict[str, Any], arch: str, reads: str, path: Path) -> None:
 
 
 def warn(path: Path, what: str) -> None:
-    """One line on stderr, fit for a terminal whatever the file says."""
+    """Write a note on stderr in one line, without control characters that the file may hold."""
     note(printable(f"tinymia: {path}: note: {what}")[:400])

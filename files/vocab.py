@@ -1,4 +1,4 @@
-"""What every vocabulary has: tokens, their types, special ids, and the cutting of a text at special tokens."""
+"""The base of both kinds of vocabulary: tokens, their types, special ids, and cutting a text at special tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .unused import warn
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 
-# Tokens that llama.cpp knows by their text, where the metadata do not name them. Source: llama-vocab.cpp,
+# Tokens that llama.cpp recognises by their text if the metadata do not name them. Source: llama-vocab.cpp,
 # llama_vocab::impl::load ("auto-detect special tokens by text", "tokens that cause end-of-generation").
 END = """</s> <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|>
     <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response>
@@ -35,24 +35,30 @@ INFILL = {  # role: (names of its id in the metadata, its texts)
 
 
 class Tokenizer:
-    """Text to ids and back. Its kinds say how a text without special tokens is cut (`_encode`), what a token adds to a
-    text (`bytes`), how people read it (`piece`) and how a piece is spelt in the file (`_spelling`)."""
+    """Text to ids and back.
+
+    Subclasses define how a text without special tokens is cut (`_encode`), the bytes that a token adds to a text
+    (`bytes`), how people read a token (`piece`), and how a text is spelt in the file (`_spelling`).
+    """
 
     DEFAULTS: ClassVar[dict[str, int | None]] = {}  # special ids of a file that names none: bos, eos, unknown
-    space_prefix = False  # whether a text gets a blank before its first word, which decode takes off again
+    space_prefix = False  # True: a text gets a space before its first word, which `decode` removes again
 
     def __init__(self, meta: dict[str, Any], path: Path, add_bos: bool):
-        """`add_bos` is what holds where the metadata do not say."""
+        """Read and check the vocabulary; add_bos is used if the metadata do not say. Raises GGUFError."""
         self.path = path
         self.pieces: list[str] = [p or f"[EMPTY_{i}]" for i, p in enumerate(self._array(meta, "tokens", list))]
         self.types = self._numbers(meta, "token_type", NORMAL, "types")
-        if BYTE not in self.types:  # converters that lost the types leave the names, and nothing else is called so
+        if BYTE not in self.types:  # some converters lose the types; byte tokens are then known by their names
             self.types = [BYTE if p in BYTES else t for p, t in zip(self.pieces, self.types)]
         self.ids = {piece: i for i, piece in reversed(list(enumerate(self.pieces)))}
         self.bos, self.eos, self.unknown = (self._id(meta, k, self.DEFAULTS[k]) for k in ("bos", "eos", "unknown"))
         for name in UNUSED_IDS:
             self._id(meta, name, least=-1)
         self.end = self._ends(meta)  # generation stops at these
+        if "tokenizer.ggml.suppress_tokens" in meta:
+            warn(path, "tokenizer.ggml.suppress_tokens changes nothing here: llama.cpp's own programs never choose "
+                       "these tokens, its logits have them like others")
         self.add_bos = self._flag(meta, "add_bos_token", add_bos) and self.bos is not None
         self.add_eos = self._flag(meta, "add_eos_token", False) and self.eos is not None
         special = (p for p, t in zip(self.pieces, self.types) if p and t in (UNKNOWN, CONTROL, USER_DEFINED))
@@ -66,7 +72,7 @@ class Tokenizer:
         return value
 
     def _numbers(self, meta: dict[str, Any], key: str, default: float, what: str) -> list[Any]:
-        """One number for each token: the first ones, where the file has more."""
+        """One number per token; if the file has more, the first ones."""
         n = len(self.pieces)
         numbers = self._array(meta, key, np.ndarray, np.full(n, default)).tolist()
         if not n or len(numbers) < n:
@@ -80,7 +86,7 @@ class Tokenizer:
         return bool(value)
 
     def _id(self, meta: dict[str, Any], name: str, default: int | None = None, least: int = 0) -> int | None:
-        """A special id; a note on stderr and the default for one that no token has, as llama.cpp does."""
+        """A special id. For an id that no token has, a note on stderr and the default, as in llama.cpp."""
         key, n = f"tokenizer.ggml.{name}_token_id", len(self.pieces)
         default = default if default is not None and default < n else None
         value = meta.get(key, default)
@@ -95,7 +101,7 @@ class Tokenizer:
         return default
 
     def _ends(self, meta: dict[str, Any]) -> set[int]:
-        """Ids that end a generation; marks what is known by its text as a control token, as llama.cpp does."""
+        """The ids that end a generation. As in llama.cpp, tokens known by their text become control tokens here."""
         end = {self.ids[text] for text in END if text in self.ids}
         known = set(end)
         for role, (keys, texts) in INFILL.items():
@@ -112,10 +118,10 @@ class Tokenizer:
         end |= {i for i in (self.eos, self._id(meta, "eot"), self._id(meta, "eom")) if i is not None}
         found = {self.pieces[i] for i in end}
         if {"<|end|>", "<|call|>", "<|return|>"} <= found or {"<|end|>", "<|calls|>", "<|flush|>"} <= found:
-            end.discard(self.ids["<|end|>"])  # there it only ends a part of an answer
+            end.discard(self.ids["<|end|>"])  # in these vocabularies it ends only a part of an answer
             self.types[self.ids["<|end|>"]] = USER_DEFINED
         if "<|tool_response>" in found and "</s>" in found:
-            end.discard(self.ids["</s>"])  # there it is a word like others
+            end.discard(self.ids["</s>"])  # in these vocabularies it is ordinary text
             self.types[self.ids["</s>"]] = NORMAL
         return end
 
@@ -123,9 +129,12 @@ class Tokenizer:
         self, text: str, bos: bool | None = None, special: bool = True, follows: bool = False,
         plain: Sequence[tuple[int, int]] = (),
     ) -> list[int]:
-        """Ids of a text; special pieces written in it, such as <s>, become their own ids (without `special`, and where
-        they touch one of the character ranges `plain`: only those that the file calls user-defined). With `follows` it
-        goes on with another text: no blank is put first."""
+        """The ids of a text. Raises Error for what is not a valid text.
+
+        bos: whether BOS comes first; None: as the file says. Special tokens that the text spells, such as <s>, become
+        their own ids. With special=False, and in the character ranges `plain`, this holds only for those that the file
+        calls user-defined. follows: the text continues another one, so no space is put before it.
+        """
         if not isinstance(text, str):
             raise Error(f"a text is a str, not {short(text)}")
         try:
@@ -140,7 +149,7 @@ class Tokenizer:
 
     def _split(self, text: str, special: bool, plain: Sequence[tuple[int, int]] = ()) -> list[str | int]:
         """Cut a text at its special pieces, the longest first, as llama.cpp does."""
-        parts: list[tuple[int, str] | int] = [(0, text)]    # (where it begins, what is not cut yet) or an id
+        parts: list[tuple[int, str] | int] = [(0, text)]    # (begin, text) of a part, or a special token's id
         for piece in self.special:
             defined = self.types[self.ids[piece]] == USER_DEFINED
             if piece not in text or not (special or defined):
@@ -164,14 +173,14 @@ class Tokenizer:
         return [part if isinstance(part, int) else part[1] for part in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without the BOS and the blank that encode puts first; bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids, without the BOS and the space that encode puts first; bytes that are no UTF-8 are U+FFFD."""
         parts = [self.bytes(i) for i in (ids[1:] if len(ids) and ids[0] == self.bos else ids)]
         if self.space_prefix and parts:
             parts[0] = parts[0].removeprefix(b" ")
         return b"".join(parts).decode("utf-8", "replace")
 
     def one(self, text: str) -> int:
-        """Id of a single token: its piece (" reverse"), or #123."""
+        """The id of a single token, given by its piece (" reverse") or as #123. Raises Error if it is not one token."""
         if text.startswith("#") and text[1:].isdecimal() and int(text[1:]) < len(self.pieces):
             return int(text[1:])
         i: int | None = self.ids.get(self._spelling(text), self.ids.get(text))
@@ -179,15 +188,15 @@ class Tokenizer:
             return i
         other, how = (text[1:], "without") if text.startswith(" ") else (f" {text}", "with")
         if self._spelling(other) in self.ids or other in self.ids:
-            raise Error(f"there is no token {text!r}; did you mean {other!r} ({how} a blank)? An id is written #123")
+            raise Error(f"there is no token {text!r}; did you mean {other!r} ({how} a space)? An id is written #123")
         ids = self.encode(text, bos=False)
         is_not = f"{text!r} is not one token but {len(ids)}" if len(ids) != 1 else f"there is no token {text!r}, only"
         raise Error(f"{is_not}: {'|'.join(map(self.piece, ids))}; an id is written #123")
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text that `encode` cuts into these ids, where there is one, with BOS or without; else that of `decode`.
+        """A text that `encode` cuts into exactly these ids, with or without BOS, if one exists; else that of `decode`.
 
-        Special tokens inside it are written out, and the blank that a vocabulary puts before a text is not part of it.
+        Special tokens are written out, and the space that a vocabulary puts before a text is not part of it.
         """
         ids, plain, written, first = list(ids), self.decode(ids), b"", True
         bos = self.add_bos and ids[:1] == [self.bos]
@@ -201,13 +210,14 @@ class Tokenizer:
             for text in (written.decode("utf-8", "replace"), plain):
                 if any(self.encode(text, bos, special) == ids for special in (True, False)):
                     return text
-        except Error:  # without the library that cuts texts, ids can be run all the same
+        except Error:  # the library that cuts texts is missing; ids can be run without it
             pass
         return plain
 
     def stops(self, stop: str | Sequence[str] | None) -> tuple[list[str], set[int]]:
-        """Stop texts, and the control tokens among them, which add no text that could be found. Raises Error."""
-        texts, ids = [stop] if isinstance(stop, str) else list(stop or ()), set[int]()
+        """The stop texts as a list, and the ids of control tokens among them, which appear in no text. Raises Error."""
+        many = hasattr(stop, "__iter__") and not isinstance(stop, (str, bytes))
+        texts, ids = list(stop) if many else [] if stop is None else [stop], set[int]()     # type: ignore[arg-type]
         for text in texts:
             if not isinstance(text, str):
                 raise Error(f"stop texts {short(stop)}: they must be a text, or a list of texts")
@@ -225,14 +235,14 @@ class Tokenizer:
         raise NotImplementedError
 
     def _encode_following(self, text: str) -> list[int]:
-        """The same for a text that goes on with another."""
+        """The ids of a text that continues another one."""
         return self._encode(text)
 
     def _spelling(self, text: str) -> str:
         raise NotImplementedError
 
     def bytes(self, i: int) -> bytes:
-        """What a token adds to a text: nothing for a control token, one byte for a byte token."""
+        """The bytes that a token adds to a text: none for a control token, one for a byte token."""
         raise NotImplementedError
 
     def piece(self, i: int) -> str:
@@ -246,7 +256,7 @@ def one_line(text: str) -> str:
 
 
 def byte(piece: str) -> bytes:
-    """The byte that a byte token such as <0xE2> stands for; nothing for any other piece."""
+    """The byte that a byte token such as <0xE2> stands for; no byte for any other piece."""
     try:
         return bytes((int(piece[3:5], 16),)) if len(piece) == 6 else b""
     except ValueError:

@@ -39,17 +39,18 @@ def called(function: Any) -> list[tuple[str, Any]]:
 
 
 class Tree:
-    """The parts of a format's kernels, each with its class, file and line, below what uses it; each once in full."""
+    """The parts of a format's kernels as a tree: each part stands below what uses it, and is shown in full once."""
 
     def __init__(self, fmt: Format):
         self.made_of, self.parts, self.shown = fmt.made_of, fmt.made_of.templates(), set[str]()
         self.lines: list[str] = []
 
     def line(self, depth: int, name: str, where: str, note: str = "") -> None:
+        """Add a line: a name, indented by its depth in the tree, and the place where it is defined."""
         self.lines.append(f"{'    ' * depth + name:<44} {where}{note}")
 
     def part(self, name: str, depth: int = 0) -> None:
-        """A part, then the parts and functions that it uses."""
+        """Add a part with its class, file and line, then the parts and functions that it uses."""
         function = self.function(name)
         if function is None:
             return
@@ -63,22 +64,23 @@ class Tree:
             self.below(function, depth + 1)
 
     def below(self, function: Any, depth: int) -> None:
-        """What a function uses that is the same for all formats."""
+        """Add the functions that a function uses and that are the same for all formats."""
         for used, other in called(function):
             self.helper(used, other, depth)
         if "dot4" in function.__code__.co_names:
             self.line(depth, "dot4", CHOSEN_DOT4.instruction)
 
     def uses(self, name: str) -> list[str]:
+        """The names of the parts that a part uses."""
         return [n for n in (self.parts[name].uses if name in self.parts else ()) if self.function(n)]
 
     def function(self, name: str) -> Any:
-        """The Python function of a part; None for a number, or what is made of LLVM instructions directly."""
+        """The Python function of a part; None for a number, and for a part that is written in LLVM instructions."""
         value = next((vars(c)[name] for c in self.made_of.__mro__ if name in vars(c)), None)
         return value.function if isinstance(value, part) else getattr(value, "py_func", None)
 
     def helper(self, name: str, function: Any, depth: int) -> None:
-        """A function that is the same for all formats, then what it uses."""
+        """Add a function that is the same for all formats, then what it uses."""
         again = place(function) in self.shown and bool(called(function) or "dot4" in function.__code__.co_names)
         self.shown.add(place(function))
         self.line(depth, name, place(function), "  (above)" if again else "")
@@ -87,7 +89,7 @@ class Tree:
 
 
 def describe(fmt: Format) -> str:
-    """How the kernels of a format are put together."""
+    """The text that `python -m tinymia_kernels FORMAT` prints: how the kernels of a format are put together."""
     made_of, tree = fmt.made_of, Tree(fmt)
     bases = " > ".join(c.__name__ for c in made_of.__mro__[1:-2])
     file, line = Path(inspect.getsourcefile(made_of) or ""), inspect.getsourcelines(made_of)[1]
@@ -117,7 +119,7 @@ def describe(fmt: Format) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 for a name that is not a format's."""
+    """Run the command. Returns the exit status: 0, or 2 for a name that is not the name of a format."""
     parser = argparse.ArgumentParser(prog="python -m tinymia_kernels", description=__doc__)
     parser.add_argument("format", nargs="?", help="a block format, such as Q4_K")
     name = parser.parse_args(argv).format

@@ -2,12 +2,13 @@
 
 A cache is k [n_head_kv, cap, d_head] and v [n_head_kv, d_v, cap], cap a multiple of 16, zeros where nothing was stored;
 both are float16 (then queries and probabilities are rounded to F16 before the products, as ggml does) or float32. Query
-head h reads the cache's head h // (n_head // n_head_kv). `kq`, `soft_max` and `kqv` give every step as an array;
-`attention` does the same row by row, in memory for one row of scores, with the same row functions, so that both agree
-bit for bit.
+head h reads the cache's head h // (n_head // n_head_kv). `kq`, `soft_max` and `kqv` give every step as an array.
+`attention` computes the same four rows at a time, so that no thread holds more than four rows of scores; it uses the
+same row functions, so that both ways agree bit for bit.
 
-With F16 caches a pass of one token is summed in another order than one of several, as in ggml. `alone` says that it is
-one: by default, when there is one row. A row that belongs to a pass of several, and is given by itself, is not.
+With F16 caches a pass of one token is summed in another order than a pass of several, as in ggml. The argument `alone`
+says which order to take. By default one row is a pass of one token; alone=False is for a single row out of a pass of
+several tokens.
 """
 
 import numpy as np
@@ -16,18 +17,20 @@ from .attention_kernels import KERNELS
 from .machine.threads import Pool, run
 from .soft_max_rows import soft_max_rows
 
+F32 = np.dtype(np.float32)
+
 
 def _like(name: str, x: np.ndarray, last: int | None = None) -> None:
-    """ValueError unless x is a contiguous float32 array of three dimensions, the last of them of that length."""
-    if x.dtype != np.float32 or x.ndim != 3 or not x.flags.c_contiguous or (last is not None and x.shape[2] != last):
+    """Raise ValueError unless x is a contiguous float32 array of three dimensions, the last of them of that length."""
+    if x.dtype != F32 or x.ndim != 3 or not x.flags.c_contiguous or (last is not None and x.shape[2] != last):
         want = f"[..., ..., {'...' if last is None else last}]"
         raise ValueError(f"{name} is a contiguous float32 array {want}, not {x.dtype} {x.shape}")
 
 
 def _cache(name: str, cache: np.ndarray, cap_axis: int, n_kv: int, n_head: int):
-    """The kernels for this cache's type, and the cache as they take it (numba has no float16 arrays).
+    """Choose the kernels for this cache's type, and view the cache as they take it (numba has no float16 arrays).
 
-    ValueError unless the cache holds n_kv positions for n_head query heads.
+    ValueError unless the cache has room for n_kv positions and fits n_head query heads.
     """
     if cache.dtype not in KERNELS or cache.ndim != 3 or not cache.flags.c_contiguous:
         wrong = f"{cache.dtype} {cache.shape}"
@@ -41,41 +44,41 @@ def _cache(name: str, cache: np.ndarray, cap_axis: int, n_kv: int, n_head: int):
 
 
 def _alone(n_tok: int, alone: bool | None) -> bool:
-    """Whether the rows are one token, alone in its pass; ValueError when that is said of several."""
+    """Return whether the rows are the only token of a pass; ValueError if alone=True is given for several tokens."""
     if alone and n_tok > 1:
         raise ValueError(f"{n_tok} tokens are not alone in their pass")
     return n_tok == 1 if alone is None else alone
 
 
 def _window(window: int | None) -> int:
-    """The number of positions that a token sees, as kernels take it; ValueError for one that sees nothing."""
+    """The number of positions that a token sees, as the kernels take it; ValueError for a window of none."""
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} positions")
     return 2**62 if window is None else window
 
 
-def store_keys(k: np.ndarray, x: np.ndarray, n_past: int) -> None:
-    """k[h, n_past + t] = x[t, h], rounded to F16 when the cache is; x: float32 [n_tok, n_head_kv, d_head]."""
-    _like("x", x, k.shape[-1])
-    kernels, cache = _cache("k", k, 1, n_past + x.shape[0], x.shape[1])
-    if n_past < 0 or x.shape[1] != k.shape[0]:
-        raise ValueError(f"n_past {n_past}, x {x.shape}, k {k.shape}: they do not fit each other")
-    kernels.store_keys(cache, x, n_past)
+def put(keys: np.ndarray, values: np.ndarray, k: np.ndarray, v: np.ndarray, n_past: int) -> None:
+    """Write to a cache: keys[h, n_past + t] = k[t, h], values[h, :, n_past + t] = v[t, h], in its dtype.
 
-
-def store_values(v: np.ndarray, x: np.ndarray, n_past: int) -> None:
-    """v[h, i, n_past + t] = x[t, h, i], rounded to F16 when the cache is; x: float32 [n_tok, n_head_kv, d_v]."""
-    _like("x", x, v.shape[1])
-    kernels, cache = _cache("v", v, 2, n_past + x.shape[0], x.shape[1])
-    if n_past < 0 or x.shape[1] != v.shape[0]:
-        raise ValueError(f"n_past {n_past}, x {x.shape}, v {v.shape}: they do not fit each other")
-    kernels.store_values(cache, x, n_past)
+    k: float32 [n_tok, n_head_kv, d_head], v: float32 [n_tok, n_head_kv, d_v]. ValueError when shapes do not fit.
+    """
+    _like("k", k, keys.shape[-1])
+    _like("v", v, values.shape[1])
+    n_tok, n_head_kv = k.shape[:2]
+    kernels, to_keys = _cache("keys", keys, 1, n_past + n_tok, n_head_kv)
+    _, to_values = _cache("values", values, 2, n_past + n_tok, n_head_kv)
+    if n_past < 0 or v.shape[:2] != k.shape[:2] or n_head_kv != len(keys) or n_head_kv != len(values):
+        raise ValueError(f"n_past {n_past}, k {k.shape} into {keys.shape}, v {v.shape} into {values.shape}: they do "
+                         "not fit each other")
+    if keys.dtype != values.dtype:
+        raise ValueError(f"keys are {keys.dtype}, values {values.dtype}: they do not fit each other")
+    kernels.put(to_keys, to_values, k, v, n_past)
 
 
 def kq(
     q: np.ndarray, k: np.ndarray, n_kv: int, pool: Pool | None = None, alone: bool | None = None
 ) -> np.ndarray:
-    """out[h, t, j] = q[t, h] . k[head of h, j], unscaled and unmasked.
+    """Dot products of queries with keys, unscaled and unmasked: out[h, t, j] = q[t, h] . k[head of h, j].
 
     q: float32 [n_tok, n_head, d_head]. Returns float32 [n_head, n_tok, n_kv]. ValueError when shapes do not fit.
     Source: ggml-cpu.c, ggml_compute_forward_mul_mat with F16 keys.
@@ -91,10 +94,11 @@ def kq(
 def soft_max(
     kq: np.ndarray, scale: float, n_past: int, pool: Pool | None = None, window: int | None = None
 ) -> np.ndarray:
-    """out[h, t, j] = exp(scale kq[h, t, j]) / (sum over visible j), and exactly 0 for j > n_past + t.
+    """Softmax under the causal mask: out[h, t, j] = exp(scale kq[h, t, j]) / (sum over j <= n_past + t); 0 for later j.
 
-    float32 [n_head, n_tok, n_kv]. With a window, only the last `window` positions are visible. Scaled before the
-    maximum is taken; the sum is float64.
+    float32 [n_head, n_tok, n_kv]. With a window, token t sees only the last `window` positions up to its own. Scores
+    are scaled before the maximum is taken; the sum is float64.
+    ValueError for an array of another kind, and for a negative n_past.
     Source: ggml-cpu/ops.cpp, ggml_compute_forward_soft_max_f32.
     """
     _like("kq", kq)
@@ -107,9 +111,10 @@ def soft_max(
 
 
 def kqv(p: np.ndarray, v: np.ndarray, pool: Pool | None = None, alone: bool | None = None) -> np.ndarray:
-    """out[h, t] = sum over j of p[h, t, j] v[head of h, :, j], float32 [n_head, n_tok, d_v].
+    """Weighted sums of values: out[h, t] = sum over j of p[h, t, j] v[head of h, :, j], float32 [n_head, n_tok, d_v].
 
-    p: float32 [n_head, n_tok, n_kv]. Source: ggml-cpu.c, ggml_compute_forward_mul_mat with F16 values.
+    p: float32 [n_head, n_tok, n_kv]. ValueError when shapes do not fit.
+    Source: ggml-cpu.c, ggml_compute_forward_mul_mat with F16 values.
     """
     _like("p", p)
     n_head, n_tok, n_kv = p.shape
@@ -123,10 +128,11 @@ def attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, n_past: int, scale: float, pool: Pool | None = None,
     alone: bool | None = None, window: int | None = None, cap: float | None = None,
 ) -> np.ndarray:
-    """kqv(soft_max(kq(q, k, n_past + n_tok), scale, n_past, window), v) with the heads side by side.
+    """Attention in one step: kqv(soft_max(kq(q, k, n_past + n_tok), scale, n_past, window), v), heads side by side.
 
-    With a cap, the softmax is that of ops.soft_cap(kq, cap).
-    Returns float32 [n_tok, n_head * d_v]. Each thread needs memory for 4 n_kv scores. ValueError if shapes do not fit.
+    With a cap, scores go through ops.soft_cap before the softmax.
+    q: float32 [n_tok, n_head, d_head]. Returns float32 [n_tok, n_head * d_v]. Each thread needs room for 4 n_kv scores.
+    ValueError when shapes do not fit.
     """
     _like("q", q, k.shape[-1])
     n_tok, n_head = q.shape[:2]

@@ -1,10 +1,10 @@
 """The compiled loops of attention: for one query of one head at a time, or for four.
 
-Items are numbered head after head, so that the items of a thread share the keys and values of few heads. Values are
-cached with positions innermost, as ggml does, so that both products of attention are dot products of contiguous rows.
+Items are numbered head after head, so that a thread reads the keys and values of few heads. Values are cached with
+positions innermost, as in ggml, so that both products of attention are dot products of contiguous rows.
 
-With F16 caches, ggml sums a single token, `alone` in its pass, in an order of its own: that of ggml_vec_dot_f16, over
-positions that are padded with zeros (llama.cpp reads a multiple of 256 of them).
+With F16 caches, ggml sums the only token of a pass (`alone`) in another order than several tokens: that of
+ggml_vec_dot_f16, over positions padded with zeros (llama.cpp reads a multiple of 256 positions).
 """
 
 import numpy as np
@@ -29,11 +29,11 @@ class CachedAttention(Template):
 
     @abstract
     def key_dot(row, n, x):
-        """The same for a token that is alone in its pass, and a row of keys."""
+        """The dot product of a row of keys with x, in the order for the only token of a pass; arguments as in `dot`."""
 
     @abstract
     def value_dot(row, n, x):
-        """The same for a token that is alone in its pass, and a row of values, padded with zeros."""
+        """The dot product of a row of values, padded with zeros, with x, in the order for the only token of a pass."""
 
     @abstract
     def tile(row, row2, n, x, stride):
@@ -45,7 +45,7 @@ class CachedAttention(Template):
 
     @abstract
     def narrow(v):
-        """The same as they lie in the cache."""
+        """The float32 numbers of a vector, rounded to the bit patterns that the cache stores."""
 
     @part
     def cast_row(x, n, y):
@@ -63,7 +63,7 @@ class CachedAttention(Template):
 
     @part
     def tiles(x, x_stride, n, rows, stride, n_rows, out, out_stride):
-        """The same as `dots` for four x, x_stride bytes apart; their results lie out_stride bytes apart."""
+        """Write what `dots` writes, for four x, x_stride bytes apart; their results lie out_stride bytes apart."""
         for i in range(0, n_rows, 2):
             k = min(i + 1, n_rows - 1)
             a, b = fmt.tile(rows + fmt.SIZE * stride * i, rows + fmt.SIZE * stride * k, n, x, x_stride)
@@ -74,25 +74,22 @@ class CachedAttention(Template):
                 store(to + 3 * out_stride, f32x1(sums[3]))
 
     @entry
-    def store_keys(cache, x, n_past):
-        """Write x [n_tok, n_head_kv, d] into the cache [n_head_kv, cap, d], from position n_past on."""
-        (n_tok, n_head_kv, d), cap, x, cache = x.shape, cache.shape[1], address_of(x), address_of(cache)
+    def put(keys, values, k, v, n_past):
+        """Write k and v [n_tok, n_head_kv, d] into keys [n_head_kv, cap, d] and values [n_head_kv, d, cap]."""
+        (n_tok, n_head_kv, d), (_, _, d_v), cap = k.shape, v.shape, keys.shape[1]
+        k, v, to_keys, to_values = address_of(k), address_of(v), address_of(keys), address_of(values)
         for h in range(n_head_kv):
             for t in range(n_tok):
-                to, at = cache + fmt.SIZE * (h * cap + n_past + t) * d, x + 4 * (t * n_head_kv + h) * d
+                to, at = to_keys + fmt.SIZE * (h * cap + n_past + t) * d, k + 4 * (t * n_head_kv + h) * d
                 for i in range(0, d - 15, 16):
                     store(to + fmt.SIZE * i, fmt.narrow(load_f32x16(at + 4 * i)))
                 for i in range(d - d % 16, d):
                     store(to + fmt.SIZE * i, fmt.narrow(load_f32x1(at + 4 * i)))
-
-    @entry
-    def store_values(cache, x, n_past):
-        """Write x [n_tok, n_head_kv, d] into the cache [n_head_kv, d, cap], from position n_past on."""
-        (n_tok, n_head_kv, d), cap, x, cache = x.shape, cache.shape[2], address_of(x), address_of(cache)
-        for row in range(n_head_kv * d):
+        cap = values.shape[2]
+        for row in range(n_head_kv * d_v):
             for t in range(n_tok):
-                v = load_f32x1(x + 4 * (t * n_head_kv * d + row))
-                store(cache + fmt.SIZE * (row * cap + n_past + t), fmt.narrow(v))
+                x = load_f32x1(v + 4 * (t * n_head_kv * d_v + row))
+                store(to_values + fmt.SIZE * (row * cap + n_past + t), fmt.narrow(x))
 
     @entry
     def kq(q, k, alone, out, i0, i1):
@@ -139,14 +136,14 @@ class CachedAttention(Template):
             h_kv, at, n = h * n_head_kv // n_head, t * n_head + h, n_past + min(t + 4, n_tok)
             keys, values = k + fmt.SIZE * h_kv * k_cap * d, v + fmt.SIZE * h_kv * d_v * v_cap
             p, long = x + 4 * wide, 4 * up16(n)
-            four = t + 4 <= n_tok and not alone
+            in_fours = t + 4 <= n_tok and not alone
             for m in range(min(4, n_tok - t)):
                 fmt.cast_row(q + 4 * (at + m * n_head) * d, d, x + m * wide)
                 if alone:
                     fmt.dots(fmt.key_dot, x + m * wide, d, keys, d, n, p + m * long)
-                elif not four:
+                elif not in_fours:
                     fmt.dots(fmt.dot, x + m * wide, d, keys, d, n, p + m * long)
-            if four:
+            if in_fours:
                 fmt.tiles(x, wide, d, keys, d, n, p, long)
             for m in range(min(4, n_tok - t)):
                 seen = n_past + t + m + 1
@@ -160,9 +157,9 @@ class CachedAttention(Template):
                 to = out + 4 * (at + m * n_head) * d_v
                 if alone:
                     fmt.dots(fmt.value_dot, p + m * long, up16(n), values, v_cap, d_v, to)
-                elif not four:
+                elif not in_fours:
                     fmt.dots(fmt.dot, p + m * long, up16(n), values, v_cap, d_v, to)
-            if four:
+            if in_fours:
                 fmt.tiles(p, long, up16(n), values, v_cap, d_v, out + 4 * at * d_v, 4 * n_head * d_v)
         keep(scratch)
 
@@ -179,6 +176,7 @@ class F16Attention(CachedAttention):
 
     @part
     def cast(v):
+        """Round the lanes to F16 and widen them again."""
         return widen_half(round_half(v))
 
 

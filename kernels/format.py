@@ -1,7 +1,7 @@
-"""The register of block formats: what the rest of the program knows of one.
+"""The register of block formats: all that the rest of the program knows about a format.
 
-A file in formats/ describes a format as a class, see products/loops.py; from the class a `Format` is made, and entered
-in FORMATS under its ggml type number. Whoever has a tensor takes its Format from there and never asks which one it is.
+A file in formats/ describes a format as a class, see products/loops.py. From the class a `Format` is made, and entered
+in FORMATS under its ggml type number. Code that has a tensor looks its Format up there, and needs no `if type == ...`.
 Source: ggml.h, enum ggml_type; gguf.GGML_QUANT_SIZES.
 """
 
@@ -15,14 +15,14 @@ class Format:
     """A block format: `block_size` weights lie in `type_size` bytes; products take activations as `activation` says."""
 
     name: str
-    type: int  # ggml's number of it
+    type: int  # ggml's number of the format
     block_size: int
     type_size: int
     activation: str  # F32, F16, BF16, Q8_0, Q8_1 or Q8_K: how activations are rounded before a product
     bias: int = field(default=0, repr=False)  # weight = scale * (quant - bias) + minimum
     many_from: int = field(default=0, repr=False)  # matmul_many is taken from so many tokens on; 0: never
     matmul: Callable[..., None] | None = field(default=None, repr=False, compare=False)
-    # For a single token, where ggml sums it in another order than several.
+    # For a pass of one token, where ggml sums that in another order than several tokens; None: matmul serves both.
     matmul_one: Callable[..., None] | None = field(default=None, repr=False, compare=False)
     matmul_f32: Callable[..., None] | None = field(default=None, repr=False, compare=False)
     matmul_many: Callable[..., None] | None = field(default=None, repr=False, compare=False)
@@ -37,7 +37,7 @@ class Format:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that a weight takes, its share of the block's scales included."""
+        """Bits per weight, its share of the block's scales included."""
         return 8 * self.type_size / self.block_size
 
 

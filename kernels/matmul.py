@@ -5,6 +5,7 @@ as the format says, and the rows of the weights are split over threads.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,23 +30,45 @@ ROUND = {
 }
 
 
-def _weights(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int) -> tuple[np.ndarray, int]:
-    """`raw` read-only (kernels are compiled for that once), and the bytes of a row; ValueError on a wrong length."""
-    row_bytes = fmt.row_bytes(n_in)
-    if raw.dtype != np.uint8 or raw.ndim != 1 or not raw.flags.c_contiguous:
-        raise ValueError(f"{fmt.name} weights are a flat uint8 array, not {raw.dtype} {raw.shape}")
-    if n_rows < 0 or raw.size != n_rows * row_bytes:
-        raise ValueError(f"{fmt.name} weights of {n_rows} rows of {n_in}: {n_rows * row_bytes} bytes, not {raw.size}")
-    if raw.flags.writeable:
-        raw = raw.view()
-        raw.flags.writeable = False
-    return raw, row_bytes
+F32 = np.dtype(np.float32)  # a dtype is compared with another one more quickly than with a type
+
+
+class Matrix(NamedTuple):
+    """Rows of weights as they lie in a file. They are checked once, here, and not again by each product."""
+
+    raw: np.ndarray     # uint8 [n_out * row_bytes], read-only: numba would compile a kernel anew for writable arrays
+    fmt: Format
+    n_out: int
+    n_in: int
+    row_bytes: int
+
+    @classmethod
+    def of(cls, raw: np.ndarray, fmt: Format, n_out: int, n_in: int) -> "Matrix":
+        """The matrix of n_out rows of n_in weights in flat bytes; ValueError when they are of another length."""
+        row_bytes = fmt.row_bytes(n_in)
+        if raw.dtype != np.uint8 or raw.ndim != 1 or not raw.flags.c_contiguous:
+            raise ValueError(f"{fmt.name} weights are a flat uint8 array, not {raw.dtype} {raw.shape}")
+        if n_out < 0 or raw.size != n_out * row_bytes:
+            size = n_out * row_bytes
+            raise ValueError(f"{fmt.name} weights of {n_out} rows of {n_in}: {size} bytes, not {raw.size}")
+        if raw.flags.writeable:
+            raw = raw.view()
+            raw.flags.writeable = False
+        return cls(raw, fmt, n_out, n_in, row_bytes)
+
+
+def _check(x: np.ndarray) -> None:
+    """Raise ValueError unless x is what products take."""
+    if x.dtype != F32 or x.ndim != 2 or not x.flags.c_contiguous:
+        raise ValueError(f"activations are a contiguous float32 [n_tok, n_in] array, not {x.dtype} {x.shape}")
 
 
 def _prepare(x: np.ndarray, fmt: Format, in_panels: bool, pool: Pool | None) -> tuple[np.ndarray, int, int]:
-    """The activations as fmt.activation says: rounded float32 beside plain numbers, else records, or panels of records.
+    """Round or quantise the activations x, float32 [n_tok, n_in], as fmt.activation says.
 
-    Also the bytes per token, and the length of a row as the kernel counts it.
+    Returns the activations, the bytes per token, and the length of a row as the kernel counts it. For formats of plain
+    numbers the activations stay float32; for block formats they are uint8 records (see activations.py), with in_panels
+    rearranged into panels of 16 tokens. ValueError for a row that does not divide into groups.
     """
     n_tok, n_in = x.shape
     if fmt.activation == "F32":
@@ -71,18 +94,15 @@ def _prepare(x: np.ndarray, fmt: Format, in_panels: bool, pool: Pool | None) -> 
     return y, stride, n
 
 
-Forms = dict[tuple[str, int, bool], tuple[np.ndarray, int, int]]  # what _prepare made of one x, by what it was for
+Forms = dict[tuple[str, int, bool], tuple[np.ndarray, int, int]]  # results of _prepare by (activation, bias, in_panels)
 
 
-def _product(
-    x: np.ndarray, raw: np.ndarray, fmt: Format, n_out: int, numerics: str, pool: Pool | None, forms: Forms
-) -> tuple[np.ndarray, Job]:
-    """Room for a product, and the job that fills it; ValueError as `matmul` says."""
-    if x.dtype != np.float32 or x.ndim != 2 or not x.flags.c_contiguous:
-        raise ValueError(f"activations are a contiguous float32 [n_tok, n_in] array, not {x.dtype} {x.shape}")
-    n_tok, n_in = x.shape
-    raw, row_bytes = _weights(raw, fmt, n_out, n_in)
-    out = np.empty((n_tok, n_out), np.float32)
+def _product(x: np.ndarray, w: Matrix, numerics: str, pool: Pool | None, forms: Forms) -> tuple[np.ndarray, Job]:
+    """Allocate the result of a product, and make the job that computes it; ValueError as in `matmul`."""
+    (raw, fmt, n_out, width, row_bytes), (n_tok, n_in) = w, x.shape
+    if n_in != width:
+        raise ValueError(f"activations {x.shape} do not fit weights of {n_out} rows of {width}")
+    out = np.empty((n_tok, n_out), F32)
     if numerics == "ggml":
         many = 0 < fmt.many_from <= n_tok and n_in % 16 == 0
         few = fmt.matmul_one if n_tok == 1 and fmt.matmul_one else fmt.matmul
@@ -100,50 +120,52 @@ def _product(
 def matmul(
     x: np.ndarray, raw: np.ndarray, fmt: Format, n_out: int, numerics: str = "ggml", pool: Pool | None = None
 ) -> np.ndarray:
-    """out[t, i] = sum over j of x[t, j] * weight[i, j].
+    """Multiply activations by a weight matrix: out[t, i] = sum over j of x[t, j] * weight[i, j].
 
     x: float32 [n_tok, n_in], contiguous. raw: uint8, the n_out rows of n_in weights as they lie in a file.
     Returns float32 [n_tok, n_out]. numerics "ggml": activations are rounded or quantised as fmt.activation says, bytes
     are multiplied as integers, sums are float32, in ggml's order, which for some formats is another one for a single
     token. "f32": float32 weights times float32 activations; one token and several are summed alike. For several
-    products of the same x see matmul_several.
+    products of the same x, or several with the same weights, see matmul_several.
     ValueError when shapes, types or lengths do not fit.
     Source: ggml-cpu.c, ggml_compute_forward_mul_mat and type_traits_cpu (vec_dot_type).
     """
-    out, (n_bytes, kernel, n_items, args) = _product(x, raw, fmt, n_out, numerics, pool, {})
-    run(pool, n_bytes, kernel, n_items, *args)
-    return out
+    _check(x)
+    return matmul_several(x, [Matrix.of(raw, fmt, n_out, x.shape[1])], numerics, pool)[0]
 
 
 def matmul_several(
-    x: np.ndarray, weights: Sequence[tuple[np.ndarray, Format, int]], numerics: str = "ggml", pool: Pool | None = None
+    x: np.ndarray, matrices: Sequence[Matrix], numerics: str = "ggml", pool: Pool | None = None
 ) -> list[np.ndarray]:
     """Products of one x with several matrices, such as those of Q, K and V: the same bits as `matmul` one by one.
 
-    weights: (raw, fmt, n_out) per matrix, as `matmul` takes them; formats may differ. Returns a float32 [n_tok, n_out]
-    per matrix. x is rounded or quantised once per kind of activation; the threads get all the products at once.
+    Formats may differ. Returns a float32 [n_tok, n_out] per matrix. x is rounded or quantised once per kind of
+    activation; the threads get all the products at once. ValueError as `matmul` says.
     """
+    _check(x)
     forms: Forms = {}
-    if len(weights) == 1:
-        return [matmul(x, *weights[0], numerics, pool)]
-    made = [_product(x, raw, fmt, n_out, numerics, pool, forms) for raw, fmt, n_out in weights]
+    if len(matrices) == 1:
+        out, (n_bytes, kernel, n_items, args) = _product(x, matrices[0], numerics, pool, forms)
+        run(pool, n_bytes, kernel, n_items, *args)
+        return [out]
+    made = [_product(x, w, numerics, pool, forms) for w in matrices]
     run_several(pool, [job for _, job in made])
     return [out for out, _ in made]
 
 
 def get_rows(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int, ids) -> np.ndarray:
-    """out[k] = row ids[k] of the weights, as float32 [len(ids), n_in]; IndexError for an id outside the rows."""
-    raw, row_bytes = _weights(raw, fmt, n_rows, n_in)
+    """Unpack rows of the weights: out[k] = row ids[k], float32 [len(ids), n_in]; IndexError for an id outside them."""
+    raw, *_, row_bytes = Matrix.of(raw, fmt, n_rows, n_in)
     ids = np.ascontiguousarray(ids, np.intp)
     if ids.ndim != 1:
         raise ValueError(f"ids are one row of numbers, not {ids.shape}")
     if ids.size and not (0 <= ids.min() and ids.max() < n_rows):
         raise IndexError(f"row ids from {ids.min()} to {ids.max()}: there are {n_rows} rows")
-    out = np.empty((ids.size, n_in), np.float32)
+    out = np.empty((ids.size, n_in), F32)
     fmt.unpack_rows(raw, row_bytes, ids, out, 0, ids.size)
     return out
 
 
 def dequantize(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int) -> np.ndarray:
-    """All the weights as float32 [n_rows, n_in]. Source: ggml-quants.c, dequantize_row_*."""
+    """Unpack all the weights to float32 [n_rows, n_in]. Source: ggml-quants.c, dequantize_row_*."""
     return get_rows(raw, fmt, n_rows, n_in, np.arange(n_rows))

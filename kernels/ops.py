@@ -15,10 +15,12 @@ from .machine.threads import Pool, run
 from .machine.vectors import exp, f32x1, f64x1, f64x16, load_f32x1, load_f32x16, to_f64
 from .soft_max_rows import capped
 
+F32 = np.dtype(np.float32)
+
 
 def _float32(name: str, x: np.ndarray, ndim: int) -> None:
-    """ValueError unless x is a contiguous float32 array of so many dimensions."""
-    if x.dtype != np.float32 or x.ndim != ndim or not x.flags.c_contiguous:
+    """Raise ValueError unless x is a contiguous float32 array of so many dimensions."""
+    if x.dtype != F32 or x.ndim != ndim or not x.flags.c_contiguous:
         raise ValueError(f"{name} is a contiguous float32 array of {ndim} dimensions, not {x.dtype} {x.shape}")
 
 
@@ -42,13 +44,13 @@ def rms_norm_rows(x, eps, out, t0, t1):
 
 
 def rms_norm(x: np.ndarray, eps: float, pool: Pool | None = None) -> np.ndarray:
-    """out[t] = x[t] / sqrt(mean(x[t] ** 2) + eps), float32 [n_tok, n_embd].
+    """Divide each row by its root mean square: out[t] = x[t] / sqrt(mean(x[t] ** 2) + eps), float32 [n_tok, n_embd].
 
-    The products are float32, their sum is float64, the rest float32.
+    The squares are float32, their sum is float64, the rest is float32. ValueError for an array of another kind.
     Source: ggml-cpu/ops.cpp, ggml_compute_forward_rms_norm_f32.
     """
     _float32("x", x, 2)
-    out = np.empty(x.shape, np.float32)
+    out = np.empty(x.shape, F32)
     run(pool, x.nbytes, rms_norm_rows, x.shape[0], x, np.float32(eps), out)
     return out
 
@@ -70,11 +72,12 @@ def rope_angles(
     freqs: np.ndarray | None = None,
     numerics: str = "ggml",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """gain * cos and gain * sin of the angles position * scale * base^(-2i / n_rot) / freqs[i].
+    """Cosines and sines, times `gain`, of the angles position * scale * base^(-2i / n_rot) / freqs[i].
 
     positions: [n_tok]; freqs: float32 [n_rot / 2]. Returns float32 [n_tok, n_rot / 2] twice. yarn = (low, high): pairs
     below `low` keep their angle, pairs above `high` are multiplied by scale, those between are blended.
-    numerics "ggml" multiplies step by step in float32 and takes the C library's cosf and sinf; "f32" rounds once.
+    numerics "ggml" multiplies step by step in float32 and calls the C library's cosf and sinf, as ggml does; "f32"
+    computes in float64 and rounds once.
     Source: ggml-cpu/ops.cpp, ggml_rope_cache_init and rope_yarn.
     """
     real = np.float32 if numerics == "ggml" else np.float64
@@ -88,7 +91,8 @@ def rope_angles(
     if yarn is not None:
         low, high = real(yarn[0]), real(yarn[1])
         keep = 1 - np.clip((np.arange(n_rot // 2, dtype=real) - low) / max(real(0.001), high - low), 0, 1)
-        scaled = (scaled.astype(np.float64) * (1 - keep) + theta * keep).astype(real)  # as a fused multiply-add
+        # ggml's compiled code has a fused multiply-add here: float64 keeps the product unrounded for the sum.
+        scaled = (scaled.astype(np.float64) * (1 - keep) + theta * keep).astype(real)
     if numerics != "ggml":
         return (np.cos(scaled) * gain).astype(np.float32), (np.sin(scaled) * gain).astype(np.float32)
     cos, sin = np.empty(scaled.shape, real), np.empty(scaled.shape, real)
@@ -98,7 +102,7 @@ def rope_angles(
 
 @kernel
 def rope_rows(x, cos, sin, out, t0, t1):
-    """Write the turned pairs of the tokens t0 to t1, see rope."""
+    """Write the rotated pairs of the tokens t0 to t1; `rope` has the formula."""
     n_head, d_head, half = x.shape[1], x.shape[2], cos.shape[1]
     for t in range(t0, t1):
         for h in range(n_head):
@@ -112,7 +116,7 @@ def rope_rows(x, cos, sin, out, t0, t1):
 
 @kernel
 def rope_halves_rows(x, cos, sin, out, t0, t1):
-    """The same for pairs that lie half of the turned elements apart."""
+    """Write the same for pairs whose two numbers lie half of the rotated elements apart."""
     n_head, d_head, half = x.shape[1], x.shape[2], cos.shape[1]
     for t in range(t0, t1):
         for h in range(n_head):
@@ -127,10 +131,10 @@ def rope_halves_rows(x, cos, sin, out, t0, t1):
 def rope(
     x: np.ndarray, cos: np.ndarray, sin: np.ndarray, pool: Pool | None = None, halves: bool = False
 ) -> np.ndarray:
-    """Turn the pairs (a, b) of each head by the angle whose cosine and sine are given: a cos - b sin, a sin + b cos.
+    """Rotate the pairs (a, b) of each head by the angle whose cosine and sine are given: a cos - b sin, a sin + b cos.
 
-    Pair i is (x[2i], x[2i + 1]), with `halves` (x[i], x[i + n_rot / 2]); elements from n_rot on stay. The first product
-    of each is part of a fused multiply-add, as in ggml's compiled code.
+    Pair i is (x[2i], x[2i + 1]), with `halves` (x[i], x[i + n_rot / 2]). Elements from n_rot on are copied. The first
+    product of each sum is part of a fused multiply-add, as in ggml's compiled code.
     x: float32 [n_tok, n_head, d_head]; cos, sin: float32 [n_tok, n_rot / 2]. ValueError when shapes do not fit.
     Source: ggml-cpu/ops.cpp, ggml_compute_forward_rope_flt, modes GGML_ROPE_TYPE_NORMAL and GGML_ROPE_TYPE_NEOX.
     """
@@ -140,14 +144,14 @@ def rope(
         raise ValueError(f"cos is {cos.dtype} {cos.shape}, sin {sin.dtype} {sin.shape}: they must be alike")
     if cos.shape[0] != x.shape[0] or 2 * cos.shape[1] > x.shape[2]:
         raise ValueError(f"cos and sin of {cos.shape} do not fit x of {x.shape}: [n_tok, at most d_head / 2]")
-    out = np.empty(x.shape, np.float32)
+    out = np.empty(x.shape, F32)
     run(pool, x.nbytes, rope_halves_rows if halves else rope_rows, x.shape[0], x, cos, sin, out)
     return out
 
 
 @inline
 def _silu(x):
-    """SiLU of a vector."""
+    """x / (1 + exp(-x)) of each lane of a vector."""
     return x / (exp(x * -1.0) + 1.0)
 
 
@@ -163,12 +167,14 @@ def silu_rows(x, out, t0, t1):
 
 
 def silu(x: np.ndarray, pool: Pool | None = None) -> np.ndarray:
-    """out = x / (1 + exp(-x)), float32 [n_tok, n_ff]; the last n_ff % 16 of a row by the C library's expf.
+    """SiLU of each number: out = x / (1 + exp(-x)), float32 [n_tok, n_ff].
 
+    As in ggml, the last n_ff % 16 numbers of a row go through the C library's expf and the others through a vector exp,
+    which may differ in the last bit. ValueError for an array of another kind.
     Source: ggml-cpu/vec.h, ggml_v_silu and ggml_silu_f32.
     """
     _float32("x", x, 2)
-    out = np.empty(x.shape, np.float32)
+    out = np.empty(x.shape, F32)
     run(pool, x.nbytes, silu_rows, x.shape[0], x, out)
     return out
 

@@ -2,14 +2,15 @@
 
     from tinymia_lab import sweep
 
-    cli.py         the command `tinymia`: it runs a prompt, or hands over to one of the commands
-    commands/      a file per command: its Result, its function, its pictures, its words and its flags
-    measure/       what they measure
+    cli.py         the command `tinymia`: it runs a prompt, or calls one of the commands
+    commands/      a file per command: its Result, its function, its pictures, its text and its flags
+    measure/       what the commands measure
     pictures/      tables, pictures and pages
     flags/         flags that commands share
-    runs/          results, progress, executors, streams
-    comparison/    verify
+    runs/          results in files, progress, executors, streams
+    comparison/    the command verify: tinymia beside llama.cpp
     tasks/         tasks as JSON files
+    pairs/         pairs of prompts as JSON files
 
 The engine imports this package only for a command that needs it.
 """
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
     from .commands.attribute import Attribution, attribute
     from .commands.function_vector import FunctionVector, function_vector
     from .commands.lens import Lens, lens
+    from .commands.over_pairs import PairsResult, over_pairs
     from .commands.report import Report, report
     from .commands.steer import Steering, steer
+    from .commands.story import Story, story
     from .commands.sweep import Sweep, sweep
     from .commands.task_vector import TaskVector, task_vector
     from .commands.trace import Trace, trace
@@ -34,22 +37,24 @@ WHERE = {
     "commands.ablate": ("Ablation", "ablate"), "commands.attend": ("Attention", "attend"),
     "commands.attribute": ("Attribution", "attribute"), "commands.lens": ("Lens", "lens"),
     "commands.function_vector": ("FunctionVector", "function_vector"), "commands.report": ("Report", "report"),
-    "commands.steer": ("Steering", "steer"), "commands.sweep": ("Sweep", "sweep"),
+    "commands.over_pairs": ("PairsResult", "over_pairs"),
+    "commands.steer": ("Steering", "steer"), "commands.story": ("Story", "story"),
+    "commands.sweep": ("Sweep", "sweep"),
     "commands.task_vector": ("TaskVector", "task_vector"), "commands.trace": ("Trace", "trace"),
     "comparison.verify": ("verify", "verify_self"),
 }
 MODULES = {name: module for module, names in WHERE.items() for name in names}
 
 __all__ = [
-    "Ablation", "Attention", "Attribution", "FunctionVector", "Lens", "Report", "Steering", "Sweep", "TaskVector",
-    "Trace",
-    "ablate", "attend", "attribute", "function_vector", "lens", "report", "steer", "sweep", "task_vector", "trace",
-    "verify", "verify_self",
+    "Ablation", "Attention", "Attribution", "FunctionVector", "Lens", "PairsResult", "Report", "Steering", "Story",
+    "Sweep", "TaskVector", "Trace",
+    "ablate", "attend", "attribute", "function_vector", "lens", "over_pairs", "report", "steer", "story",
+    "sweep", "task_vector", "trace", "verify", "verify_self",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """A function or a result, imported when it is asked for, so that a command loads only what it needs."""
+    """Import a function or a result when its name is first used, so that a command loads only what it needs."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)

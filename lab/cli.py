@@ -1,7 +1,7 @@
-"""The command `tinymia`: what the post's program took, and more.
+"""The command `tinymia`: all flags of mia, the post's program, and more.
 
-Results go to stdout and end with `output: "..."`; the token table, progress and errors go to stderr. The first word may
-be a command of the lab instead: a module of its name, whose command(argv) gives the exit status.
+Results go to stdout and end with `output: "..."`; the token table, progress and errors go to stderr. If the first word
+is a command of the lab, the module of that name runs it: its command(argv) returns the exit status.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ commands, each with --help:
   tinymia attribute       a logit split into its parts   tinymia task-vector      Hendel et al. 2023
   tinymia trace           the forward pass, op by op     tinymia function-vector  Todd et al. 2023
   tinymia report          all about a prompt, a page     tinymia steer            add a difference of means
-  tinymia verify          every tensor beside llama.cpp's
+  tinymia verify          every tensor, llama.cpp's too  tinymia story            a difference, followed to heads
 
 NAME is exact (l_out-14), a base name (l_out: every layer), a glob (l_out-1?) or all. Positions count from 0, which is
 BOS; negative ones from the end.
 """
 
 SUBCOMMANDS: tuple[str, ...] = (
-    "lens", "attend", "attribute", "trace", "report", "sweep", "ablate", "task-vector", "function-vector", "steer",
-    "verify",
+    "lens", "attend", "attribute", "trace", "report", "story", "sweep", "ablate", "task-vector", "function-vector",
+    "steer", "verify",
 )
 
 
 def parser() -> Parser:
-    """All flags, in groups."""
+    """Make the parser, with all flags in groups."""
     p = Parser("tinymia", description="Run a Llama from a GGUF file and look at, save or change any tensor on the way.",
                epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.set_defaults(specs=[])
@@ -68,8 +68,8 @@ def parser() -> Parser:
     model_flags(g)
     prompt_flags(g)
     g.add_argument("--list-models", action="store_true",
-                   help="every model that has a name here: bundled, of packages, of ollama, LM Studio and the Hugging "
-                        "Face cache; does tinymia run it, and where it is")
+                   help="every model that has a name here: bundled, and those of packages, ollama, LM Studio and the "
+                        "Hugging Face cache; whether tinymia runs it, and where it is")
 
     g = p.add_argument_group("generation")
     g.add_argument("-n", "--n-predict", type=least(0), default=32, metavar="N", help="tokens at most (default 32)")
@@ -77,7 +77,7 @@ def parser() -> Parser:
     g.add_argument("--top-k", type=least(0), default=0, metavar="K", help="draw from the K best tokens")
     g.add_argument("--top-p", type=float, default=1.0, metavar="P", help="... from the best that together have P")
     g.add_argument("--min-p", type=float, default=0.0, metavar="P", help="... from those P times as likely as the best")
-    g.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="weaken the last 64 tokens; 1: not")
+    g.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="weaken the last 64 tokens (1: no)")
     g.add_argument("--seed", type=least(0), metavar="N", help="the same seed gives the same text")
     g.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
 
@@ -86,7 +86,7 @@ def parser() -> Parser:
     act("--logit-lens", "--ll", dest="lens", nargs=2, metavar=("NAME", "K"),
         help="the K best tokens for each row of each matching tensor")
     g.add_argument("--lens-score", choices=("raw", "logit", "prob"),
-                   help="raw: norm weight only, as the post (default); logit: the whole final norm; prob: its softmax")
+                   help="raw: norm weight only, as in mia (default); logit: the whole final norm; prob: its softmax")
     g.add_argument("--lens-position", type=integers, metavar="POS",
                    help="the rows that --logit-lens shows: 3 or 3,5 or -1, the last (default: all)")
     act("--log", nargs=1, metavar="NAME", help="shape, mean, rms, range and first values")
@@ -97,7 +97,7 @@ def parser() -> Parser:
 
     g = p.add_argument_group("save and patch")
     g.add_argument("--save", action=Act, nargs=2, metavar=("NAME", "FILE"),
-                   help="raw float32, as mia; .npy and .npz keep shape, name, prompt, tokens and model")
+                   help="raw float32, as in mia; .npy and .npz keep shape, name, prompt, tokens and model")
     patch_flags(g)
 
     g = p.add_argument_group("change")
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int], printer: Printer) -> None:
-    """Run the prompt with its actions, and print what comes of it."""
+    """Run the prompt with its actions, and print what the model and the actions give."""
     actions = read_actions(args, model)
     if args.draw:
         check_target(args.draw)
@@ -209,19 +209,19 @@ def generate(args: argparse.Namespace, model: Model, prompt: str, ids: list[int]
     if args.verbose:
         first, rest = gen.seconds
         rates = len(ids) / max(first, 1e-9), max(len(gen.tokens) - 1, 0) / max(rest, 1e-9)
-        note(f"prompt: {len(ids)} tokens in {first:.3f} s, {rates[0]:.1f} a second\n"
-              f"generation: {len(gen.tokens)} tokens in {rest:.3f} s, {rates[1]:.1f} a second")
+        note(f"prompt: {len(ids)} tokens in {first:.3f} s, {rates[0]:.1f} per second\n"
+              f"generation: {len(gen.tokens)} tokens in {rest:.3f} s, {rates[1]:.1f} per second")
 
 
 def module_of(command: str) -> str:
-    """The module of a command."""
+    """The name of the module that has a command."""
     room = "comparison" if command == "verify" else "commands"
     return f"tinymia_lab.{room}.{command.replace('-', '_')}"
 
 
 @notes()
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit status: 0, 2 for an error, 130 after Ctrl-C."""
+    """Run the command. Returns the exit status: 0, 2 for an error, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
     with streams():
         try:
@@ -231,10 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 status = run(parser().parse_args(argv))
             sys.stdout.flush()
             return status
-        except OSError as e:  # of stdout: files have errors of their own
+        except OSError as e:  # from stdout; a file that cannot be written raises Error
             if isinstance(sys.stdout, Stream):
                 sys.stdout.drop()
-            if isinstance(e, BrokenPipeError):  # `| head` has seen enough
+            if isinstance(e, BrokenPipeError):  # the reader, such as `| head`, has closed the pipe
                 return 0
             note(f"error: the output cannot be written: {e.strerror or e}")
             return 2

@@ -1,4 +1,4 @@
-"""The bundled model copycat; facts.py: what it was taught; README.md: its card, and where larger models come from."""
+"""The bundled model copycat. facts.py: its training tasks; stores.py: models by name; README.md: its model card."""
 
 import json
 from collections.abc import Iterable

@@ -39,7 +39,7 @@ class Task:
 
     @property
     def is_list(self) -> bool:
-        """Whether the task transforms sequences."""
+        """True if the task transforms sequences, False if it has pairs of words."""
         return bool(self.alphabet)
 
     def draw(self, rng: random.Random) -> tuple[str, str]:
@@ -53,7 +53,7 @@ class Task:
                 return " ".join(self.alphabet[i] for i in x), " ".join(self.alphabet[i] for i in y)
 
     def held_out(self, x: str) -> bool:
-        """Whether the query x was kept out of the training on task vectors and out of every text that names the task.
+        """Return whether the query x was kept out of the task-vector training and of every text that names the task.
 
         A hash of the query decides, so that the answer is the same on every machine. For sequences it does not depend
         on the task: a sequence is held out from all tasks or from none.

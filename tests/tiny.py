@@ -45,9 +45,10 @@ def vocabulary(n_vocab):
 def write_gguf(path, *, n_embd=64, n_layer=2, n_head=4, n_head_kv=2, d_head=None, d_head_v=None, n_ff=96, n_vocab=384,
                wtype="F32",
                tied=False, bias=False, rope_base=10000.0, rope_scale=None, rope_freqs=False, n_rot=None, eps=1e-5,
-               n_ctx=512, seed=0, version=3, meta=None, arch="llama", types=None, spoil=None,
+               n_ctx=512, seed=0, version=3, meta=None, arch="llama", types=None, spoil=None, pieces=None,
                norms=("attn_norm", "ffn_norm"), wide_norms=False, fused=(), factors=(), biases=None):
-    """Write a model; `meta` adds or (None) drops keys, `types` names another type for a tensor, `spoil(name, x)` edits.
+    """Write a model; `meta` adds or (None) drops keys, `types` names another type for a tensor, `spoil(name, x)` edits;
+    pieces: (tokens, scores, types) of another vocabulary, n_vocab of them.
 
     Of architectures: the norms of a layer by GGUF's name, those of queries and keys over all heads with `wide_norms`;
     matrices written as one ("attn_qkv", "ffn_up" of gate and up); RoPE factors by name; the matrices that have `bias`.
@@ -57,7 +58,7 @@ def write_gguf(path, *, n_embd=64, n_layer=2, n_head=4, n_head_kv=2, d_head=None
     """
     rng = np.random.default_rng(seed)
     d, dv = d_head or n_embd // n_head, d_head_v or n_embd // n_head
-    tokens, scores, kinds = vocabulary(n_vocab)
+    tokens, scores, kinds = pieces or vocabulary(n_vocab)
     a = arch + "."
     kv = {"general.name": "tiny", a + "context_length": n_ctx, a + "embedding_length": n_embd,
           a + "block_count": n_layer,

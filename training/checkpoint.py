@@ -21,7 +21,7 @@ UNREADABLE = (OSError, EOFError, KeyError, RuntimeError, TypeError, ValueError, 
 
 @dataclass
 class Options:
-    """What the weights of a run depend on. A checkpoint holds them, and whoever resumes the run must give the same."""
+    """The options that the weights of a run depend on. A checkpoint holds them; to resume a run, give the same."""
 
     seed: int = 0
     steps: int = 1900  # of stages 1 and 2 each; about 4,400 tokens per step

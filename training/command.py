@@ -22,6 +22,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(f"python -m {module}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
+        """Raise Error for wrong flags."""
         raise Error(f"{message} ({self.prog} --help shows the flags)")
 
 

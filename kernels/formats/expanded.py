@@ -13,8 +13,8 @@ class EXPANDED(BiasByLane, ManyTokensWithBias):
         byte  0-255   256-271   272-275
               q, u8   s, i8     d, f32
 
-    The IQ1, IQ2 and IQ3 types name vectors of 4 or 8 weights by their places in tables of hundreds. Expanding them
-    loses nothing: the product of their three numbers has at most 22 bits. s: one for 16 weights.
+    The IQ1, IQ2 and IQ3 types store indices into tables of vectors of 4 or 8 weights. Expanding them loses nothing: the
+    product d * s * (q - 128) needs at most 22 bits, and a float32 has 24. s: one per 16 weights.
     Source: ggml-cpu/tiled/tiled.cpp, tiled_unpack_src0 (the numbers that dot products see).
     """
 
@@ -22,12 +22,15 @@ class EXPANDED(BiasByLane, ManyTokensWithBias):
 
     @part
     def quants(block):
+        """Load the bytes 0 to 255."""
         return load_u8x64(block), load_u8x64(block + 64), load_u8x64(block + 128), load_u8x64(block + 192)
 
     @part
     def scales(block):
+        """Load the signed bytes 256 to 271."""
         return to_i32(load_i8x16(block + 256))
 
     @part
     def factor(block):
+        """Load the float32 number at byte 272."""
         return f32x8(first(load_f32x1(block + 272)))

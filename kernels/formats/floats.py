@@ -20,7 +20,7 @@ class F32(Floats):
 
     @part
     def rest(acc, row, n, x):
-        """The last up to 7 products are fused multiply-adds, the others are rounded: so compilers build ggml's loop."""
+        """The sum with the last n % 64 weights; the last n % 8 by fused multiply-adds, as in ggml's compiled loop."""
         for i in range(n - n % 64, n - n % 8):
             acc += first(fmt.weight(row + fmt.SIZE * i) * load_f32x1(x + 4 * i))
         for i in range(n - n % 8, n):
@@ -40,10 +40,12 @@ class F16(Floats):
 
     @part
     def weights(address):
+        """Widen 16 numbers."""
         return widen_half(load_u16x16(address))
 
     @part
     def weight(address):
+        """Widen one number."""
         return widen_half(load_u16x1(address))
 
 
@@ -59,10 +61,12 @@ class BF16(FloatPairs):
 
     @part
     def weights(address):
+        """Widen 32 numbers."""
         return widen_bf16(load_u16x32(address))
 
     @part
     def weight(address):
+        """Widen one number."""
         return widen_bf16(load_u16x1(address))
 
 

@@ -1,6 +1,7 @@
-"""Q2_K to Q6_K: superblocks of 256 weights; every 16 or 32 of them have a small whole-number scale of their own.
+"""Q2_K to Q6_K: superblocks of 256 weights; each 16 or 32 of them share a small whole-number scale.
 
-Bits are drawn with letters, bit 7 first: a letter stands for the bits of one number. Quants lie in the order
+Bits are drawn with letters, bit 7 first: each letter stands for one number, and each place for one of its bits. Quants
+lie in this order:
 
     2 bits   DDCCBBAA              A quant w, B quant w + 32, C quant w + 64, D quant w + 96;  32 bytes for 128 weights
     4 bits   BBBBAAAA              A quant w, B quant w + 32;                                  32 bytes for 64 weights
@@ -32,22 +33,27 @@ class Q2_K(MinimumsOf16, ManyTokensWithMinimums):
 
     @part
     def quants(block):
+        """Take 2 bits per weight from the bytes 16 to 79."""
         return quants_of_2_bits(block + 16)
 
     @part
     def scales(block):
+        """Take s from the low nibbles of the bytes 0 to 15."""
         return to_i32(load_u8x16(block) & 15)
 
     @part
     def minimums(block):
+        """Take m from the high nibbles of the bytes 0 to 15."""
         return to_i32(load_u8x16(block) >> 4)
 
     @part
     def factor(block):
+        """Read d."""
         return half_at(block + 80)
 
     @part
     def min_factor(block):
+        """Read dmin."""
         return half_at(block + 82)
 
 
@@ -70,11 +76,13 @@ class Q3_K(BiasByLane, ManyTokensWithBias):
 
     @part
     def quants(block):
+        """Put the low 2 bits and the high bit of each quant together."""
         q, h = quants_of_2_bits(block + 32), single_bits(load_u8x32(block))
         return q[0] | h[0] << 2, q[1] | h[1] << 2, q[2] | h[2] << 2, q[3] | h[3] << 2
 
     @part
     def scales(block):
+        """Put s - 32 together from its low four and its high two bits."""
         s = load_u8x16(block + 94)  # not 96: 16 bytes from there would pass the end of the block
         h = bytes_8_to_11(s)
         high = concat(concat(h, h >> 2), concat(h >> 4, h >> 6)) & 3
@@ -82,6 +90,7 @@ class Q3_K(BiasByLane, ManyTokensWithBias):
 
     @part
     def factor(block):
+        """Read d."""
         return half_at(block + 108)
 
 
@@ -92,7 +101,7 @@ each_minimum = shuffle([4, 4, 5, 5, 6, 6, 7, 7, 12, 12, 13, 13, 14, 14, 15, 15])
 
 @inline
 def six_bits(block):
-    """The numbers of 6 bits in the bytes 4-15 of a Q4_K or Q5_K block: ABCD abcd EFGH efgh."""
+    """The 16 numbers of 6 bits in the bytes 4 to 15 of a Q4_K or Q5_K block, in the order ABCD abcd EFGH efgh."""
     v = load_u8x16(block)
     whole = bytes_4_to_11(v)
     return concat(whole & 63, nibbles(bytes_12_to_15(v)) | (whole >> 6) << 4)
@@ -115,22 +124,27 @@ class Q4_K(MinimumsOf32, ManyTokensWithMinimums):
 
     @part
     def quants(block):
+        """Take 4 bits per weight from the bytes 16 to 143."""
         return quants_of_4_bits(block + 16)
 
     @part
     def scales(block):
+        """Take s of each group of 32, for both its halves of 16 weights."""
         return to_i32(each_scale(six_bits(block)))
 
     @part
     def minimums(block):
+        """Take m of each group of 32, for both its halves of 16 weights."""
         return to_i32(each_minimum(six_bits(block)))
 
     @part
     def factor(block):
+        """Read d."""
         return half_at(block)
 
     @part
     def min_factor(block):
+        """Read dmin."""
         return half_at(block + 2)
 
 
@@ -148,6 +162,7 @@ class Q5_K(MinimumsInOne, ManyTokensWithMinimums):
 
     @part
     def quants(block):
+        """Put the low 4 bits and the fifth bit of each quant together."""
         q, h = quants_of_4_bits(block + 48), single_bits(load_u8x32(block + 16))
         return q[0] | h[0] << 4, q[1] | h[1] << 4, q[2] | h[2] << 4, q[3] | h[3] << 4
 
@@ -168,14 +183,17 @@ class Q6_K(BiasBy16, ManyTokensWithBias):
 
     @part
     def quants(block):
+        """Put the low 4 bits and the high 2 bits of each quant together."""
         a, b, h, k = load_u8x64(block), load_u8x64(block + 64), load_u8x32(block + 128), load_u8x32(block + 160)
         first = a & 15 | low_pairs(h) << 4, a >> 4 | high_pairs(h) << 4
         return first[0], first[1], b & 15 | low_pairs(k) << 4, b >> 4 | high_pairs(k) << 4
 
     @part
     def scales(block):
+        """Load the signed bytes 192 to 207."""
         return to_i32(load_i8x16(block + 192))
 
     @part
     def factor(block):
+        """Read d."""
         return half_at(block + 208)

@@ -23,8 +23,8 @@ class MXFP4(ManyTokensInTwoSums):
         quant     S EE F       sign, exponent, fraction
         VALUES    0 1 2 3 4 6 8 12 0 -1 -2 -3 -4 -6 -8 -12
 
-    VALUES are the numbers of the quants doubled, so that they are whole: hence the power e - 128 and not e - 127. The
-    dot products see VALUES + 12, which is unsigned: BIAS is 12.
+    VALUES are twice the numbers that quants stand for, so that they are whole; the power is e - 128 and not e - 127 for
+    that reason. The dot products need unsigned bytes, so they use VALUES + 12, and BIAS is 12.
     Source: ggml-common.h, block_mxfp4 and kvalues_mxfp4; ggml-impl.h, ggml_e8m0_to_fp32_half; OCP Microscaling Formats
     (MX) Specification 1.0; ggml-cpu/arch/x86/quants.c, ggml_vec_dot_mxfp4_q8_0 (even and odd groups in separate sums).
     """
@@ -33,9 +33,11 @@ class MXFP4(ManyTokensInTwoSums):
 
     @part
     def quants(row, j):
+        """Look the 32 nibbles of block j up in VALUES."""
         return values(nibbles(load_u8x16(row + 17 * j + 1)))
 
     @part
     def scale(row, j):
+        """Make the float32 number 2 ** (e - 128) from its exponent bits; for e < 2 it is subnormal."""
         e = np.int64(first(load_u8x1(row + 17 * j)))
         return as_f32(i32x8(0x200000 << e if e < 2 else (e - 1) << 23))

@@ -36,22 +36,27 @@ class Q4_0(StackedByFour, ManyTokens):
 
     @part
     def quants(row, j):
+        """Take the 32 nibbles of block j."""
         return nibbles(load_u8x16(row + 18 * j + 2))
 
     @part
     def scale(row, j):
+        """Read d of block j."""
         return half_at(row + 18 * j)
 
     @part
     def stacked_quants(row, stride, j):
+        """Take the nibbles of block j of four rows."""
         return four_nibbles(row + 18 * j + 2, stride)
 
     @part
     def stacked_scales(row, stride, j):
+        """Read d of block j of four rows."""
         return four_halves(row + 18 * j, stride)
 
     @part
     def sixteen_scales(row, stride, j):
+        """Read d of the blocks j to j + 3 of four rows."""
         return sixteen_halves(row + 18 * j, stride)
 
 
@@ -68,26 +73,32 @@ class Q4_1(StackedWithMinimum, ManyTokensWithMinimum):
 
     @part
     def quants(row, j):
+        """Take the 32 nibbles of block j."""
         return nibbles(load_u8x16(row + 20 * j + 4))
 
     @part
     def scale(row, j):
+        """Read d of block j."""
         return half_at(row + 20 * j)
 
     @part
     def minimum(row, j):
+        """Read m of block j."""
         return half_at(row + 20 * j + 2)
 
     @part
     def stacked_quants(row, stride, j):
+        """Take the nibbles of block j of four rows."""
         return four_nibbles(row + 20 * j + 4, stride)
 
     @part
     def stacked_scales(row, stride, j):
+        """Read d of block j of four rows."""
         return four_halves(row + 20 * j, stride)
 
     @part
     def stacked_minimums(row, stride, j):
+        """Read m of block j of four rows."""
         return four_halves(row + 20 * j + 2, stride)
 
 
@@ -104,19 +115,23 @@ class Q5_0(StackedBlocks, ManyTokens):
 
     @part
     def quants(row, j):
+        """Put the low four bits and the fifth bit of the quants of block j together."""
         return nibbles(load_u8x16(row + 22 * j + 6)) | fifth_bits(row + 22 * j + 2)
 
     @part
     def scale(row, j):
+        """Read d of block j."""
         return half_at(row + 22 * j)
 
     @part
     def stacked_quants(row, stride, j):
+        """Put the low four bits and the fifth bit of the quants of block j of four rows together."""
         q, h = four_nibbles(row + 22 * j + 6, stride), four_fifth_bits(row + 22 * j + 2, stride)
         return q[0] | h[0], q[1] | h[1]
 
     @part
     def stacked_scales(row, stride, j):
+        """Read d of block j of four rows."""
         return four_halves(row + 22 * j, stride)
 
 
@@ -133,25 +148,31 @@ class Q5_1(StackedWithMinimum, ManyTokensWithMinimum):
 
     @part
     def quants(row, j):
+        """Put the low four bits and the fifth bit of the quants of block j together."""
         return nibbles(load_u8x16(row + 24 * j + 8)) | fifth_bits(row + 24 * j + 4)
 
     @part
     def scale(row, j):
+        """Read d of block j."""
         return half_at(row + 24 * j)
 
     @part
     def minimum(row, j):
+        """Read m of block j."""
         return half_at(row + 24 * j + 2)
 
     @part
     def stacked_quants(row, stride, j):
+        """Put the low four bits and the fifth bit of the quants of block j of four rows together."""
         q, h = four_nibbles(row + 24 * j + 8, stride), four_fifth_bits(row + 24 * j + 4, stride)
         return q[0] | h[0], q[1] | h[1]
 
     @part
     def stacked_scales(row, stride, j):
+        """Read d of block j of four rows."""
         return four_halves(row + 24 * j, stride)
 
     @part
     def stacked_minimums(row, stride, j):
+        """Read m of block j of four rows."""
         return four_halves(row + 24 * j + 2, stride)

@@ -20,8 +20,10 @@ class Q8_0(ManyTokens):
 
     @part
     def quants(row, j):
+        """Load the 32 signed bytes of block j, and add 128 to each."""
         return load_u8x32(row + 34 * j + 2) ^ 128
 
     @part
     def scale(row, j):
+        """Read d of block j."""
         return half_at(row + 34 * j)

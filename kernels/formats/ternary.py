@@ -11,7 +11,7 @@ from ..products.superblock_sums import BiasBy16
 
 @inline
 def digit(v, power):
-    """A digit of base 3 of each byte; power: 3 to the number of the digit."""
+    """Digit k in base 3 of each byte of v, as 0, 1 or 2; power: 3 ** k. TQ1_0 says how bytes hold digits."""
     return to_u8(to_i16(v * power) * 3 >> 8)
 
 
@@ -35,6 +35,7 @@ class TQ1_0(BiasBy16):
 
     @part
     def quants(block):
+        """Take the digits of all bytes apart, in the order of the weights."""
         a, b, c = load_u8x32(block), load_u8x16(block + 32), last_digits(load_u8x16(block + 38))
         rest = concat(concat(digit(c, 1), digit(c, 3)), concat(digit(c, 9), digit(c, 27)))
         third = concat(digit(a, 81), concat(digit(b, 1), digit(b, 3)))
@@ -43,10 +44,12 @@ class TQ1_0(BiasBy16):
 
     @part
     def scales(block):
+        """Give each 16 weights the scale 1: only d scales them."""
         return i32x16(1)
 
     @part
     def factor(block):
+        """Read d."""
         return half_at(block + 52)
 
 
@@ -65,12 +68,15 @@ class TQ2_0(BiasBy16):
 
     @part
     def quants(block):
+        """Take 2 bits per weight from the bytes 0 to 63."""
         return quants_of_2_bits(block)
 
     @part
     def scales(block):
+        """Give each 16 weights the scale 1: only d scales them."""
         return i32x16(1)
 
     @part
     def factor(block):
+        """Read d."""
         return half_at(block + 64)

@@ -1,1 +1,1 @@
-"""What knows of LLVM, the CPU, the cache of compiled code and threads. Files above this folder never say `llvm`."""
+"""All code that deals with LLVM, the CPU, the cache of compiled code and threads; other files use no LLVM."""

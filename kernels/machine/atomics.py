@@ -10,7 +10,7 @@ WORD = ir.IntType(64)
 
 
 def _on_word(result, emit, n_values: int):
-    """Make f(address, ...) of `emit(builder, pointer, values)`, which writes its instruction."""
+    """Make f(address, ...) from `emit(builder, pointer, values)`, which writes its instruction."""
     word = types.int64
 
     def typed(args):
@@ -44,7 +44,7 @@ PAUSES = {"x86_64": ("llvm.x86.sse2.pause", []), "i686": ("llvm.x86.sse2.pause",
 
 @intrinsic
 def pause(_):
-    """Wait for a moment, in which the core's other hardware thread may run; do nothing on other CPUs than these."""
+    """Wait for a moment, in which the core's other hardware thread may run; do nothing on a CPU not in PAUSES."""
 
     def codegen(context, builder, sig, args):
         name, numbers = PAUSES.get(builder.module.triple.split("-")[0], (None, []))

@@ -1,7 +1,7 @@
-"""What only some CPUs do in one instruction, each beside a portable form: products of bytes, and looking bytes up.
+"""Two operations for which some CPUs have an instruction, each with a portable form: products of bytes, table look-up.
 
-Which form is compiled is decided once, at import, from the CPU that numba compiles for: the host, or what
-NUMBA_CPU_NAME and NUMBA_CPU_FEATURES say. TINYMIA_PORTABLE=1 chooses the portable forms everywhere.
+The form is chosen once, at import, for the CPU that numba compiles for: this computer's, or the one that NUMBA_CPU_NAME
+and NUMBA_CPU_FEATURES name. TINYMIA_PORTABLE=1 chooses the portable forms on every CPU.
 """
 
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ def dot4_portable(acc, q, x):
 
 
 def _dot4_by(size, emit):
-    """Make dot4 of `emit(builder, acc, q, x)`, which takes vectors of up to `size` bytes; longer ones are cut up."""
+    """Make dot4 from `emit(builder, acc, q, x)`, which takes vectors of up to `size` bytes; longer ones are cut up."""
 
     def cut(b, v, n):
         return [b.shuffle_vector(v, v, indices(range(k, k + n))) for k in range(0, v.type.count, n)]
@@ -66,7 +66,10 @@ def _dot4_by(size, emit):
 
 
 def _vpdpbusd(b, acc, q, x):
-    """Source: Intel 64 and IA-32 Architectures Software Developer's Manual, VPDPBUSD (no saturation)."""
+    """Multiply and sum bytes by VPDPBUSD, which does not saturate.
+
+    Source: Intel 64 and IA-32 Architectures Software Developer's Manual, VPDPBUSD.
+    """
     # From LLVM 22 on, the operands are vectors of bytes; before, vectors of i32.
     old = llvm.llvm_version_info[0] < 22
     args = [acc] + [b.bitcast(v, acc.type) if old else v for v in (q, x)]
@@ -74,7 +77,9 @@ def _vpdpbusd(b, acc, q, x):
 
 
 def _vpmaddubsw(b, acc, q, x):
-    """A sum of two products fits i16 when q < 128, so q's top bit is multiplied by itself; LLVM drops it where it is 0.
+    """Multiply and sum bytes by VPMADDUBSW, in two steps: the low 7 bits of q, then its top bit.
+
+    A sum of two products fits i16 only if q < 128. LLVM drops the second step where it can tell that the top bit is 0.
 
     Source: Intel 64 and IA-32 Architectures Software Developer's Manual, VPMADDUBSW and VPMADDWD.
     """
@@ -86,12 +91,12 @@ def _vpmaddubsw(b, acc, q, x):
 
 
 def _usdot(b, acc, q, x):
-    """Source: Arm Architecture Reference Manual, USDOT (vector)."""
+    """Multiply and sum bytes by USDOT. Source: Arm Architecture Reference Manual, USDOT (vector)."""
     return call(b, "llvm.aarch64.neon.usdot.v4i32.v16i8", acc.type, [acc, q, x])
 
 
 def _sdot(b, acc, q, x):
-    """Both operands signed: q - 128, and what that lacks is taken from acc first.
+    """Multiply and sum bytes by SDOT, whose operands are both signed: with q - 128, and 128 x added to acc beforehand.
 
     Source: Arm Architecture Reference Manual, SDOT (vector).
     """
@@ -121,7 +126,7 @@ dot4 = CHOSEN_DOT4.function
 HAS_VNNI = CHOSEN_DOT4 is DOT4[0]
 
 
-# Looking bytes up in a table of 16.
+# Looking up bytes in a table of 16.
 
 SHUFFLES = {16: ("ssse3", "llvm.x86.ssse3.pshuf.b.128"), 32: ("avx2", "llvm.x86.avx2.pshuf.b"),
             64: ("avx512bw", "llvm.x86.avx512.pshuf.b.512")}

@@ -24,7 +24,7 @@ def _widen_half(b, bits, v, to):
     u32 = Vec("u32", v.n).llvm
     wide = b.zext(bits, u32)
     size = b.shl(b.and_(wide, like(wide, 0x7FFF)), like(wide, 13))
-    # Exponents move from bias 15 to bias 127 by a product, which also turns subnormal numbers into normal ones.
+    # A multiplication by 2 ** 112 moves the exponent from bias 15 to bias 127, and makes subnormal numbers normal.
     finite = b.bitcast(b.fmul(b.bitcast(size, to.llvm), ir.Constant(to.llvm, [2.0**112] * v.n)), u32)
     special = b.icmp_unsigned(">=", size, like(size, 0x7C00 << 13))
     value = b.select(special, b.or_(size, like(size, 0x7F800000)), finite)
@@ -38,9 +38,9 @@ def _round_half(b, value, v, to):
     bits = b.bitcast(value, u32)
     size = b.and_(bits, like(bits, 0x7FFFFFFF))
     odd = b.and_(b.lshr(size, like(size, 13)), like(size, 1))
-    # The exponent's bias goes from 127 to 15; just under half a last place is added, and the rest cut off.
+    # Change the exponent's bias from 127 to 15, and round: add just under half of the last place, then cut off.
     normal = b.lshr(b.add(b.add(size, odd), like(size, 0xFFF - (112 << 23) & 0xFFFFFFFF)), like(size, 13))
-    # A sum with 0.5 rounds at the place of the last bit of a subnormal half.
+    # Adding 0.5 rounds at the last bit of a subnormal half.
     shifted = b.fadd(b.bitcast(size, v.llvm), ir.Constant(v.llvm, [0.5] * v.n))
     small = b.sub(b.bitcast(shifted, u32), like(size, 0x3F000000))
     half = b.select(b.icmp_unsigned("<", size, like(size, 0x38800000)), small, normal)
@@ -72,8 +72,8 @@ broadcast8 = shuffle([0] * 8)
 def half_at(address):
     """Read the F16 number at an address: float32 in 8 lanes.
 
-    It is broadcast before it is converted: converting a single number writes a part of a register, and the CPU would
-    wait for the register's old content.
+    It is broadcast before it is converted. Converting a single number would write only a part of a register, and the
+    instruction would then depend on the register's old content.
     """
     return widen_half(broadcast8(load_u16x1(address)))
 

@@ -1,12 +1,13 @@
 """How every kernel of this package is compiled, cached and announced.
 
-`@kernel` is for functions that Python calls: compiled at the first call with given argument types, kept on disk.
-`@inline` is for their parts: compiled into the kernels that use them, never kept by themselves.
-`specialise` makes a kernel out of a template by giving the template's global names a format's own functions.
+`@kernel` is for functions that Python calls: compiled at the first call with given argument types, and kept on disk.
+`@inline` is for their parts: compiled into the kernels that use them, and never kept by themselves.
+`specialise` makes a kernel from a template by binding the template's global names to a format's own functions.
 
 The cache differs from numba's in three points. A kernel is stale as soon as any file of this package changes (numba
-looks at the one file that holds the function, and kernels take in parts from other files). It lies in the user's cache
-folder, never beside the sources. And a folder that cannot be written is said once, aloud, and still read from.
+checks only the file that holds the function, but kernels contain parts from other files). The cache lies in the user's
+cache folder, never beside the sources. If that folder cannot be written, one line on stderr says so, and kernels that
+are in it are still used.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from numba.core import config, event
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 
 PACKAGE = Path(__file__).resolve().parents[1]
-PORTABLE = os.environ.get("TINYMIA_PORTABLE", "0") not in ("", "0")  # tests: no instruction that only some CPUs have
+PORTABLE = os.environ.get("TINYMIA_PORTABLE", "0") not in ("", "0")  # for tests: only instructions that all CPUs have
 
 
 def cache_folder() -> Path:
@@ -45,9 +46,9 @@ def cache_folder() -> Path:
 
 
 def _temporary() -> Path:
-    """This user's folder in the one for temporary files; a path that can never be, unless it is the user's alone.
+    """This user's folder among the temporary files, or a path that cannot exist if another user may write to it.
 
-    What lies in it is run. Somebody else could have made a folder of that name.
+    Files in it are loaded and run, and somebody else could have made a folder of that name.
     """
     folder = Path(tempfile.gettempdir()) / f"tinymia-{os.getuid() if hasattr(os, 'getuid') else ''}"
     try:
@@ -61,7 +62,7 @@ def _temporary() -> Path:
 
 
 def source_stamp(folder: Path) -> str:
-    """A digest of all Python files in a folder and its subfolders: of their relative names and of what is in them."""
+    """A digest of all Python files in a folder and its subfolders: of their relative names and their contents."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -110,7 +111,7 @@ class _Cache(FunctionCache):
     def load_overload(self, sig, target_context):
         try:
             return super().load_overload(sig, target_context)
-        except Exception:  # damaged or unreadable: the same as not there, the kernel is compiled
+        except Exception:  # damaged or unreadable: compile the kernel, as if the file were not there
             return None
 
     def save_overload(self, sig, data):
@@ -119,7 +120,7 @@ class _Cache(FunctionCache):
                 super().save_overload(sig, data)
             except OSError:
                 raise
-            except Exception:  # the index is damaged, cut by a full disk for one: a new one takes its place
+            except Exception:  # the index is damaged (a full disk may have cut it off): replace it by a new one
                 self.flush()
                 super().save_overload(sig, data)
         except Exception as error:
@@ -130,14 +131,14 @@ class _Cache(FunctionCache):
 
 
 def _say(line: str) -> None:
-    """Write a line on stderr, if there is one and it can be written: never on stdout, and never an exception."""
-    with suppress(OSError, ValueError, AttributeError):     # full, closed, no stream at all
+    """Write a line to stderr. If there is none, or it cannot be written, do nothing."""
+    with suppress(OSError, ValueError, AttributeError):     # the stream is full, closed, or None
         sys.stderr.write(f"tinymia: {line}\n")
         sys.stderr.flush()
 
 
 class _Announcer(event.Listener):
-    """Counts and times the kernels that were really compiled, and says so before the first one."""
+    """Count and time the kernels that are compiled, not loaded from the cache; print a line before the first one."""
 
     def __init__(self):
         self.kernels, self.seconds, self.began = 0, 0.0, {}
@@ -162,12 +163,12 @@ event.register("numba:compile", _announcer)
 
 
 def compiling() -> bool:
-    """Whether a kernel is being compiled, when numba would swallow an exception that a signal handler raises."""
+    """Return whether a kernel is being compiled. Meanwhile numba would lose an exception raised by a signal handler."""
     return bool(_announcer.began)
 
 
 def announce_done() -> None:
-    """Say on stderr how many kernels were compiled, and how long that took, since the last call; else say nothing."""
+    """If kernels were compiled since the last call, print on stderr how many, and how long that took."""
     count, seconds = _announcer.kernels, _announcer.seconds
     if count:
         _announcer.kernels, _announcer.seconds = 0, 0.0
@@ -175,9 +176,10 @@ def announce_done() -> None:
 
 
 def inline(function):
-    """A part of kernels, compiled into them.
+    """Compile a function as a part of kernels.
 
-    Also under NUMBA_DISABLE_JIT (debuggers, coverage): much of a kernel stands for instructions that Python has not.
+    It is compiled even under NUMBA_DISABLE_JIT (debuggers, coverage): much of it stands for CPU instructions, which
+    Python cannot run.
     """
     disabled, config.DISABLE_JIT = config.DISABLE_JIT, 0
     try:
@@ -187,17 +189,17 @@ def inline(function):
 
 
 def kernel(function):
-    """A function that Python calls: compiled once for each CPU, without the GIL, division by zero as in NumPy."""
+    """Compile a function that Python calls: once per CPU; it runs without the GIL; division by zero is as in NumPy."""
     dispatcher = inline(function)
     dispatcher._cache = _Cache(function)
     return dispatcher
 
 
 def specialise(template, name: str, part: bool = False, **bindings):
-    """A kernel, or a part of kernels, with the template's code, and `bindings` in place of its global names.
+    """Make a kernel, or a part of kernels, from the template's code, with `bindings` in place of its global names.
 
-    TypeError when the template uses no such name. A closure would read better, but numba cannot keep closures over
-    compiled functions on disk. See template.py for the templates of a whole class.
+    TypeError if the template does not use one of the names. A closure would read better, but numba cannot keep closures
+    over compiled functions on disk. See template.py for the templates of a whole class.
     """
     unknown = sorted(bindings.keys() - set(template.__code__.co_names))
     if unknown:

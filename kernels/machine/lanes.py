@@ -1,6 +1,6 @@
 """Functions on vectors: conversions, shuffles, arithmetic and folds, for every element type and number of lanes.
 
-Each is made from a few lines of LLVM IR by one of the makers `unary`, `nary`, `shuffle`, ...
+Each is made from a few lines of LLVM IR by a function such as `unary`, `nary` or `shuffle`.
 """
 
 from llvmlite import ir
@@ -17,11 +17,11 @@ def call_typed(builder, name: str, result, args):
     return call(builder, f"{name}.v{vector.count}{suffix[str(vector.element)]}", result, args)
 
 
-# Making vectors out of others.
+# Functions that make one vector from others.
 
 
 def unary(result, emit):
-    """Make f(vector) -> result(the vector's type) of `emit(builder, value, from, to)`, which writes instructions."""
+    """Make f(vector) -> result(the vector's type) from `emit(builder, value, from, to)`, which writes instructions."""
 
     @intrinsic
     def f(_, v):
@@ -45,7 +45,7 @@ def splat(vec: Vec):
 
 
 def constant(vec: Vec, numbers):
-    """Make f() -> vec of these numbers."""
+    """Make f() -> a vector of type vec with these numbers."""
     value = ir.Constant(vec.llvm, list(numbers))
 
     @intrinsic
@@ -78,7 +78,7 @@ def bitcast(element: str):
 
 
 def bitcast_to(vec: Vec):
-    """Make f(vector) -> the same bits as a vec."""
+    """Make f(vector) -> the same bits as a vector of type vec."""
     return unary(lambda v: vec, lambda b, value, v, to: b.bitcast(value, to.llvm))
 
 
@@ -89,7 +89,7 @@ def shuffle(mask):
 
 
 def shuffle2(mask):
-    """Make f(a, b) -> the lanes that `mask` lists of a's lanes followed by b's."""
+    """Make f(a, b) -> the lanes that `mask` lists, counted through the lanes of a and then those of b."""
 
     @intrinsic
     def f(_, a, b):
@@ -133,7 +133,7 @@ even, odd = _every_second(0), _every_second(1)  # lanes 0, 2, 4 ... and 1, 3, 5 
 
 
 def nary(n, emit):
-    """Make f of `n` vectors and numbers, at least one of them a vector -> vector."""
+    """Make f(n vectors and numbers, at least one of them a vector) -> vector from `emit`."""
 
     def typed(args):
         vec = next(t for t in args if isinstance(t, Vec))
@@ -185,7 +185,20 @@ total = _fold(lambda b, v, x, y: b.fadd(x, y) if v.is_float else b.add(x, y))
 largest = _fold(_select_larger)
 
 
-# The bits of each lane as bytes that are 0 or 1: 32 bytes of a 32-bit number.
+@intrinsic
+def add_in_turn(_, number, v):
+    """Add the lanes to a number of their type one after another, each sum rounded before the next lane is added."""
+
+    def codegen(context, builder, sig, args):
+        value, lanes = args
+        for k in range(v.n):
+            value = builder.fadd(value, builder.extract_element(lanes, ir.Constant(INDEX, k)))
+        return value
+
+    return v.scalar(v.scalar, v), codegen
+
+
+# The bits of each lane as bytes that are 0 or 1; a lane of 32 bits gives 32 bytes.
 bits_of = unary(
     lambda v: Vec("u8", v.n * v.llvm.element.width),
     lambda b, value, v, to: b.zext(b.bitcast(value, ir.VectorType(ir.IntType(1), to.n)), to.llvm),

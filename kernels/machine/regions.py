@@ -1,8 +1,8 @@
-"""What the threads of a pool run: the memory that they share, and the compiled code that hands work over.
+"""The memory that the threads of a pool share, and the compiled code by which they share work.
 
-A region is one kernel, or several, over all its items, cut into chunks. Each kernel with its arguments is a job. The
-calling thread writes the jobs down and publishes a ticket; whoever has time, the caller included, takes chunks by
-counting the ticket up, see threads.py.
+A job is one kernel with its arguments; its items (rows, or heads) are cut into chunks. A region is one job, or several,
+whose chunks are handed out and waited for together. The calling thread writes the jobs to the shared memory and
+publishes a ticket; every free thread, the caller included, takes chunks by incrementing the ticket, see threads.py.
 """
 
 from functools import cache
@@ -16,7 +16,8 @@ from .atomics import atomic_add, atomic_load, atomic_store, compare_and_swap, lo
 from .jit import inline, kernel, specialise
 from .simd import address_of
 
-# What threads share, in bytes from the start of a pool's memory; what different threads write is 64 bytes apart.
+# Shared words, in bytes from the start of a pool's memory. Words that different threads write are 64 bytes apart, so
+# that no two of them lie in one cache line.
 TICKET = 0          # generation << 32 | chunks << 16 | chunks taken
 FINISHED = 64       # chunks done
 FAILED = 128        # chunks of which a kernel raised an exception
@@ -36,9 +37,9 @@ SHARED = JOBS + MAX_JOBS * JOB
 
 
 def borrowed(context, builder, kind, value):
-    """An argument without a count of references: whoever calls keeps arrays alive until the region has ended.
+    """An argument without its reference count: the caller keeps arrays alive until the region has ended.
 
-    A job is written down by one call and run by another, and numba drops its own references at the end of each.
+    One call writes a job down and another runs it, and numba drops its own references at the end of each call.
     """
     if isinstance(kind, types.Array):
         array = context.make_array(kind)(context, builder, value)
@@ -100,7 +101,7 @@ def aligned(shared):
 
 @inline
 def run_chunk(at, ticket):
-    """Run the chunk that a ticket names, if it names one: whether it did."""
+    """Run the chunk that a ticket names. Returns False if all chunks were taken already."""
     chunk, chunks = ticket & 0xFFFF, ticket >> 16 & 0xFFFF
     if chunk >= chunks:
         return False
@@ -120,7 +121,7 @@ def run_chunk(at, ticket):
 
 @kernel
 def serve(shared, patience):
-    """Take chunks of regions as they come, until none came for `patience` looks."""
+    """Wait for regions and run their chunks; return after `patience` looks at the ticket without a new one."""
     at, seen, looks = aligned(shared), -1, 0
     while looks < patience and load_word(at + STOP) == 0:
         if atomic_load(at + TICKET) >> 32 == seen:
@@ -134,7 +135,7 @@ def serve(shared, patience):
 
 @inline
 def write_job(job, code, n, grain, first, chunks):
-    """Write down a job whose arguments are stored already."""
+    """Write a job, whose arguments are stored already, to the shared memory: its code, items and chunks."""
     store_word(job + FUNCTION, code)
     store_word(job + ITEMS, n)
     store_word(job + GRAIN, grain)
@@ -163,7 +164,7 @@ body = None  # the kernel that a template is specialised for
 
 
 def region_template(shared, chunks, grain, n, arguments):
-    """Run `body` over n items. Returns 0, 1 when a chunk failed, 2 when another thread's region is under way."""
+    """Run the kernel `body` over n items. Returns 0; 1 if a chunk failed; 2 if another thread's region is running."""
     at = aligned(shared)
     if not compare_and_swap(at + BUSY, 0, 1):
         return 2
@@ -172,20 +173,20 @@ def region_template(shared, chunks, grain, n, arguments):
 
 
 def job_template(shared, number, first, chunks, grain, n, arguments):
-    """Write `body` over n items down as a job of a region that `take` took."""
+    """Write the kernel `body` over n items to the shared memory, as one job of a region that `take` has reserved."""
     job = aligned(shared) + JOBS + number * JOB
     write_job(job, hand_over(body, job + ARGUMENTS, arguments), n, grain, first, chunks)
 
 
 @cache
 def region(function):
-    """The region of a kernel, itself a kernel; kept on disk under a name with the kernel's file in it."""
+    """The compiled function that runs a kernel as a region; kept on disk under the names of the kernel and its file."""
     return specialise(region_template, f"region_{_name(function)}", body=function)
 
 
 @cache
 def job(function):
-    """What writes a kernel down as one job of several; kept on disk like a region."""
+    """The compiled function that writes a kernel down as one job of several; kept on disk like a region."""
     return specialise(job_template, f"job_{_name(function)}", body=function)
 
 
@@ -195,17 +196,17 @@ def _name(function) -> str:
 
 @kernel
 def take(shared):
-    """Take the pool for a region of several jobs: whether no other thread had it."""
+    """Reserve the pool for a region of several jobs. Returns False if another thread is using it."""
     return compare_and_swap(aligned(shared) + BUSY, 0, 1)
 
 
 @kernel
 def release(shared):
-    """Give a pool back that `take` took, without running anything."""
+    """Free a pool that `take` has reserved, without running anything."""
     atomic_store(aligned(shared) + BUSY, 0)
 
 
 @kernel
 def run_jobs(shared, n_jobs, chunks):
-    """Run the jobs that were written down, and give the pool back. Returns 0, or 1 when a chunk failed."""
+    """Run the jobs that were written down, and free the pool. Returns 0, or 1 if a chunk failed."""
     return run_region(aligned(shared), n_jobs, chunks)

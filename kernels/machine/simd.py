@@ -3,8 +3,8 @@
     v = load_f32x16(address)         16 floats from anywhere in memory
     acc = fma(v, x, acc)             + - * / & | ^ << >> work too, with vectors or with numbers
 
-Only generic LLVM IR is emitted here, which LLVM translates for every CPU that it knows. Addresses are numbers, and
-nothing checks them: the functions that Python calls check shapes and lengths first.
+This file writes only generic LLVM IR, which LLVM translates for every CPU that it supports. Addresses are plain numbers
+that are not checked here: the functions that Python calls check shapes and lengths first.
 """
 
 import operator
@@ -39,7 +39,7 @@ class _VecModel(models.PrimitiveModel):
 
 
 def indices(numbers) -> ir.Constant:
-    """The mask of an LLVM shuffle: which lane comes into each place."""
+    """The mask of an LLVM shuffle: for each lane of the result, the number of the lane that it takes."""
     return ir.Constant(ir.VectorType(INDEX, len(numbers)), list(numbers))
 
 
@@ -96,12 +96,12 @@ for _op, _instructions in OPERATORS.items():
     _lower(_op, _instructions)
 
 
-# Memory, by address: numba would count references to every array that it passes to a part of a kernel.
+# Memory, by address: numba would count references for every array that is passed to a part of a kernel.
 
 
 @intrinsic
 def address_of(_, array):
-    """The address of an array's first element. The array must live on: see keep."""
+    """The address of an array's first element. The caller must keep the array alive, see `keep`."""
 
     def codegen(context, builder, sig, args):
         data = context.make_array(sig.args[0])(context, builder, args[0]).data
@@ -112,12 +112,12 @@ def address_of(_, array):
 
 @intrinsic
 def keep(_, array):
-    """Do nothing, except that an array made inside a kernel lives until here."""
+    """Keep an array that was made inside a kernel alive up to this line."""
     return types.none(array), lambda context, builder, sig, args: context.get_dummy_value()
 
 
 def loader(vec: Vec):
-    """Make load(address) -> vec."""
+    """Make load(address) -> a vector of type vec, from any address (it need not be aligned)."""
 
     @intrinsic
     def load(_, address):
@@ -133,7 +133,7 @@ def loader(vec: Vec):
 
 @intrinsic
 def store(_, address, vector):
-    """Write a vector to an address."""
+    """Write a vector to an address, which need not be aligned."""
 
     def codegen(context, builder, sig, args):
         builder.store(args[1], builder.inttoptr(args[0], vector.llvm.as_pointer()), align=1).align = 1

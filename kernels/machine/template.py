@@ -1,19 +1,19 @@
 """Kernels made from templates: a class declares the parts that its kernels are put together from.
 
 Products with Q4_K and with Q6_K are the same loops around a few functions that know where the bits lie. The loops are
-written once, as methods of a class that inherits from Template, and reach everything that differs through one name:
+written once, as methods of a class that inherits from Template. All that differs they get through one name:
 
     fmt: Superblocks = STAMPED                  # the parts of the format that a kernel is made for
 
     class Superblocks(Template):
-        SIZE: int                               # a number that each format states
+        SIZE: int                               # a number that each format sets
 
         @abstract
-        def quants(block):                      # a part that each format brings
+        def quants(block):                      # a part that each format defines
             "Four u8x64: ..."
 
         @part
-        def dot(row, n_blocks, record):         # a part that is the same for all formats; a format may bring its own
+        def dot(row, n_blocks, record):         # a part that is the same for all formats; a format may redefine it
             ... fmt.quants(row + fmt.SIZE * j) ...
 
         @entry
@@ -31,8 +31,8 @@ written once, as methods of a class that inherits from Template, and reach every
 that its global name `fmt` is that module. Numba looks up attributes of modules when it compiles, so `fmt.SIZE` becomes
 a constant and `fmt.quants(...)` a direct call. These classes have no instances, and parts take no `self`.
 
-What does not fit is a TypeError that names the class and the part, when the class is stamped: a part that is missing, a
-part that nobody declares, other parameters than declared, a template that asks for what is not there.
+Stamping checks that everything fits. A TypeError names the class and the part where a part is missing, where no class
+declares it, where its parameters differ from the declared ones, and where a template uses a part that does not exist.
 """
 
 import dis
@@ -46,7 +46,7 @@ from .jit import inline, specialise
 
 P = ParamSpec("P")
 R = TypeVar("R")
-STAMPED: Any = None  # what `fmt` is in a template that is not stamped
+STAMPED: Any = None  # the value of `fmt` in a template that is not stamped yet
 
 
 class part(Generic[P, R]):
@@ -62,11 +62,12 @@ class part(Generic[P, R]):
         self.name, self.place = name, f"{owner.__name__}.{name}"
 
     def __get__(self, instance: object, owner: type) -> Callable[P, R]:
-        """The compiled part of a stamped class; of another class, the part itself."""
+        """The compiled part if the class is stamped, else the part itself."""
         stamped = vars(owner).get("parts")
         return self if stamped is None else getattr(stamped, self.name)  # type: ignore[return-value]
 
     def compiled(self, cls: type, fmt: types.ModuleType):
+        """The part for a class whose parts are in the module `fmt`; numba compiles it when it is first called."""
         if self.uses:
             return specialise(self.function, f"{self.name}_{cls.__name__}", part=True, fmt=fmt)
         if self._shared is None:
@@ -78,15 +79,16 @@ class entry(part[P, R]):
     """A decorator: the function is a kernel that Python calls, kept on disk for each class."""
 
     def compiled(self, cls: type, fmt: types.ModuleType):
+        """The kernel for a class whose parts are in the module `fmt`; numba compiles it when it is first called."""
         return specialise(self.function, f"{self.name}_{cls.__name__}", fmt=fmt)
 
 
 class abstract(part[P, R]):
-    """A decorator: a part without code, which each class that is stamped must bring; its docstring says what it is."""
+    """A decorator: a part without code, which each stamped class must define; its docstring says what it returns."""
 
 
 def names_after_fmt(function: Any) -> tuple[str, ...]:
-    """What a function takes from `fmt`: each `x` of `fmt.x` in its code, once, in order."""
+    """The names that a function takes from `fmt`: each `x` of `fmt.x` in its code, once, in order."""
     steps = [step for step in dis.get_instructions(function) if step.opname not in ("CACHE", "EXTENDED_ARG")]
     found = (after.argval for step, after in pairwise(steps) if step.opname == "LOAD_GLOBAL" and step.argval == "fmt")
     return tuple(dict.fromkeys(found))
@@ -95,11 +97,11 @@ def names_after_fmt(function: Any) -> tuple[str, ...]:
 class Template:
     """A family of kernels and of the parts that they are put together from, see the top of this file."""
 
-    parts: ClassVar[types.ModuleType | None] = None  # of a class that is stamped: what `fmt` is in its kernels
+    parts: ClassVar[types.ModuleType | None] = None  # once the class is stamped: `fmt` in its kernels
 
     @classmethod
     def declared(cls) -> dict[str, Any]:
-        """The parts and numbers that the classes above this one know: their declarations, by name."""
+        """The parts and numbers that the base classes declare, by name."""
         found: dict[str, Any] = {}
         for base in reversed(cls.__mro__[1:-1]):
             if base is not Template:
@@ -109,7 +111,7 @@ class Template:
 
     @classmethod
     def stamp(cls) -> None:
-        """Make the kernels of this class; TypeError that names class and part where something does not fit."""
+        """Make the kernels of this class. TypeError, with the names of class and part, if something does not fit."""
         declared = cls.declared()
         for name, value in vars(cls).items():
             if is_public(name, value) and name not in declared:
@@ -134,7 +136,7 @@ class Template:
 
 
 def is_public(name: str, value: Any) -> bool:
-    """Whether an attribute of a class is one of its parts or numbers."""
+    """Return whether an attribute of a class is one of its parts or numbers."""
     return not name.startswith("_") and name not in ("parts", "format") and not isinstance(value, classmethod)
 
 
@@ -147,7 +149,7 @@ def _check_parameters(cls: type, name: str, value: Any, declared: Any) -> None:
 
 
 def _described(cls: type, name: str) -> str:
-    """A part or number that is missing, and who asks for it."""
+    """A missing part or number in words, with the class that needs it."""
     for base in cls.__mro__:
         if isinstance(vars(base).get(name), abstract):
             text = (vars(base)[name].__doc__ or "").strip().splitlines()

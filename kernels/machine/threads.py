@@ -1,9 +1,9 @@
 """A pool of threads over which a kernel's items are split, cheaply enough for every operation of a decoded token.
 
-The calling thread writes down what is to be done and publishes a ticket, see regions.py; whoever has time, the caller
-included, takes chunks of it. Waiting threads look at the ticket without Python's lock, so handing over costs less than
-a microsecond (bench/README.md). A thread that sees nothing new for about half a millisecond goes to sleep, and is woken
-when the next region starts; until it is awake, the others do its share.
+The calling thread writes the work down and publishes a ticket, see regions.py; every free thread, the caller included,
+takes chunks of it. Waiting threads watch the ticket without holding Python's lock (the GIL), so handing work over costs
+less than a microsecond (bench/README.md). A thread that sees no new ticket for about half a millisecond goes to
+sleep. It is woken when the next region starts; until it is awake, the other threads do its share.
 """
 
 import os
@@ -20,7 +20,7 @@ from .regions import MAX_JOBS, SHARED, STOP, job, region, release, run_jobs, ser
 
 
 def physical_cores() -> int:
-    """Cores this process may run on, two hardware threads of a core counted once (Linux; elsewhere os.cpu_count())."""
+    """The number of cores that this process may run on (Linux: both hardware threads of a core count once)."""
     try:
         allowed = os.sched_getaffinity(0)
     except AttributeError:
@@ -35,7 +35,7 @@ def physical_cores() -> int:
     return max(1, len(cores))
 
 
-PATIENCE = 20_000  # looks, of 20 to 40 ns each
+PATIENCE = 20_000  # looks at the ticket before a thread goes to sleep; a look takes 20 to 40 ns
 
 
 def _work(shared: np.ndarray, asleep: deque) -> None:
@@ -46,7 +46,7 @@ def _work(shared: np.ndarray, asleep: deque) -> None:
         if shared[_word(shared, STOP)]:
             return
         asleep.append(nap)
-        nap.acquire()  # released by who wakes this thread
+        nap.acquire()  # blocks until _wake releases it
 
 
 def _word(shared: np.ndarray, offset: int) -> int:
@@ -67,11 +67,11 @@ def _wake(asleep: deque) -> None:
             return
 
 
-Job = tuple[int, Any, int, tuple]  # n_bytes, kernel, n_items, args, as `run` takes them; a plain tuple is made quickest
+Job = tuple[int, Any, int, tuple]  # (n_bytes, kernel, n_items, args) as in `run`; tuples are the fastest to make
 
 
 class Pool:
-    """`n` threads, the calling one among them; started when first needed, again after a fork, never when n is 1."""
+    """A pool of n threads, the calling one included. They start when first needed, and again after a fork."""
 
     def __init__(self, n: int | None = None):
         self.n = physical_cores() if n is None else n
@@ -104,10 +104,10 @@ class Pool:
             return
         self._make_ready()
         if region(kernel)(self._shared, chunks, _grain(n_items, chunks), n_items, args):
-            kernel(*args, 0, n_items)  # in this thread: the pool is taken, or a chunk raised what is to be raised here
+            kernel(*args, 0, n_items)  # in this thread: the pool is in use, or a chunk raised, and so will this
 
     def run_several(self, jobs: Sequence[Job]) -> None:
-        """Run several jobs in one region, so that their chunks are handed over, and waited for, once."""
+        """Run several jobs in one region, so that the threads are started and waited for only once."""
         jobs = [each for each in jobs if each[2]]
         size = sum(n_bytes for n_bytes, *_ in jobs)
         budget = min(4 * self.n, size // SMALL, 255 - MAX_JOBS)
@@ -138,7 +138,7 @@ def _grain(n_items: int, chunks: int) -> int:
     return GRAIN_OF_ROWS if n_items >= GRAIN_OF_ROWS * chunks else 1
 
 
-GRAIN_OF_ROWS = 24  # kernels take 4, 6, 8 or 24 rows at a time
+GRAIN_OF_ROWS = 24  # chunks are multiples of this, since kernels take 4, 6, 8 or 24 rows at a time
 
 _pools: "weakref.WeakSet[Pool]" = weakref.WeakSet()
 
@@ -152,11 +152,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-SMALL = 1 << 14  # bytes that are worth a chunk
+SMALL = 1 << 14  # bytes of work per chunk; less is not worth handing over
 
 
 def run(pool: Pool | None, n_bytes: int, kernel, n_items: int, *args) -> None:
-    """Run kernel(*args, 0, n_items), over the pool when there is one and enough to do for two threads."""
+    """Run kernel(*args, 0, n_items), on the threads of the pool if n_bytes of work are enough for two of them."""
     if pool is None or pool.n == 1 or n_bytes < 2 * SMALL:
         kernel(*args, 0, n_items)
     else:
@@ -164,9 +164,9 @@ def run(pool: Pool | None, n_bytes: int, kernel, n_items: int, *args) -> None:
 
 
 def run_several(pool: Pool | None, jobs: Sequence[Job]) -> None:
-    """The same for several jobs, which are handed over to the threads at once."""
-    if pool is None or pool.n == 1 or sum(n_bytes for n_bytes, *_ in jobs) < 2 * SMALL:
-        for _, kernel, n_items, args in jobs:
-            kernel(*args, 0, n_items)
+    """Run several jobs as `run` does, handed over to the threads all at once when they are large enough to repay it."""
+    if pool is None or pool.n == 1 or sum(n_bytes for n_bytes, *_ in jobs) < 4 * SMALL * len(jobs):
+        for n_bytes, kernel, n_items, args in jobs:
+            run(pool, n_bytes, kernel, n_items, *args)
     else:
         pool.run_several(jobs)

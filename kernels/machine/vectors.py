@@ -34,7 +34,7 @@ def exp(x):
     """e ** x in float32: within 2.3 units in the last place, exactly 0 below -104, inf above 88.73, NaN for NaN.
 
     x = n ln 2 + r with a whole n and |r| <= ln 2 / 2, e ** x = 2 ** n e ** r, e ** r a polynomial.
-    Source: the coefficients are those of Arm's optimized-routines, which ggml_v_expf in ggml-cpu/vec.h took over; the
+    Source: the coefficients are those of Arm's optimized-routines, which ggml_v_expf in ggml-cpu/vec.h uses too; the
     steps are those of its AVX-512 form, so that each bit is the same.
     """
     x = smaller(larger(x, -104), 89)
@@ -44,19 +44,19 @@ def exp(x):
     p = fma(fma(r, E5, E4), r * r, fma(r, E3, E2))
     p = fma(p, r * r, fma(r, E1, 1.0))
     whole = as_i32(shifted) - 0x4B400000
-    low = whole >> 1  # 2 ** n in two factors: n may be -150 or 128, beyond what one exponent holds
+    low = whole >> 1  # 2 ** n as two factors: n may be -150 or 128, too far for the exponent of one float32
     return p * as_f32((low + 127) << 23) * as_f32((whole - low + 127) << 23)
 
 
-# Each of 8 lanes four times: from one number per lane of dot4 to one number per weight.
+# Each of 8 lanes four times: one number per lane of dot4 becomes one number per weight.
 spread = shuffle([lane // 4 for lane in range(32)])
 
 
-everywhere = shuffle([0] * 16)  # lane 0, in 16 lanes
+everywhere = shuffle([0] * 16)  # broadcast lane 0 to 16 lanes
 as_bytes = bitcast_to(Vec("u8", 64))
 
 
 @inline
 def bytes_everywhere(at):
-    """The four bytes at an address, in all 16 lanes of dot4: u8x64."""
+    """Broadcast the four bytes at an address to all 16 lanes of dot4: u8x64."""
     return as_bytes(everywhere(load_u32x1(at)))

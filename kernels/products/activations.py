@@ -5,18 +5,18 @@ Q8_1 keep d as F16; Q8_1 also keeps s = F16(d * sum of q), the partner of the we
 Source: ggml-cpu/arch/x86/quants.c, quantize_row_q8_0 and quantize_row_q8_1 (rounds to even; the reference in
 ggml-quants.c rounds halves away from zero).
 
-Two groups make a record of 256 bytes, in which everything lies as the dot product loads it:
+Two groups make a record of 256 bytes, laid out as the dot product loads it:
 
     byte   0  q   64 x i8     the quants of both groups
-    byte  64  c   16 x i32    -bias * (q[4k] + ... + q[4k+3]): turns products with unsigned weights into the right ones
+    byte  64  c   16 x i32    -bias * (q[4k] + ... + q[4k+3]): added to products with unsigned quants, it corrects them
     byte 128  d   16 x f32    8 times the scale of the first group, 8 times that of the second
-    byte 192  s   16 x f32    the same of s, or zeros
+    byte 192  s   16 x f32    8 times s of the first group, 8 times that of the second; zeros for Q8_0
 
-After an odd number of groups the second half of the last record is zero.
+If the number of groups is odd, the second half of the last record is zero.
 
-Q8_K makes bytes of groups of 256: q = rint(x * i), i = -127 / (the x of largest magnitude, the first of them when
-there are several); the scale d = 1 / i stays float32. A group of zeros has d = 0.
-Source: ggml-quants.c, quantize_row_q8_K_ref. There a NaN counts as 0; here it makes d NaN, so that it is not lost.
+Q8_K quantises groups of 256: q = rint(x * i), i = -127 / (the x of largest magnitude; the first one if there are
+several). The scale d = 1 / i stays float32. A group of zeros has d = 0.
+Source: ggml-quants.c, quantize_row_q8_K_ref. There a NaN counts as 0; here it makes d NaN, so that it is noticed.
 
 A record of 576 bytes holds one group:
 
@@ -78,7 +78,7 @@ def first_record(y):
 
 @kernel
 def quantise_q8(x, y, bias, with_sum, t0, t1):
-    """Fill the records of the tokens t0 to t1 from x [n_tok, n_in]; y as new_records makes it."""
+    """Fill the records of the tokens t0 to t1 from x [n_tok, n_in]; y: from new_records."""
     n_groups, x, y = x.shape[1] // 32, address_of(x), first_record(y)
     stride = RECORD * ((n_groups + 1) // 2)
     for t in range(t0, t1):
@@ -91,14 +91,14 @@ def quantise_q8(x, y, bias, with_sum, t0, t1):
 
 
 def new_records(n_tok: int, n_in: int) -> tuple[np.ndarray, int]:
-    """Room for the Q8_0 or Q8_1 records of n_tok tokens, and the bytes per token."""
+    """Allocate the Q8_0 or Q8_1 records of n_tok tokens. Returns the uint8 array, and the bytes per token."""
     stride = RECORD * ((n_in // 32 + 1) // 2)
     return np.empty(n_tok * stride + 63, np.uint8), stride
 
 
 @inline
 def furthest(x, n):
-    """The number of largest magnitude of n, the first of them when there are several; NaN when one of them is NaN."""
+    """The number of largest magnitude among n, the first one if there are several; NaN if one of them is NaN."""
     top = fabs(load_f32x32(x))
     for i in range(32, n, 32):
         top = larger(top, fabs(load_f32x32(x + 4 * i)))
@@ -117,7 +117,7 @@ def quantise_superblock(x, record, bias):
     inverse = np.float32(-127) / most if most != 0 else np.float32(0)
     store(record + 304, f32x4(np.float32(1) / inverse if most != 0 else np.float32(0)))
     for k in range(8):
-        # At 1.5 * 2 ** 23 neighbouring float32 numbers differ by 1, so the sum is rounded to a whole number, to even.
+        # Near 1.5 * 2 ** 23 float32 numbers are 1 apart, so the sum is rounded to a whole number (halves to even).
         shifted = as_i32(load_f32x32(x + 128 * k) * inverse + 12582912.0)
         q = to_i8((shifted & 0x7FFFFF) - 0x400000)
         sums = dot4(i32x8(0), u8x32(1), q)
@@ -130,14 +130,14 @@ def quantise_superblock(x, record, bias):
 
 @kernel
 def quantise_q8_k(x, y, bias, t0, t1):
-    """Fill the Q8_K records of the tokens t0 to t1 from x [n_tok, n_in]; y as new_records_k makes it."""
+    """Fill the Q8_K records of the tokens t0 to t1 from x [n_tok, n_in]; y: from new_records_k."""
     n_blocks, x, y = x.shape[1] // 256, address_of(x), first_record(y)
     for i in range(t0 * n_blocks, t1 * n_blocks):
         quantise_superblock(x + 1024 * i, y + RECORD_K * i, bias)
 
 
 def new_records_k(n_tok: int, n_in: int) -> tuple[np.ndarray, int]:
-    """Room for the Q8_K records of n_tok tokens, and the bytes per token."""
+    """Allocate the Q8_K records of n_tok tokens. Returns the uint8 array, and the bytes per token."""
     stride = RECORD_K * (n_in // 256)
     return np.empty(n_tok * stride + 63, np.uint8), stride
 
@@ -174,11 +174,11 @@ class Rounding(Template):
 
     @abstract
     def narrow(v):
-        """The float32 numbers of a vector as bit patterns of the format, u16."""
+        """Round the float32 numbers of a vector to the format: bit patterns, u16."""
 
     @abstract
     def widen(v):
-        """Bit patterns of the format, u16, as float32 numbers."""
+        """Convert bit patterns of the format, u16, to float32 numbers."""
 
     @entry
     def round(x, y, i0, i1):

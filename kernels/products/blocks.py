@@ -1,14 +1,14 @@
 """Blocks of 32 weights: products with a few tokens, and unpacking.
 
 Activations are quantised in groups of 32 and lie in records of 256 bytes for two groups, with the vectors q, c, d, s at
-bytes 0, 64, 128 and 192, see activations.py. The dot product of a group is
+bytes 0, 64, 128 and 192, see activations.py. The dot product of a group of weights with one of activations is
 
     sum over 8 lanes of  scale * d * (dot4(quants, q) + c)   +   minimum * s
 
-and c = -BIAS * (the sum of four q) turns products with unsigned quants into products with quant - BIAS.
+where c = -BIAS * (the sum of four q): the quants are unsigned, and c turns them into quant - BIAS.
 
-Sums are taken in the order of ggml's code for x86-64 with AVX-512, so that results are ggml's bit for bit: 8 lanes,
-group after group; what minimums add has sums of its own (arch/x86/quants.c; llamafile/sgemm.cpp, tinyBLAS_Q0_AVX). One
+Sums are taken in the order of ggml's code for x86-64 with AVX-512, so that results equal ggml's bit for bit: 8 lanes,
+group after group; the minimums have a separate sum (arch/x86/quants.c; llamafile/sgemm.cpp, tinyBLAS_Q0_AVX). One
 token and several are summed alike, so a token's result is the same whatever the batch.
 """
 
@@ -44,6 +44,7 @@ class Blocks(Products):
 
     @part
     def start(y):
+        """The address of the first record in y."""
         return first_record(y)
 
     # Two groups at a time: 64 quants fill a vector.
@@ -57,7 +58,7 @@ class Blocks(Products):
 
     @part
     def single(row, j):
-        """The last group of an odd number of groups, and zeros in the upper lanes."""
+        """The last group j of an odd number of groups, with zeros in the upper lanes: quants, scales, minimums."""
         scale, minimum = fmt.scale(row, j), fmt.minimum(row, j)
         return concat(fmt.quants(row, j), u8x32(0)), concat(scale, f32x8(0)), concat(minimum, f32x8(0))
 
@@ -80,6 +81,7 @@ class Blocks(Products):
 
     @part
     def tile(row, row2, n_groups, record, stride):
+        """Unpack two groups of each of two rows, and add them to the sums of four tokens; then the next two groups."""
         a = b = fmt.nothing(), fmt.nothing(), fmt.nothing(), fmt.nothing()
         for j in range(0, n_groups - 1, 2):
             a = fmt.step_four_tokens(a, fmt.pair(row, j), record, stride)
@@ -94,6 +96,7 @@ class Blocks(Products):
 
     @part
     def stack(row, stride, n_groups, record):
+        """Sum four rows side by side, two groups at a time."""
         a = b = c = d = fmt.nothing()
         second, third, fourth = row + stride, row + 2 * stride, row + 3 * stride
         for j in range(0, n_groups - 1, 2):
@@ -108,6 +111,7 @@ class Blocks(Products):
 
     @part
     def unpack(row, n, to):
+        """Write the weights group by group: scale * (quant - BIAS)."""
         for j in range(n // 32):
             store(to + 128 * j, spread(fmt.scale(row, j)) * (to_f32(fmt.quants(row, j)) - fmt.BIAS))
 
@@ -123,10 +127,12 @@ class BlocksWithMinimum(Blocks):
 
     @part
     def nothing():
+        """The sums before the first group: of the products, and of what the minimums add."""
         return f32x8(0), f32x8(0)
 
     @part
     def step(acc, group, record):
+        """The sums with the two groups of a record added; minimums times s have a sum of their own."""
         products = to_f32(dot4(load_i32x16(record + 64), group[0], load_i8x64(record)))
         scales, s = group[1] * load_f32x16(record + 128), load_f32x16(record + 192)
         sums = fma(high(products), high(scales), fma(low(products), low(scales), acc[0]))
@@ -134,30 +140,35 @@ class BlocksWithMinimum(Blocks):
 
     @part
     def whole(acc):
+        """The dot product, from both sums."""
         return total(acc[0]) + first(acc[1])
 
     @part
     def unpack(row, n, to):
+        """Write the weights group by group: scale * quant + minimum."""
         for j in range(n // 32):
             values = spread(fmt.scale(row, j)) * (to_f32(fmt.quants(row, j)) - fmt.BIAS)
             store(to + 128 * j, values + spread(fmt.minimum(row, j)))
 
 
 class BlocksInTwoSums(Blocks):
-    """The same as Blocks, with one sum over the even groups and one over the odd groups."""
+    """A format of blocks without minimums that ggml sums in two parts, the even groups and the odd groups."""
 
     @part
     def nothing():
+        """The sums before the first group: of the even groups, and of the odd groups."""
         return f32x8(0), f32x8(0)
 
     @part
     def step(acc, group, record):
+        """The sums with the two groups of a record added, the first to one sum and the second to the other."""
         products = to_f32(dot4(load_i32x16(record + 64), group[0], load_i8x64(record)))
         scales = group[1] * load_f32x16(record + 128)
         return fma(low(products), low(scales), acc[0]), fma(high(products), high(scales), acc[1])
 
     @part
     def whole(acc):
+        """The dot product, from both sums."""
         return total(acc[0] + acc[1])
 
 

@@ -1,15 +1,15 @@
 """Blocks of 32 weights with many tokens at once: 6 rows with a panel of 16 tokens, one token per lane.
 
-The sums are those of blocks.py, bit for bit: 8 partial sums per row and token, the k-th over the weights 4k to 4k + 3
-of each group. 6 rows take 4 of the 8 at a time: 24 vectors of sums stay in registers, and what is loaded of a panel
-serves 6 rows. Rows are unpacked to bytes once for all tokens.
+The sums equal those of blocks.py, bit for bit: 8 partial sums per row and token, the k-th over the weights 4k to 4k + 3
+of each group. They are computed in two passes of 4 partial sums for 6 rows, because 24 vectors of sums fit in the CPU's
+registers, and each load from a panel is used for 6 rows. Rows are unpacked to bytes once for all tokens.
 
 For n groups of 32, a panel has 1152 n bytes, and an unpacked row 40 n:
 
     n x 512   for the partial sums 0 to 3: q  4 x 16 x 4 i8  quants 4k to 4k + 3 of each token
                                            c  4 x 16 x i32   -BIAS * their sum
     n x 512   for the partial sums 4 to 7: the same
-    n x 128   d  16 x f32, s  16 x f32     each token's, as in its records
+    n x 128   d  16 x f32, s  16 x f32     of each token, as in its records
 
     n x 40    quants 32 x u8, scale f32, minimum f32
 """
@@ -40,11 +40,11 @@ from .activations import RECORD, first_record
 from .blocks import Blocks, BlocksInTwoSums, BlocksWithMinimum
 
 GROUP, UNPACKED = 1152, 40  # bytes per group of a panel, and of an unpacked row
-ROWS = 24  # rows that are unpacked at a time
+ROWS_AT_ONCE = 24  # rows that are unpacked at a time
 
 
 def block_panel_bytes(n_tok: int, n_in: int) -> int:
-    """Bytes of the panels of n_tok tokens, and 63 more so that they can be aligned."""
+    """Bytes of the panels of n_tok tokens of n_in activations, and 63 more so that they can be aligned."""
     return -(-n_tok // 16) * (n_in // 32) * GROUP + 63
 
 
@@ -86,15 +86,15 @@ def add(a, b):
 
 @inline
 def times(at, v):
-    """The products of v and the float32 at each of six addresses."""
+    """v times the float32 number at each of six addresses."""
     a, b, c = v * everywhere(load_f32x1(at[0])), v * everywhere(load_f32x1(at[1])), v * everywhere(load_f32x1(at[2]))
     d, e, f = v * everywhere(load_f32x1(at[3])), v * everywhere(load_f32x1(at[4])), v * everywhere(load_f32x1(at[5]))
     return a, b, c, d, e, f
 
 
 @inline
-def add_group(acc, rows, k, panel, scales):
-    """The k-th of four partial sums of six rows, with a group added."""
+def add_group_to_six(acc, rows, k, panel, scales):
+    """The k-th of four partial sums of six rows with a group added; scales: of each row, times those of the tokens."""
     x, c = load_i8x64(panel + 64 * k), load_i32x16(panel + 256 + 64 * k)
     return (
         fma(to_f32(dot4(c, bytes_everywhere(rows[0] + 4 * k), x)), scales[0], acc[0]),
@@ -114,13 +114,13 @@ def zeros():
 
 @inline
 def four_sums(row, stride, first_group, n, every, panel, half):
-    """The partial sums 4 half to 4 half + 3 over each `every`-th group, of six rows."""
+    """The partial sums 4 half to 4 half + 3 of six rows, over the groups first_group, first_group + every, ..."""
     a = b = c = d = zeros()
     for j in range(first_group, n, every):
         at, rows = panel + (half * n + j) * 512, six(row + j * UNPACKED + 16 * half, stride)
         scales = times(six(row + j * UNPACKED + 32, stride), load_f32x16(panel + 1024 * n + 128 * j))
-        a, b = add_group(a, rows, 0, at, scales), add_group(b, rows, 1, at, scales)
-        c, d = add_group(c, rows, 2, at, scales), add_group(d, rows, 3, at, scales)
+        a, b = add_group_to_six(a, rows, 0, at, scales), add_group_to_six(b, rows, 1, at, scales)
+        c, d = add_group_to_six(c, rows, 2, at, scales), add_group_to_six(d, rows, 3, at, scales)
     return a, b, c, d
 
 
@@ -145,7 +145,7 @@ class ManyTokens(Blocks):
 
     @part
     def add_minimums(sums, row, stride, n, panel):
-        """The sums of six rows with what the minimums contribute added."""
+        """The sums of six rows with minimum * s added; unchanged where a format has no minimums."""
         return sums
 
     @part
@@ -164,11 +164,11 @@ class ManyTokens(Blocks):
     @entry
     def matmul_many(y, stride, w, row_bytes, n, out, i0, i1):
         """Write out[t, i] = row i of w . activations t, for the rows i0 to i1; y: panels of n groups."""
-        unpacked, sums = np.empty(ROWS * n * UNPACKED + 63, np.uint8), np.empty((ROWS, 16), np.float32)
+        unpacked, sums = np.empty(ROWS_AT_ONCE * n * UNPACKED + 63, np.uint8), np.empty((ROWS_AT_ONCE, 16), np.float32)
         n_tok, w, y = out.shape[0], address_of(w), first_record(y)
         rows, row_stride, at = first_record(unpacked), n * UNPACKED, address_of(sums)
-        for begin in range(i0, i1, ROWS):
-            end = min(begin + ROWS, i1)
+        for begin in range(i0, i1, ROWS_AT_ONCE):
+            end = min(begin + ROWS_AT_ONCE, i1)
             for i in range(begin, begin + 6 * ((end - begin + 5) // 6)):
                 fmt.unpack_to_bytes(w + min(i, end - 1) * row_bytes, n, rows + (i - begin) * row_stride)
             for t in range(0, n_tok, 16):
@@ -182,14 +182,16 @@ class ManyTokens(Blocks):
 
     @classmethod
     def kernels(cls) -> dict[str, Any]:
+        """The kernels that Python calls, by their names in Format."""
         return super().kernels() | {"matmul_many": cls.matmul_many}
 
 
 class ManyTokensWithMinimum(ManyTokens, BlocksWithMinimum):
-    """The same for a format with minimums."""
+    """A format of blocks with minimums and a kernel for MANY_FROM tokens or more."""
 
     @part
     def add_minimums(sums, row, stride, n, panel):
+        """The sums of six rows with minimum * s of all groups added."""
         a, b, c, d, e, f = zeros()
         for j in range(n):
             at, s = six(row + j * UNPACKED + 36, stride), load_f32x16(panel + 1024 * n + 128 * j + 64)
@@ -200,10 +202,11 @@ class ManyTokensWithMinimum(ManyTokens, BlocksWithMinimum):
 
 
 class ManyTokensInTwoSums(ManyTokens, BlocksInTwoSums):
-    """The same with one sum over the even groups and one over the odd groups."""
+    """A format that sums even and odd groups apart, with a kernel for MANY_FROM tokens or more."""
 
     @part
     def partial_sums(row, stride, n, panel, half):
+        """The partial sums 4 half to 4 half + 3 of six rows: over the even groups, plus over the odd groups."""
         even, odd = four_sums(row, stride, 0, n, 2, panel, half), four_sums(row, stride, 1, n, 2, panel, half)
         return add(even[0], odd[0]), add(even[1], odd[1]), add(even[2], odd[2]), add(even[3], odd[3])
 

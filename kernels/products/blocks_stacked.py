@@ -1,7 +1,8 @@
-"""Blocks of 32 weights, four rows with one token: rows that share vectors.
+"""Blocks of 32 weights, four rows with one token, with the quants of all four rows in one vector.
 
-Decoding a token multiplies every weight once. Where quants are nibbles, much of the work on them is shared when the
-same group of four rows lies in one vector: 16 bytes of each row fill it. The sums are those of blocks.py, bit for bit.
+Decoding a token uses each weight once, so unpacking cannot be shared between tokens. It is shared between rows instead:
+where quants are nibbles, a block has 16 bytes of them, and those of four rows fill a vector of 64 bytes. The sums equal
+those of blocks.py, bit for bit.
 """
 
 from ..machine.cpu import dot4
@@ -24,7 +25,7 @@ from ..machine.vectors import (
 )
 from .blocks import Blocks, BlocksWithMinimum
 
-# What formats read of four rows.
+# How formats read the same block of four rows.
 
 
 @inline
@@ -100,7 +101,7 @@ def scale_at(record, j):
 
 @inline
 def sum_of_rows(acc):
-    """The total of each row's eight lanes, added in the order of lanes.total; each four times."""
+    """The total of each row's eight lanes, added in the order of lanes.total, four times in a vector."""
     v = acc[0] + acc[1]
     v = v + turn_by_two(v)
     return v + turn_by_one(v)
@@ -108,12 +109,12 @@ def sum_of_rows(acc):
 
 @inline
 def numbers(v):
-    """One number per row."""
+    """The numbers of the four rows, each of which is in four lanes of v."""
     return first(lane_of_row0(v)), first(lane_of_row1(v)), first(lane_of_row2(v)), first(lane_of_row3(v))
 
 
 class StackedBlocks(Blocks):
-    """A format of blocks that also reads group j of four rows, `stride` bytes apart, at once."""
+    """A format of blocks that can also read group j of four rows, `stride` bytes apart, at once."""
 
     @abstract
     def stacked_quants(row, stride, j):
@@ -139,6 +140,7 @@ class StackedBlocks(Blocks):
 
     @part
     def stack(row, stride, n, record):
+        """Sum four rows in two vectors, one group at a time."""
         acc = no_sums()
         for j in range(n):
             acc = fmt.add_group(acc, row, stride, j, record, fmt.stacked_scales(row, stride, j) * scale_at(record, j))
@@ -146,7 +148,7 @@ class StackedBlocks(Blocks):
 
 
 class StackedByFour(StackedBlocks):
-    """The same, with the scales of four groups read at once."""
+    """A format of stacked blocks that reads the scales of four groups of four rows at once."""
 
     @abstract
     def sixteen_scales(row, stride, j):
@@ -154,6 +156,7 @@ class StackedByFour(StackedBlocks):
 
     @part
     def stack(row, stride, n, record):
+        """Sum four rows in two vectors, with the scales of four groups read at once."""
         acc = no_sums()
         for j in range(0, n - 3, 4):
             at = record + 128 * j + 128
@@ -168,13 +171,13 @@ class StackedByFour(StackedBlocks):
 
 
 class StackedWithOneApart(StackedByFour):
-    """The same, for a format of which ggml sums a single token in another order than several."""
+    """A stacked format for which ggml sums the only token of a pass in another order than several tokens."""
 
     ONE_APART = True
 
     @part
     def stack_one(row, stride, n, record):
-        """The order of ggml_vec_dot_iq4_nl_q8_0: even and odd groups in separate sums, then one that is left over."""
+        """Sum in the order of ggml_vec_dot_iq4_nl_q8_0: even and odd groups apart, then a last group if n is odd."""
         a = b = no_sums()
         for j in range(0, n - 3, 4):
             at = record + 128 * j + 128
@@ -196,7 +199,7 @@ class StackedWithOneApart(StackedByFour):
 
 
 class StackedWithMinimum(StackedBlocks, BlocksWithMinimum):
-    """A format of blocks with minimums that also reads group j of four rows at once."""
+    """A format of blocks with minimums that can also read group j of four rows at once."""
 
     @abstract
     def stacked_minimums(row, stride, j):
@@ -204,6 +207,7 @@ class StackedWithMinimum(StackedBlocks, BlocksWithMinimum):
 
     @part
     def stack(row, stride, n, record):
+        """Sum four rows in two vectors, and minimums times s in a third one."""
         acc, lowest = no_sums(), f32x16(0)
         for j in range(n):
             acc = fmt.add_group(acc, row, stride, j, record, fmt.stacked_scales(row, stride, j) * scale_at(record, j))

@@ -1,19 +1,19 @@
 """Rows of plain numbers, 16 or 32 bits each: products with a few tokens, and unpacking.
 
-Sums are taken in the order of ggml's code for x86-64 with AVX-512, so that results are ggml's bit for bit: 16 lanes at
-a time (llamafile/sgemm.cpp, tinyBLAS), and where a row does not divide evenly, as ggml_vec_dot_* in vec.cpp do. ggml
-sums a single token always by ggml_vec_dot_*: `vec_dot` is that order, which numerics "ggml" takes for a pass of one
-token. Otherwise one token and several are summed alike, so a token's result is the same whatever the batch.
+Sums are taken in the order of ggml's code for x86-64 with AVX-512, so that results equal ggml's bit for bit: 16 lanes
+at a time (llamafile/sgemm.cpp, tinyBLAS), and as ggml_vec_dot_* in vec.cpp where a row does not divide evenly. ggml
+always sums the only token of a pass by ggml_vec_dot_*; numerics "ggml" takes that order, which is `vec_dot`, for a pass
+of one token. Otherwise one token and several are summed alike, so a token's result is the same whatever the batch.
 """
 
 from typing import Any
 
 import numpy as np
 
-from ..machine.lanes import even, first, fma, odd, total
+from ..machine.lanes import add_in_turn, even, first, fma, odd, total
 from ..machine.simd import address_of, store
 from ..machine.template import STAMPED, abstract, part
-from ..machine.vectors import f32x16, load_f32x1, load_f32x16, load_f32x32
+from ..machine.vectors import f32x16, load_f32x1, load_f32x16, load_f32x32, to_f64
 from .loops import Products, totals
 
 
@@ -25,7 +25,7 @@ class Floats(Products):
 
     @abstract
     def weights(address):
-        """f32x16, or f32x32 where CHUNK is 32: the weights from an address on."""
+        """f32x16, or f32x32 where CHUNK is 32: the weights that begin at an address."""
 
     @abstract
     def weight(address):
@@ -33,11 +33,17 @@ class Floats(Products):
 
     @part
     def start(y):
+        """The address of the first activation in y."""
         return address_of(y)
 
     @part
+    def products(row, x):
+        """A chunk of weights, each times the activation in its place."""
+        return fmt.weights(row) * load_f32x16(x)
+
+    @part
     def step(acc, v, x):
-        """The sum, a chunk of weights v further."""
+        """The sum with a chunk of weights v, times the activations at x, added."""
         return fma(v, load_f32x16(x), acc)
 
     @part
@@ -52,6 +58,7 @@ class Floats(Products):
 
     @part
     def tile(row, row2, n, x, stride):
+        """Sum two rows with four tokens, a chunk at a time; odd lengths go through vec_dot."""
         if n % fmt.CHUNK:
             y, z = x + 2 * stride, x + 3 * stride
             a = fmt.dot(row, n, x), fmt.dot(row, n, x + stride), fmt.dot(row, n, y), fmt.dot(row, n, z)
@@ -65,6 +72,7 @@ class Floats(Products):
 
     @part
     def stack(row, stride, n, x):
+        """Sum four rows side by side, a chunk at a time; odd lengths go through vec_dot."""
         second, third, fourth = row + stride, row + 2 * stride, row + 3 * stride
         if n % fmt.CHUNK:
             return fmt.dot(row, n, x), fmt.dot(second, n, x), fmt.dot(third, n, x), fmt.dot(fourth, n, x)
@@ -98,7 +106,9 @@ class Floats(Products):
     def rest(acc, row, n, x):
         """The sum with the last n % 64 weights: products in float32, their sum in float64."""
         acc = np.float64(acc)
-        for i in range(n - n % 64, n):
+        for i in range(n - n % 64, n - n % fmt.CHUNK, fmt.CHUNK):
+            acc = add_in_turn(acc, to_f64(fmt.products(row + fmt.SIZE * i, x + 4 * i)))
+        for i in range(n - n % fmt.CHUNK, n):
             acc += first(fmt.weight(row + fmt.SIZE * i) * load_f32x1(x + 4 * i))
         return np.float32(acc)
 
@@ -112,7 +122,7 @@ class Floats(Products):
 
     @part
     def vec_dot_then_zeros(row, n, x):
-        """vec_dot of a row of n weights, a multiple of 16, that zeros fill up to a multiple of 64."""
+        """vec_dot of a row of n weights, a multiple of 16, as if zeros filled it up to a multiple of 64."""
         acc, most = fmt.no_chains(), n & -64
         for i in range(0, most, 64):
             acc = fmt.add_64(acc, row + fmt.SIZE * i, x + 4 * i)
@@ -128,7 +138,7 @@ class Floats(Products):
 
     @part
     def stack_one(row, stride, n, x):
-        """The order of ggml_vec_dot_*, in which ggml sums a single token always."""
+        """Sum four rows in the order of ggml_vec_dot_*, in which ggml always sums the only token of a pass."""
         second, third, fourth = row + stride, row + 2 * stride, row + 3 * stride
         a = b = c = d = fmt.no_chains()
         for i in range(0, n - 63, 64):
@@ -140,6 +150,7 @@ class Floats(Products):
 
     @part
     def unpack(row, n, to):
+        """Write the weights as float32, a chunk at a time, the last ones singly."""
         for i in range(0, n - fmt.CHUNK + 1, fmt.CHUNK):
             store(to + 4 * i, fmt.weights(row + fmt.SIZE * i))
         for i in range(n - n % fmt.CHUNK, n):
@@ -147,7 +158,7 @@ class Floats(Products):
 
     @classmethod
     def kernels(cls) -> dict[str, Any]:
-        """What Python calls: `matmul` for float32 activations as well; rows are unpacked from MANY_FROM tokens on."""
+        """The kernels that Python calls: `matmul` for float32 activations as well, matmul_unpacked for many tokens."""
         many = {"matmul_many": cls.matmul_unpacked} if cls.MANY_FROM else {}
         return super().kernels() | {"matmul_f32": cls.matmul} | many
 
@@ -158,21 +169,28 @@ class FloatPairs(Floats):
     CHUNK, MANY_FROM = 32, 0
 
     @part
+    def products(row, x):
+        return fmt.weights(row) * load_f32x32(x)
+
+    @part
     def step(acc, v, x):
-        """Of each pair the second product is added first."""
+        """The sum with 32 products added, the second of each pair before the first."""
         y = load_f32x32(x)
         return fma(even(v), even(y), fma(odd(v), odd(y), acc))
 
     @part
     def no_chains():
+        """The two sums before the first 64 weights."""
         return f32x16(0), f32x16(0)
 
     @part
     def add_64(acc, row, x):
+        """The two sums with the next 64 weights added, 32 to each."""
         return fmt.step(acc[0], fmt.weights(row), x), fmt.step(acc[1], fmt.weights(row + 32 * fmt.SIZE), x + 128)
 
     @part
     def sum_of_chains(acc):
+        """The total of the two sums, in float64."""
         return np.float64(total(acc[0])) + np.float64(total(acc[1]))
 
 

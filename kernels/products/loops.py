@@ -1,11 +1,11 @@
-"""What products in all families share: the loops over rows and tokens, and the making of a format from its class.
+"""What the products of all families share: loops over rows and tokens, and how a class becomes a format.
 
-A row meets the activations of all tokens before the next rows are read, 16 rows at a time, so that it stays in the
-cache that is nearest to the CPU's core:
+Weights are read 16 rows at a time, and multiplied with the activations of all tokens before the next 16 are read, so
+that they stay in the CPU's nearest cache:
 
     n_tok = 1          `stack`: four rows with one token
     n_tok >= 4         `tile`: two rows with four tokens
-    float32 inputs     rows are unpacked to float32 first; four rows with six tokens, or with two
+    float32 inputs     rows are unpacked to float32 first, then multiplied four rows by six tokens, or by two
 """
 
 from typing import Any, ClassVar
@@ -19,25 +19,25 @@ from ..machine.simd import address_of, keep
 from ..machine.template import STAMPED, Template, abstract, entry, part
 from ..machine.vectors import f32x16, load_f32x16
 
-ROWS = 16  # rows that all tokens meet before the next rows are read
+ROWS = 16  # rows that are multiplied with all tokens before the next rows are read
 
 
 class Products(Template):
-    """The loops of every format. A class that states TYPE is a format: its kernels are made, and it is registered.
+    """The loops of every format. A class that sets TYPE is a format: its kernels are made, and it is registered.
 
-    An address is a number; nothing checks it. `row` is the address of a row of weights, `x` that of a token's
-    activations, as the family keeps them: plain float32 numbers, or the records that activations.py describes.
+    Addresses are plain numbers, and kernels do not check them. `row` is the address of a row of weights, `x` that of a
+    token's activations, as the family stores them: float32 numbers, or the records that activations.py describes.
     """
 
-    TYPE: ClassVar[int]  # ggml's number of the format; negative: only in memory, not registered
+    TYPE: ClassVar[int]  # ggml's number of the format; negative for a format that no file holds: it is not registered
     BLOCK: int  # weights per block
     SIZE: int  # bytes per block
     ACTIVATION: str  # how activations are rounded: see Format.activation
-    HALVES: tuple[int, ...] = ()  # the bytes of a block at which its F16 numbers begin, for hex dumps and tests
+    HALVES: tuple[int, ...] = ()  # byte offsets of the F16 numbers in a block, for tests that write blocks
     BIAS = 0  # weight = scale * (quant - BIAS) + minimum
     FAR = False  # True: the four rows of `stack` lie n_rows / 4 apart, so that memory is read as four long streams
-    ONE_APART = False  # True: ggml sums a single token in an order of its own, that of `stack_one`
-    MANY_FROM = 0  # `matmul_many` is taken from so many tokens on; 0: there is none
+    ONE_APART = False  # True: ggml sums the only token of a pass in another order, which `stack_one` has
+    MANY_FROM = 0  # from this number of tokens on, `matmul_many` is called; 0: the format has none
 
     format: ClassVar[Format]
 
@@ -55,20 +55,20 @@ class Products(Template):
 
     @part
     def stack_one(row, stride, n, x):
-        """The same for a token that is alone in its pass."""
+        """Four sums like those of `stack`, for the only token of a pass."""
         return fmt.stack(row, stride, n, x)
 
     @abstract
     def tile(row, row2, n, x, stride):
         """Two times four sums: dot products of two rows with four tokens, `stride` bytes apart.
 
-        What is unpacked of a row serves four sums. n: the length of a row, in weights, groups or superblocks, as the
-        family counts it. Each sum is the one that `stack` gives, bit for bit.
+        Weights are unpacked once for four tokens. n: the length of a row, in weights, groups or superblocks, as the
+        family counts it. Each sum is the same as that of `stack`, bit for bit.
         """
 
     @abstract
     def step(acc, weights, x):
-        """The sums `acc` of one row and one token with the next weights, as the family unpacks them, added."""
+        """The sums `acc` of one row and one token after the next weights, which the family has unpacked, are added."""
 
     @part
     def step_four_tokens(sums, weights, x, stride):
@@ -108,7 +108,7 @@ class Products(Template):
 
     @entry
     def matmul_one(y, stride, w, row_bytes, n, out, i0, i1):
-        """The same as `matmul` for a token that is alone in its pass."""
+        """Write out[0, i] = row i of w . the activations, for the only token of a pass; arguments as in `matmul`."""
         w, y = address_of(w), fmt.start(y)
         apart, step = ((i1 - i0) // 4, 1) if fmt.FAR else (1, 4)
         for i in range(i0, i0 + (i1 - i0) // 4 * step, step):
@@ -119,8 +119,8 @@ class Products(Template):
 
     @entry
     def matmul_unpacked(x, stride, w, row_bytes, n, out, i0, i1):
-        """The same as `matmul` with float32 activations, and rows unpacked to float32: n weights, a multiple of 16."""
-        # Not 4 n: rows that lie a power of two apart would compete for the same few places of the nearest cache.
+        """Do the same as `matmul` with float32 activations and unpacked rows; n: weights per row, a multiple of 16."""
+        # 64 more than 4 n: rows at distances of a power of two would share the same few lines of the nearest cache.
         row_stride = 4 * n + 64
         unpacked = np.empty(ROWS * row_stride, np.uint8)
         n_tok, w, x, rows = out.shape[0], address_of(w), address_of(x), address_of(unpacked)
@@ -153,12 +153,12 @@ class Products(Template):
 
     @classmethod
     def kernels(cls) -> dict[str, Any]:
-        """What Python calls, by the names that Format has for it."""
+        """The kernels that Python calls, by their names in Format."""
         one = {"matmul_one": cls.matmul_one} if cls.ONE_APART else {}
         return {"matmul": cls.matmul, "matmul_f32": cls.matmul_unpacked, "unpack_rows": cls.unpack_rows} | one
 
     def __init_subclass__(cls) -> None:
-        """Make a format of a class that states TYPE; a class without is a base of others."""
+        """Make a format of a class that sets TYPE; a class that does not is a base of other classes."""
         super().__init_subclass__()
         if "TYPE" in vars(cls):
             cls.stamp()
@@ -192,7 +192,7 @@ def four_rows_six_tokens(row, stride, n, x, x_stride):
 
 @inline
 def four_rows_two_tokens(row, stride, n, x, x_stride):
-    """The same with two tokens."""
+    """Dot products of four rows, `stride` bytes apart, with two tokens, x_stride bytes apart: four sums per token."""
     z = f32x16(0)
     a = b = z, z, z, z
     for i in range(0, 4 * n, 64):
@@ -204,7 +204,7 @@ def four_rows_two_tokens(row, stride, n, x, x_stride):
 
 @inline
 def step_four_rows(acc, w, x):
-    """The sums of four rows, 16 weights further, for one token."""
+    """The sums of four rows for one token, with the next 16 weights added."""
     v = load_f32x16(x)
     return fma(w[0], v, acc[0]), fma(w[1], v, acc[1]), fma(w[2], v, acc[2]), fma(w[3], v, acc[3])
 

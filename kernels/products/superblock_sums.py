@@ -1,8 +1,8 @@
-"""How dot products of superblocks are summed: one class per order that ggml has.
+"""The orders in which dot products of superblocks are summed: one class per order that ggml has.
 
 BIAS and minimums are added at the same point, and over the same number of lanes, as in ggml's x86-64 code; float sums
-depend on that order, so results are ggml's bit for bit. In each class, `step` takes what `Superblocks.opened` gives:
-quants q, scales by lanes s, factor d, and the class's own `rest`.
+depend on that order, and so results equal ggml's bit for bit. In each class, `step` takes the result of
+`Superblocks.opened`: quants q, scales by lanes s, factor d, and the class's own `correction`.
 Source: ggml-cpu/arch/x86/quants.c, ggml_vec_dot_q2_K_q8_K and the other functions named ggml_vec_dot_*_q8_K.
 """
 
@@ -22,14 +22,16 @@ def scale_of(record):
 
 
 class OneSum(Superblocks):
-    """8 lanes of sums: what the three classes below share."""
+    """8 lanes of sums, which the three classes below share."""
 
     @part
     def nothing():
+        """The sums before the first superblock: 8 lanes of 0."""
         return f32x8(0)
 
     @part
     def whole(acc):
+        """The dot product: the lanes added up."""
         return total(acc)
 
 
@@ -38,6 +40,7 @@ class BiasByLane(OneSum):
 
     @part
     def step(acc, opened, record):
+        """The sums with a superblock added; each dot4 starts from c, which subtracts BIAS before the scale."""
         q, s, d, _ = opened
         return fma(to_f32(sums_of_biased_products(q, s, record)), d * scale_of(record), acc)
 
@@ -46,11 +49,13 @@ class BiasBy16(OneSum):
     """BIAS is subtracted with the sums of 16 activations, two of them per lane."""
 
     @part
-    def rest(block):
+    def correction(block):
+        """The scales as i16, and BIAS."""
         return to_i16(fmt.scales(block)), fmt.BIAS
 
     @part
     def step(acc, opened, record):
+        """The sums with a superblock added; scale times BIAS times each sum of 16 activations is subtracted first."""
         q, s, d, (s16, bias) = opened
         sums = sums_of_products(q, s, record) - sums_of_pairs(s16, load_i16x16(record + 256)) * bias
         return fma(to_f32(sums), d * scale_of(record), acc)
@@ -60,11 +65,13 @@ class MinimumsOf16(OneSum):
     """Minimums times the sums of 16 activations, two of them per lane, are subtracted before the products are added."""
 
     @part
-    def rest(block):
+    def correction(block):
+        """The minimums as i16, and dmin."""
         return to_i16(fmt.minimums(block)), fmt.min_factor(block)
 
     @part
     def step(acc, opened, record):
+        """The sums with a superblock added: first the minimums are subtracted, then the products are added."""
         q, s, d, (m, dmin) = opened
         scale = scale_of(record)
         acc = fma(to_f32(sums_of_pairs(m, load_i16x16(record + 256))), dmin * -scale, acc)
@@ -72,18 +79,21 @@ class MinimumsOf16(OneSum):
 
 
 class MinimumsOf32(Superblocks):
-    """Minimums times the sums of 32 activations have 4 lanes of sums of their own."""
+    """Minimums times the sums of 32 activations are summed apart, in 4 lanes."""
 
     @part
-    def rest(block):
+    def correction(block):
+        """One minimum per 32 weights as i16, and dmin in 4 lanes."""
         return to_i16(even(fmt.minimums(block))), low(fmt.min_factor(block))
 
     @part
     def nothing():
+        """The sums before the first superblock: 8 lanes for the products, 4 for the minimums."""
         return f32x8(0), f32x4(0)
 
     @part
     def step(acc, opened, record):
+        """Both sums with a superblock added."""
         q, s, d, (m, dmin) = opened
         scale = scale_of(record)
         below = fma(to_f32(sums_of_pairs(m, load_i16x8(record + 288))), dmin * -scale, acc[1])
@@ -91,18 +101,21 @@ class MinimumsOf32(Superblocks):
 
     @part
     def whole(acc):
+        """The dot product: the lanes of both sums added up."""
         return total(acc[0]) + total(acc[1])
 
 
 class MinimumsInOne(MinimumsOf32):
-    """The same, added up to one whole number per superblock before the float product."""
+    """Minimums times the sums of 32 activations are one whole number per superblock before the float product."""
 
     @part
     def nothing():
+        """The sums before the first superblock: 8 lanes for the products, 1 for the minimums."""
         return f32x8(0), f32x1(0)
 
     @part
     def step(acc, opened, record):
+        """Both sums with a superblock added."""
         q, s, d, (m, dmin) = opened
         scale = scale_of(record)
         below = f32x1(np.float32(total(sums_of_pairs(m, load_i16x8(record + 288)))))

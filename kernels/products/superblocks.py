@@ -1,12 +1,12 @@
 """Superblocks of 256 weights: products with a few tokens, and unpacking.
 
-Every 16 or 32 weights of a superblock have a whole-number scale of their own; floats come only per superblock. Lane k
-of 8 adds up, in whole numbers,
+Each 16 or 32 weights of a superblock share a whole-number scale, and all 256 share one or two floats. Lane k of 8 adds
+up, in whole numbers,
 
     scale * (dot4(quants, q) of the weights 4k to 4k + 3 of each 32)
 
-over a superblock, and only then comes the float product with factor * d. q and d are the activations', see Q8_K in
-activations.py. The classes in superblock_sums.py say how BIAS and the minimums are added.
+over a superblock, and only then is the sum multiplied by the float factor * d. q and d belong to the activations, see
+Q8_K in activations.py. The classes in superblock_sums.py say how BIAS and the minimums are added.
 """
 
 from ..machine.cpu import dot4
@@ -54,11 +54,11 @@ class Superblocks(Products):
         """f32x8: the float by which the minimums are multiplied, in all lanes."""
         return f32x8(0)
 
-    # What a way to sum brings, see superblock_sums.py.
+    # What each order of summing defines, see superblock_sums.py.
 
     @part
-    def rest(block):
-        """What BIAS or the minimums bring to every dot product with a superblock."""
+    def correction(block):
+        """The part of a superblock that BIAS or the minimums need; it is the same for all tokens."""
         return 0
 
     @abstract
@@ -71,13 +71,14 @@ class Superblocks(Products):
 
     @part
     def start(y):
+        """The address of the first record in y."""
         return first_record(y)
 
     @part
     def opened(block):
-        """What a superblock brings to every dot product with it: quants, scales by lanes, factor, rest."""
+        """A superblock unpacked, for all tokens: quants, scales by lanes, factor, correction."""
         s = fmt.scales(block)
-        return fmt.quants(block), (lanes0(s), lanes1(s), lanes2(s), lanes3(s)), fmt.factor(block), fmt.rest(block)
+        return fmt.quants(block), (lanes0(s), lanes1(s), lanes2(s), lanes3(s)), fmt.factor(block), fmt.correction(block)
 
     @part
     def dot(row, n_blocks, record):
@@ -89,12 +90,13 @@ class Superblocks(Products):
 
     @part
     def stack(row, stride, n, x):
-        """One row after another: a superblock has enough to compute that reading four at a time gains nothing."""
+        """Sum four rows one after another: they are compute-heavy, so reading four at once gains nothing."""
         a, b = fmt.dot(row, n, x), fmt.dot(row + stride, n, x)
         return a, b, fmt.dot(row + 2 * stride, n, x), fmt.dot(row + 3 * stride, n, x)
 
     @part
     def tile(row, row2, n_blocks, record, stride):
+        """Unpack a superblock of each of two rows, and add it to the sums of four tokens; then the next one."""
         a = b = fmt.nothing(), fmt.nothing(), fmt.nothing(), fmt.nothing()
         for j in range(n_blocks):
             a = fmt.step_four_tokens(a, fmt.opened(row + fmt.SIZE * j), record, stride)
@@ -105,6 +107,7 @@ class Superblocks(Products):
 
     @part
     def unpack(row, n, to):
+        """Write the weights superblock by superblock, rounded as in the reference code."""
         for block in range(row, row + n // 256 * fmt.SIZE, fmt.SIZE):
             q, d = fmt.quants(block), both_halves(fmt.factor(block)) * to_f32(fmt.scales(block))
             m = both_halves(fmt.min_factor(block)) * to_f32(fmt.minimums(block))
@@ -120,7 +123,7 @@ fmt: Superblocks = STAMPED
 
 @inline
 def both_halves(v):
-    """8 lanes twice."""
+    """The 8 lanes of v, twice: 16 lanes."""
     return concat(v, v)
 
 
@@ -129,7 +132,7 @@ def both_halves(v):
 
 @inline
 def sums_of_products(q, s, record):
-    """scale * dot4(quants, q), added up over the superblock."""
+    """scale * dot4(quants, q), summed over the superblock: i32x8."""
     a = dot4(i32x16(0), q[0], load_i8x64(record)) * s[0] + dot4(i32x16(0), q[1], load_i8x64(record + 64)) * s[1]
     b = dot4(i32x16(0), q[2], load_i8x64(record + 128)) * s[2] + dot4(i32x16(0), q[3], load_i8x64(record + 192)) * s[3]
     return low(a + b) + high(a + b)
@@ -137,13 +140,13 @@ def sums_of_products(q, s, record):
 
 @inline
 def biased(q, record, k):
-    """dot4 of the k-th 64 of quant - BIAS, by the sums c of the record."""
+    """dot4 of the k-th 64 of quant - BIAS: it starts from the sums c of the record, which hold -BIAS times the q."""
     return dot4(load_i32x16(record + 320 + 64 * k), q, load_i8x64(record + 64 * k))
 
 
 @inline
 def sums_of_biased_products(q, s, record):
-    """scale * dot4(quants - BIAS, q), added up over the superblock."""
+    """scale * dot4(quants - BIAS, q), summed over the superblock: i32x8."""
     a = biased(q[0], record, 0) * s[0] + biased(q[1], record, 1) * s[1]
     b = biased(q[2], record, 2) * s[2] + biased(q[3], record, 3) * s[3]
     return low(a + b) + high(a + b)
@@ -151,6 +154,6 @@ def sums_of_biased_products(q, s, record):
 
 @inline
 def sums_of_pairs(a, b):
-    """a[0] b[0] + a[1] b[1], a[2] b[2] + a[3] b[3], ...: i16 lanes in, half as many i32 lanes out."""
+    """Sums of neighbouring products, a[0] b[0] + a[1] b[1], ...: from i16 lanes, half as many i32 lanes."""
     products = to_i32(a) * to_i32(b)
     return even(products) + odd(products)

@@ -1,22 +1,24 @@
 """Superblocks with many tokens at once: 4 rows with a panel of 16 tokens, one token per lane.
 
 The rows are unpacked to bytes once for all tokens, and the activations are rearranged so that a vector holds four
-neighbouring quants of each of 16 tokens. What lanes add up are whole numbers over a superblock, whose sum is
+neighbouring quants of each of 16 tokens. The lanes add up whole numbers over a superblock. Each superblock then
+adds to the dot product of a row and a token
 
-    float of (sum of scale * quant * q) * factor - float of (sum of minimum * q) * min_factor, all that times d
+    (float(sum of scale * quant * q) * factor - float(sum of minimum * q) * min_factor) * d
 
-in float32, superblock after superblock. From 8 tokens on, ggml sums in this way (and not lane by lane as for fewer
-tokens, see superblock_sums.py), so from 8 tokens on this is done, bit for bit.
+in float32, superblock after superblock. ggml sums in this way from 8 tokens on (for fewer tokens lane by lane, see
+superblock_sums.py), and so does this file, bit for bit.
 Source: ggml-cpu/tiled/tiled-kernel.cpp, tiled_run_micro_vnni_8x16; tiled.cpp, ggml_tiled_min_batch.
 
-A panel has for each superblock 4672 bytes, and an unpacked row 384:
+Per superblock, a panel has 4672 bytes (left), and an unpacked row 384 (right):
 
     byte    0  q   64 x 16 x 4 i8    quants 4k to 4k + 3 of each token        byte   0  quants     256 x u8
     byte 4096  b    8 x 16 x 2 i16   two sums of 16 quants of each token      byte 256  scales      16 x i32
     byte 4608  d        16 x f32     the scale of each token                  byte 320  beside      16 x i16
                                                                               byte 352  factor       4 x f32
                                                                               byte 368  min_factor   4 x f32
-`beside` are the numbers that go with the sums of 16: minimums, or, where there is a BIAS, the scales once more.
+`beside` holds the numbers that multiply the sums of 16 activations: the minimums or, where a format has a BIAS, the
+scales once more.
 """
 
 from typing import Any
@@ -53,7 +55,7 @@ as_pairs = bitcast_to(Vec("i16", 32))
 
 
 def superblock_panel_bytes(n_tok: int, n_in: int) -> int:
-    """Bytes of the panels of n_tok tokens, and 63 more so that they can be aligned."""
+    """Bytes of the panels of n_tok tokens of n_in activations, and 63 more so that they can be aligned."""
     return -(-n_tok // 16) * (n_in // 256) * PANEL + 63
 
 
@@ -75,7 +77,7 @@ def fill_superblock_panels(records, n_tok, n_blocks, panels, p0, p1):
 
 @inline
 def pair_sums(at, panel):
-    """The sum over the superblock of a number per 16 weights, at an address, times each token's sums of 16 quants."""
+    """The sum over k of the k-th i16 number at an address times each token's k-th sum of 16 quants: i32x16."""
     sums = i32x16(0)
     for k in range(8):
         products = to_i32(as_pairs(everywhere(load_u32x1(at + 4 * k)))) * to_i32(load_i16x32(panel + 64 * k))
@@ -83,7 +85,7 @@ def pair_sums(at, panel):
     return sums
 
 
-class ManyTokens(Superblocks):
+class ManyTokensOfSuperblocks(Superblocks):
     """A format of superblocks with a kernel for MANY_FROM tokens or more."""
 
     MANY_FROM = 8
@@ -95,7 +97,7 @@ class ManyTokens(Superblocks):
 
     @abstract
     def result(sums, row, panel):
-        """f32x16: what a superblock adds to the sums of a row, before it is multiplied by the tokens' d."""
+        """f32x16: what a superblock of a row contributes to each token's sum, before the factor d of the token."""
 
     @part
     def unpack_to_bytes(row, n_blocks, to):
@@ -164,33 +166,38 @@ class ManyTokens(Superblocks):
 
     @classmethod
     def kernels(cls) -> dict[str, Any]:
+        """The kernels that Python calls, by their names in Format."""
         return super().kernels() | {"matmul_many": cls.matmul_many}
 
 
-class ManyTokensWithBias(ManyTokens):
+class ManyTokensWithBias(ManyTokensOfSuperblocks):
     """BIAS is subtracted with the sums of 16 activations."""
 
     @part
     def beside(block):
+        """The scales once more: BIAS times them is subtracted."""
         return fmt.scales(block)
 
     @part
     def result(sums, row, panel):
+        """(sums - BIAS * scale * sums of 16 activations) * factor."""
         whole = sums - pair_sums(row + 320, panel + 4096) * fmt.BIAS
         return to_f32(whole) * everywhere(load_f32x1(row + 352))
 
 
-class ManyTokensWithMinimums(ManyTokens):
+class ManyTokensWithMinimums(ManyTokensOfSuperblocks):
     """Minimums times the sums of 16 activations are subtracted."""
 
     @part
     def beside(block):
+        """The minimums."""
         return fmt.minimums(block)
 
     @part
     def result(sums, row, panel):
+        """sums * factor - minimum * sums of 16 activations * min_factor."""
         below = to_f32(pair_sums(row + 320, panel + 4096))
         return fma(below, everywhere(load_f32x1(row + 368)) * -1, to_f32(sums) * everywhere(load_f32x1(row + 352)))
 
 
-fmt: ManyTokens = STAMPED
+fmt: ManyTokensOfSuperblocks = STAMPED

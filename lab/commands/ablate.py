@@ -1,10 +1,11 @@
-"""`tinymia ablate`: what each attention head does for the answer, by what is lost without it.
+"""`tinymia ablate`: what each attention head contributes to the answer, measured by removing it.
 
-One head at a time loses its output, before Wo (its slice of kqv_merged): it becomes zero, the head's mean over a set of
-prompts, or what the head gave on another prompt. The effect is the metric then minus the metric of the run as it is: a
-head that the answer needs has a negative effect on logit difference, logit and probability. Zero is far from what later
-layers are used to, so that it hurts more than the loss of information alone; a mean or another prompt keep to what the
-head may give. Effects do not add up: where heads back each other up, none alone seems to matter.
+The output of one head at a time, before Wo (its slice of kqv_merged), is replaced by zero, by the head's mean over a
+set of prompts, or by its output on another prompt. The effect is the metric after that minus the metric of the
+unchanged run: a head that the answer needs has a negative effect on logit difference, logit and probability. Zero is
+far from the values that later layers usually get, so it does more damage than the loss of information alone; a mean, or
+another prompt, gives usual values. Effects do not add up: if heads can replace each other, no single one seems to
+matter.
 
 Source: Michel, Levy, Neubig, Are Sixteen Heads Really Better than One? (2019), arXiv 1905.10650 (zero); Wang et al.,
 Interpretability in the Wild (2022), arXiv 2211.00593 (mean, logit difference); Chan et al., Causal Scrubbing (2022)
@@ -28,6 +29,7 @@ from ..flags.action_flags import integers
 from ..flags.arguments import prompt_flags, prompt_ids
 from ..flags.chat import in_chat
 from ..flags.command import Command
+from ..flags.pair_flags import pair_flags
 from ..flags.parser import Parser, least
 from ..measure.answers import answer_and_rival
 from ..measure.head_ablation import METRICS, MODES, Layer, ablate_layer, check_mode, head_outputs, measure
@@ -69,13 +71,13 @@ def ablate(
     executor: Executor | None = None,
     out: str | Path | None = None,
 ) -> Ablation:
-    """Each head ablated alone, at positions `at` (all where None), and what becomes of the logits at the last position.
+    """Ablate each head alone, at positions `at` (None: all), and measure the change of the logits at the last position.
 
-    answer: text or id, by default the model's best token; against: of the logit difference, by default its best token
-    but the answer. mode "mean": by the mean of the head over `prompts`, of all their tokens or, with pool "last", of
-    the last; "resample": by the same positions of `other`. layers, heads: such as "0,3-5", all where None. An
-    executor's workers get a layer at a time. `out`, a .npz or .json file, keeps what is done of a stopped run, and the
-    same call goes on from there. Raises Error.
+    answer: text or id, by default the model's best token; against: the other token of the logit difference, by default
+    the best token except the answer. mode "mean": put in the mean of the head over `prompts`, over all their tokens or,
+    with pool "last", over their last ones; "resample": its output at the same positions of `other`. layers, heads: such
+    as "0,3-5" (None: all). An executor's workers get a layer at a time. `out`, a .npz or .json file, keeps the result,
+    and a stopped run continues from it. Raises Error.
     """
     c = model.config
     check_mode(mode, pool, prompts, other)
@@ -84,7 +86,7 @@ def ablate(
     rows = positions(at, len(ids), "the prompt")
     wanted, which = chosen(layers, c.n_layer, "layer"), chosen(heads, c.n_head, "head")
     given = cut_prompts(model, prompts, "mean's") if prompts is not None else []
-    put = np.zeros((c.n_layer, 1, c.n_head, c.d_head_v), np.float32)        # what heads give: [n_layer, n_row or 1, ..]
+    put = np.zeros((c.n_layer, 1, c.n_head, c.d_head_v), np.float32)        # put in: [n_layer, n_row or 1, ...]
     if other is not None:
         put = head_outputs(model, other, at, len(ids))
     cache = model.cache()
@@ -120,7 +122,7 @@ def ablate(
 
 
 def _nothing(note: dict[str, Any], model: Model, ids: list[int], answer: int, against: int, plain: Any) -> Ablation:
-    """A result with nothing done."""
+    """An empty result, before the first cell is computed."""
     c = model.config
     return Ablation(
         note, [model.piece(i) for i in ids], answer, against, model.piece(answer), model.piece(against), list(METRICS),
@@ -134,12 +136,13 @@ def _nothing(note: dict[str, Any], model: Model, ids: list[int], answer: int, ag
 
 
 def add_flags(p: Parser) -> None:
-    """The prompt, its answer, what is ablated and how, and what is shown."""
+    """Add the flags of the prompt, its answer, what is ablated and how, and what is shown."""
     prompt_flags(p)
+    pair_flags(p)
     p.add_argument("--answer", metavar="TEXT", help="text, or #id (default: the model's best token)")
-    p.add_argument("--against", metavar="TEXT", help="of the logit difference (default: its best token but the answer)")
+    p.add_argument("--against", metavar="TEXT", help="the other token (default: the best but the answer)")
     p.add_argument("--mode", choices=MODES, default="zero",
-                   help="what the head gives instead: zero (default), its mean over --prompts, or that on --other")
+                   help="what replaces the head's output: zero (default), its mean over --prompts, or that on --other")
     p.add_argument("--prompts", metavar="FILE", help="for --mode mean: one prompt per line, or a JSON list (.json)")
     p.add_argument("--pool", choices=POOLS, default="mean",
                    help="the mean is that of all tokens of the prompts (mean, default), or of their last ones (last)")
@@ -148,7 +151,7 @@ def add_flags(p: Parser) -> None:
     p.add_argument("--layers", metavar="LIST", help="0,3-5 (default: all)")
     p.add_argument("--heads", metavar="LIST", help="0,3-5 (default: all)")
     group_flags(p)
-    p.add_argument("--metric", choices=METRICS, default=METRICS[0], help="that the table and the picture go by "
+    p.add_argument("--metric", choices=METRICS, default=METRICS[0], help="the metric of table and picture "
                    f"(default {METRICS[0]})")
     p.add_argument("-k", type=least(1), default=20, metavar="N", help="heads in the table (20)")
 
@@ -163,7 +166,7 @@ def before(args: Namespace) -> None:
 
 
 def run(args: Namespace, model: Model, out: Path | None) -> Ablation | GroupAblation:
-    """The ablation that the flags ask for: of single heads, or with --ffn or --group of groups."""
+    """Run the ablation that the flags describe: of single heads, or with --ffn or --group of groups."""
     prompt = prompt_ids(args, model, [*(args.prompts or ()), args.other or ""])
     prompts = None if args.prompts is None else [in_chat(args, model, text) for text in args.prompts]
     other = None if args.other is None else in_chat(args, model, args.other)
@@ -173,5 +176,6 @@ def run(args: Namespace, model: Model, out: Path | None) -> Ablation | GroupAbla
                   at=args.at, layers=args.layers, heads=args.heads, out=out)
 
 
-command = Command("ablate", "Silence one attention head at a time, and see what becomes of the answer.", add_flags,
-                  run, text, pictures, EPILOG, text_flags=("metric", "k"), picture_flags=("metric",), before=before)
+command = Command("ablate", "Silence one attention head at a time, and measure how the answer changes.", add_flags,
+                  run, text, pictures, EPILOG, text_flags=("metric", "k"), picture_flags=("metric",), before=before,
+                  with_pairs=("mode", "prompts", "pool", "at", "layers", "heads"))

@@ -1,4 +1,4 @@
-"""`tinymia ablate --group` and `--ffn`: groups of heads, FFNs and edges of attention, each group ablated at once."""
+"""`tinymia ablate --group` and `--ffn`: groups of heads, FFNs and attention edges; a group is ablated as a whole."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..runs.result import Result, about, resume
 
 @dataclass
 class GroupAblation(Result):
-    """The metrics with one group ablated at a time; what is not done yet is NaN, or -1."""
+    """The metrics with one group ablated at a time; NaN, or -1, where a group is not done yet."""
 
     groups: list[str]
     pieces: list[str]           # of the prompt's tokens, [n_tok]
@@ -36,14 +36,14 @@ class GroupAblation(Result):
     answer_piece: str
     against_piece: str
     metrics: list[str]          # logit-difference, logit and probability of the answer, kl: [n_metric]
-    plain: np.ndarray           # float64 [n_metric]: of the run as it is
+    plain: np.ndarray           # float64 [n_metric]: of the unchanged run
     values: np.ndarray          # float64 [n_metric, n_group]
     best: np.ndarray            # int32 [n_group]: id of the best token
     best_pieces: list[str]
 
     @property
     def effects(self) -> np.ndarray:
-        """Metrics minus those of the run as it is: float64 [n_metric, n_group]."""
+        """The metrics minus those of the unchanged run: float64 [n_metric, n_group]."""
         return self.values - self.plain[:, None]
 
 
@@ -53,10 +53,10 @@ def ablate_groups(
     pool: str = "mean", other: str | Sequence[int] | None = None, at: int | Sequence[int] | None = None,
     executor: Executor | None = None, out: str | Path | None = None,
 ) -> GroupAblation:
-    """Each group (knockout.py says how they are written) ablated at once, and what becomes of the last logits.
+    """Ablate each group as a whole (knockout.py says how they are written), and measure the change of the last logits.
 
-    The other arguments are those of `ablate`; `at`, `mode` and what goes with it are for heads and FFNs, not for edges.
-    An executor's workers get a group at a time. Raises Error.
+    The other arguments are those of `ablate`; `at`, `mode` and its arguments apply to heads and FFNs, not to edges. An
+    executor's workers get a group at a time. Raises Error.
     """
     if isinstance(groups, str) or not groups:
         raise Error("groups is a list of one or more, such as ['20.5,14.1', 'ffn-3', '23.4@-1:3']")
@@ -87,7 +87,7 @@ def ablate_groups(
 
 
 def groups_table(found: GroupAblation, metric: str, k: int) -> str:
-    """The k groups of the largest effect, with all metrics and what the model says without them."""
+    """A table of the k groups with the largest effects: all metrics, and the best token without the group."""
     effects = found.effects[METRICS.index(metric)]
     rows = [["without", "effect", *(f"{name} *" if name == metric else name for name in found.metrics), "says"],
             ["nothing", "", *(f"{v:.4g}" for v in found.plain), ""]]
@@ -98,29 +98,29 @@ def groups_table(found: GroupAblation, metric: str, k: int) -> str:
 
 
 def groups_text(found: GroupAblation, metric: str = METRICS[0], k: int = 20) -> str:
-    """What the terminal shows."""
+    """The text that the terminal shows."""
     return f"change of {in_words(found, metric)}, the largest first\n{groups_table(found, metric, k)}"
 
 
-text = groups_text      # what a result shows of itself
+text = groups_text      # for the result's __repr__
 
 
 def groups_map(found: GroupAblation, metric: str = METRICS[0]) -> Heatmap:
-    """Effects, a row for each group."""
+    """The effects as a heatmap, one row per group."""
     return Heatmap(found.effects[METRICS.index(metric)][:, None], found.groups, [metric],
                    "effect of ablating groups: " + visible(found.about["prompts"]["prompt"]["text"]), "metric",
                    "without", f"change of {in_words(found, metric)}", diverging=True)
 
 
 def in_words(found: Any, metric: str) -> str:
-    """What a metric is, in words."""
+    """A metric in words."""
     answer, against = visible(found.answer_piece), visible(found.against_piece)
     return {"logit-difference": f"logit of {answer} - logit of {against}", "logit": f"logit of {answer}",
-            "probability": f"probability of {answer}", "kl": "KL divergence from the run as it is (nats)"}[metric]
+            "probability": f"probability of {answer}", "kl": "KL divergence from the unchanged run (nats)"}[metric]
 
 
 def group_flags(p: argparse.ArgumentParser) -> None:
-    """--ffn, --group."""
+    """Add --ffn and --group."""
     p.add_argument("--ffn", action="store_true", help="every FFN instead of every head (or those of --layers)")
     p.add_argument("--group", action="append", default=[], metavar="PARTS",
                    help="ablate parts together, and more than once for several groups: 20.5,14.1 (heads), attn-20, "
@@ -131,7 +131,7 @@ def run_groups(
     args: argparse.Namespace, model: Model, prompt: str | Sequence[int],
     prompts: Sequence[str | Sequence[int]] | None, other: str | Sequence[int] | None, out: Path | None,
 ) -> GroupAblation:
-    """The ablation of groups that --ffn and --group ask for."""
+    """Run the ablation of the groups that --ffn and --group name."""
     if args.heads or (args.layers and not args.ffn):
         raise Error("--heads and --layers choose among single heads: leave them out beside --group and --ffn "
                     "(--layers goes with --ffn)")

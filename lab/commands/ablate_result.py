@@ -1,4 +1,4 @@
-"""What `tinymia ablate` found, its words and its pictures."""
+"""The result of `tinymia ablate`, its text and its pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .ablate_groups import GroupAblation, groups_map, groups_text, in_words
 
 @dataclass
 class Ablation(Result):
-    """The metrics with one head ablated at a time. What was not asked for, or is not done yet, is NaN, or -1."""
+    """The metrics with one head ablated at a time; NaN, or -1, where a head was not chosen or is not done yet."""
 
     pieces: list[str]           # of the prompt's tokens, [n_tok]
     answer: int                 # ids
@@ -23,28 +23,28 @@ class Ablation(Result):
     answer_piece: str
     against_piece: str
     metrics: list[str]          # logit-difference, logit and probability of the answer, kl: [n_metric]
-    plain: np.ndarray           # float64 [n_metric]: of the run as it is
-    values: np.ndarray          # float64 [n_metric, n_layer, n_head]; kl: of the ablated from the run as it is, nats
+    plain: np.ndarray           # float64 [n_metric]: of the unchanged run
+    values: np.ndarray          # float64 [n_metric, n_layer, n_head]; kl: from the unchanged run, in nats
     best: np.ndarray            # int32 [n_layer, n_head]: id of the best token
     best_pieces: list[list[str]]
-    means: np.ndarray           # float64 [n_layer, n_head, d_head_v]: mode mean, of the prompts so far
-    n_means: np.ndarray         # int64 []: prompts in the means so far
+    means: np.ndarray           # float64 [n_layer, n_head, d_head_v]: for mode mean, over the prompts so far
+    n_means: np.ndarray         # int64 []: the number of prompts in the means so far
 
     @property
     def effects(self) -> np.ndarray:
-        """Metrics minus those of the run as it is: float64 [n_metric, n_layer, n_head]."""
+        """The metrics minus those of the unchanged run: float64 [n_metric, n_layer, n_head]."""
         return self.values - self.plain[:, None, None]
 
 
 def ranked(found: Ablation, metric: str) -> list[tuple[int, int]]:
-    """Heads (layer, head) by the size of their effect, the largest first."""
+    """The heads, as (layer, head), by the size of their effect, the largest first."""
     effects = np.nan_to_num(np.abs(found.effects[METRICS.index(metric)]), nan=-1.0)
     order = np.argsort(-effects, axis=None, kind="stable")
     return [(int(i) // effects.shape[1], int(i) % effects.shape[1]) for i in order if effects.flat[i] >= 0]
 
 
 def heads_table(found: Ablation, metric: str, k: int) -> str:
-    """The k heads of the largest effect, with all metrics and what the model says without them."""
+    """A table of the k heads with the largest effects: all metrics, and the best token without the head."""
     mark = ["effect"] + [f"{name} *" if name == metric else name for name in found.metrics]
     rows = [["head", *mark, "says"], ["none", "", *(f"{v:.4g}" for v in found.plain), ""]]
     for il, head in ranked(found, metric)[:k]:
@@ -55,7 +55,7 @@ def heads_table(found: Ablation, metric: str, k: int) -> str:
 
 
 def heatmap(found: Ablation, metric: str = METRICS[0]) -> Heatmap:
-    """Effects, layer x head."""
+    """The effects as a heatmap, layer x head."""
     effects = found.effects[METRICS.index(metric)]
     layers, heads = ([str(i) for i in range(n)] for n in effects.shape)
 
@@ -75,12 +75,12 @@ def heatmap(found: Ablation, metric: str = METRICS[0]) -> Heatmap:
 
 
 def pictures(found: Ablation | GroupAblation, metric: str = METRICS[0]) -> list[Heatmap]:
-    """The effects in one metric, of single heads or of groups."""
+    """The heatmap of the effects in one metric, of single heads or of groups."""
     return [groups_map(found, metric) if isinstance(found, GroupAblation) else heatmap(found, metric)]
 
 
 def text(found: Ablation | GroupAblation, metric: str = METRICS[0], k: int = 20) -> str:
-    """What the terminal shows."""
+    """The text that the terminal shows."""
     if isinstance(found, GroupAblation):
         return groups_text(found, metric, k)
     picture = heatmap(found, metric)

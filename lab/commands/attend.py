@@ -1,8 +1,8 @@
-"""`tinymia attend`: where each head looks, and what kind of head that makes it.
+"""`tinymia attend`: the attention pattern of each head, and what kind of head it is.
 
-Three numbers sum a head up: how much a token looks at the one before it, at the first one, and at what followed an
-earlier copy of itself (induction). The last is measured on random tokens that repeat, where nothing else helps, and on
-the prompt.
+Three scores describe a head: the weight on the token before, on the first token, and on what followed an earlier copy
+of the token (induction). The last one is measured on a sequence of random tokens that repeats, where nothing else helps
+to predict, and on the prompt.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tinymia_engine import best as best_of
 from ..flags.action_flags import Output, change_flags, patch_flags, read_actions
 from ..flags.arguments import check_file, prompt_flags, prompt_ids
 from ..flags.command import Command
+from ..flags.pair_flags import pair_flags
 from ..flags.parser import Parser, least
 from ..measure.attention_scores import first_score, induction_score, previous_score, repeated_tokens
 from ..measure.selection import chosen
@@ -38,10 +39,10 @@ from ..runs.result import Result, about, describe, resume
 
 @dataclass
 class Attention(Result):
-    """Patterns of the heads that were asked for, scores of all heads."""
+    """The patterns of the chosen heads, and the scores of all heads."""
 
     pieces: list[str]               # of the prompt's tokens, [n_tok]
-    layers: list[int]               # whose patterns are kept
+    layers: list[int]               # the layers whose patterns are kept
     heads: list[int]
     patterns: np.ndarray            # float32 [len(layers), len(heads), n_tok, n_tok]: query, key
     previous: np.ndarray            # float32 [n_layer, n_head], on the prompt
@@ -68,11 +69,11 @@ def attend(
     out: str | Path | None = None,
     kept: str | None = "float32",
 ) -> Attention:
-    """Attention patterns of some layers and heads, all where None, and the scores of every head.
+    """Compute the attention patterns of some layers and heads (None: all), and the scores of every head.
 
-    seed: of the random tokens; actions are done to the prompt's run, not to theirs. out: an .npz or .json file that a
-    stopped run is kept in and goes on from. kept: the type of the patterns: "float32", "float16", half as large and
-    right to three digits, which pictures need, or None, for scores alone. Raises Error.
+    seed: for the random tokens. actions: done in the run of the prompt only. out: an .npz or .json file that keeps the
+    result; a stopped run continues from it. kept: the type of the patterns: "float32"; "float16", which has half the
+    size and three digits, enough for pictures; or None, for scores alone. Raises Error.
     """
     c = model.config
     if kept not in ("float32", "float16", None) or (out is not None and kept != "float32"):
@@ -104,7 +105,7 @@ def attend(
         found.induction[ctx.layer or 0] = induction_score(x, again)
         bar.step()
 
-    known = found.patterns[..., 0, 0] if kept else np.full(1, np.nan)   # a pattern is there whole or not at all
+    known = found.patterns[..., 0, 0] if kept else np.full(1, np.nan)   # NaN if the pattern is not done
     todo: list[tuple[Any, list[Action], np.ndarray]] = [
         (prompt, [*actions, tinymia.Replace("kq_soft_max", in_prompt)], known),
         (again, [tinymia.Replace("kq_soft_max", in_repeated)], found.induction),
@@ -121,7 +122,7 @@ def attend(
 
 
 def score_maps(found: Attention) -> list[Heatmap]:
-    """Layer x head, a map for each score that there is."""
+    """The scores as heatmaps, layer x head, one per score that was measured."""
     maps = []
     for name, what in SCORES.items():
         values: np.ndarray = getattr(found, name)
@@ -133,7 +134,7 @@ def score_maps(found: Attention) -> list[Heatmap]:
 
 
 def strongest(found: Attention, n: int = 5) -> str:
-    """The heads with the highest scores, layer.head, a line per score."""
+    """A table of the n heads with the highest scores, one line per score."""
     lines: list[list[Any]] = []
     for name, what in SCORES.items():
         values: np.ndarray = getattr(found, name)
@@ -144,7 +145,7 @@ def strongest(found: Attention, n: int = 5) -> str:
 
 
 def pattern_map(found: Attention, layer: int, head: int) -> Heatmap:
-    """One head's pattern; the keys that a query cannot see are not there."""
+    """The pattern of one head as a heatmap; keys after the query are empty cells."""
     pattern = found.patterns[found.layers.index(layer), found.heads.index(head)]
     seen = np.tri(len(pattern), dtype=bool)
     return Heatmap(np.where(seen, pattern, np.nan), found.pieces, found.pieces,
@@ -152,30 +153,30 @@ def pattern_map(found: Attention, layer: int, head: int) -> Heatmap:
 
 
 def pictures(found: Attention) -> list[Heatmap]:
-    """The scores, and the pattern where one head was asked for and its pattern was kept."""
+    """The heatmaps of the scores and, if one head was chosen and its pattern kept, of the pattern."""
     one = len(found.layers) == len(found.heads) == 1 and found.patterns.size
     return score_maps(found) + ([pattern_map(found, found.layers[0], found.heads[0])] if one else [])
 
 
 def text(found: Attention) -> str:
-    """What the terminal shows."""
+    """The text that the terminal shows."""
     return "\n\n".join([*(h.terminal(*screen()) for h in pictures(found)), strongest(found)])
 
 
 def patterns_html(found: Attention) -> str:
-    """The patterns to click through, a fragment for a page."""
+    """The patterns as an interactive fragment for a page."""
     scores = {"previous token": found.previous, "first token": found.first, "induction": found.induction}
     return viewer(found.pieces, found.layers, found.heads, found.patterns, scores)
 
 
 def write_html(found: Attention, path: Path) -> None:
-    """The page: viewer and scores."""
+    """Write the page with the interactive patterns and the scores."""
     title = f"attention: {visible(found.about['prompts']['prompt']['text'])}"
     write_page(path, page(title, [patterns_html(found), *(h.html() for h in score_maps(found))]))
 
 
 def write_png(found: Attention, path: Path) -> None:
-    """The patterns as a PNG: a row of panels per layer, a panel per head."""
+    """Draw the patterns as a PNG: a row of panels per layer, a panel per head."""
     title = f"{found.about['model']['name']}: {found.about['prompts']['prompt']['text']}"
     draw(dict(zip(found.layers, found.patterns)), path, found.pieces, title, found.heads)
 
@@ -184,12 +185,13 @@ def write_png(found: Attention, path: Path) -> None:
 
 
 def add_flags(p: Parser) -> None:
-    """The prompt, the heads whose patterns are kept, the picture of scores, and actions."""
+    """Add the flags of the prompt, the heads whose patterns are kept, the picture of scores, and actions."""
     prompt_flags(p)
-    p.add_argument("--layers", metavar="LIST", help="whose patterns are kept and drawn: 0,3-5 (default: all)")
-    p.add_argument("--heads", metavar="LIST", help="of these layers: 0,3-5 (default: all)")
-    p.add_argument("--scores", type=Output, metavar="FILE.png", help="draw the heads' scores, layer x head, there")
-    p.add_argument("--seed", type=least(0), default=0, metavar="N", help="of the random tokens that repeat (default 0)")
+    pair_flags(p, ("to-changed", "to-first", "first", "previous"))
+    p.add_argument("--layers", metavar="LIST", help="layers whose patterns are kept and drawn: 0,3-5 (default: all)")
+    p.add_argument("--heads", metavar="LIST", help="heads of these layers: 0,3-5 (default: all)")
+    p.add_argument("--scores", type=Output, metavar="FILE.png", help="draw the heads' scores, layer x head")
+    p.add_argument("--seed", type=least(0), default=0, metavar="N", help="seed of the random tokens (default 0)")
     patch_flags(p.add_argument_group("patch"))
     change_flags(p.add_argument_group("change"))
 
@@ -201,7 +203,7 @@ def before(args: Namespace) -> None:
 
 
 def run(args: Namespace, model: Model, out: Path | None) -> Attention:
-    """The attention that the flags ask for; patterns only as exact as what shows or keeps them needs."""
+    """Run what the flags describe, and keep the patterns only as exactly as the outputs need them."""
     prompt = prompt_ids(args, model)
     tell_sink(model, prompt)
     layers, heads = chosen(args.layers, model.config.n_layer, "layer"), chosen(args.heads, model.config.n_head, "head")
@@ -216,6 +218,6 @@ def run(args: Namespace, model: Model, out: Path | None) -> Attention:
 
 
 command = Command(
-    "attend", "Where each head looks, and what kind of head that makes it.", add_flags, run, text, pictures,
+    "attend", "Attention patterns: where each head looks, and what kind of head it is.", add_flags, run, text, pictures,
     'example: tinymia attend -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" -o attention.html', before=before,
     writers={".png": write_png, ".html": write_html})

@@ -1,24 +1,24 @@
-"""`tinymia attribute`: a logit split into what the embedding, each head and each FFN give to it directly.
+"""`tinymia attribute`: a logit split into the direct contributions of the embedding, each head and each FFN.
 
-The logits are a linear function of the last residual stream once the final norm is given the scale that it had in this
-run; the stream is a sum; so a logit is a sum over the stream's terms, each times one direction:
+If the scale of the final norm is kept at its value in this run, the logits are a linear function of the last residual
+stream. The stream is a sum of terms, so a logit is a sum, too: over the terms, each times one direction:
 
     direction = (W_output[answer] - W_output[against]) * output_norm / rms(x)       x = l_out of the last layer
     head h of layer l: Wo[:, its columns] @ kqv_merged-l[its columns] . direction   and so on for each term
 
 Where a norm, or a factor, stands between a block and the stream, a part passes it at the size that the block's output
-had in this run; where logits are scaled or capped, each token's row of W_output is multiplied by what that made of its
-logit in this run (tanh of a logit, over the logit). What a part does by way of later layers is not in it. Two more
+had in this run; where logits are scaled or capped, each token's row of W_output is multiplied by what the scale or the
+cap made of its logit in this run (logit / product). The effect of a part through later layers is not included. Two more
 kinds of part make the sum exact:
 
     rounding    the engine rounds activations before a product with weights that are not float32 (--numerics ggml), and
                 sums in float32. Heads are computed here without rounding, from kqv_merged and the decoded weights;
                 kqv_out minus their sum is its rounding. The product with the output matrix is treated the same way.
-    stream      what actions put in by other ways than the terms themselves: at kqv_out and behind it, ffn_inp, l_out,
-                and at the output norm, result_norm, result_output; without actions float32 rounding of sums, norms
-                and caps, about 1e-6
+    stream      what actions add elsewhere than at the terms themselves: at kqv_out and the steps after it, ffn_inp,
+                l_out, and at the output norm, result_norm, result_output; without actions, the float32 rounding of
+                sums, norms and caps, about 1e-6
 
-A logit by itself also holds what raises all tokens alike; a difference of two logits (`against`) does not.
+A single logit also contains what raises all tokens equally; a difference of two logits (`against`) does not.
 Source: Elhage et al., A Mathematical Framework for Transformer Circuits (2021), direct paths through the stream.
 """
 
@@ -39,6 +39,7 @@ from tinymia_files import Tensor
 from ..flags.action_flags import change_flags, patch_flags, read_actions
 from ..flags.arguments import prompt_flags, prompt_ids
 from ..flags.command import Command
+from ..flags.pair_flags import pair_flags
 from ..flags.parser import Parser, least
 from ..measure.answers import token_or
 from ..measure.passage import passage
@@ -53,9 +54,9 @@ __all__ = [
     "pictures", "text", "title", "top_neurons",
 ]  # fmt: skip
 
-TERMS = ("kqv_merged", "kqv_out", "ffn_out", "l_out", "result_norm")    # as actions left them
-ROWS = 256  # of a matrix that are decoded together
-Rows = dict[str, np.ndarray]    # of those tensors by exact name, at the position: float64
+TERMS = ("kqv_merged", "kqv_out", "ffn_out", "l_out", "result_norm")    # read after actions
+DECODED = 256   # rows of a matrix that are decoded at a time
+Rows = dict[str, np.ndarray]    # the rows of these tensors at the position, by exact name: float64
 
 
 def attribute(
@@ -68,10 +69,10 @@ def attribute(
     actions: Action | Sequence[Action] = (),
     out: str | Path | None = None,
 ) -> Attribution:
-    """Direct logit attribution at one position of a prompt.
+    """Compute the direct logit attribution at one position of a prompt.
 
-    answer, against: texts or ids; the best token where there is no answer. neurons: the layer whose FFN is split by
-    neuron. out: an .npz or .json file that a stopped run is kept in and goes on from. Raises Error.
+    answer, against: texts or ids; without an answer, the best token. neurons: the layer whose FFN is split by neuron.
+    out: an .npz or .json file that keeps the result; a stopped run continues from it. Raises Error.
     """
     c = model.config
     ids = model.ids(prompt)
@@ -123,7 +124,7 @@ def _output(
     found: Attribution, model: Model, logits: np.ndarray, row: Rows, computed: Rows, wanted: int | None,
     other: int | None,
 ) -> np.ndarray:
-    """Logit and final norm: the direction in the stream whose products are the parts, float64 [n_embd]."""
+    """Fill in the logit and the final norm. Returns the direction that each part is multiplied by, float64 [n_embd]."""
     found.answer = int(logits.argmax()) if wanted is None else wanted
     found.answer_piece, found.against = model.piece(found.answer), other
     if found.answer == other:
@@ -147,7 +148,7 @@ def _output(
 
 
 def _made_of(product: np.ndarray, scale: float | None, cap: float | None) -> np.ndarray:
-    """What scale and soft cap make of each product with the output matrix, over the product: its logit = this * it."""
+    """The logit divided by the product with the output matrix, for each product: what scale and soft cap make of it."""
     factor = np.full(product.shape, 1.0 if scale is None else scale)
     if cap is not None:
         safe = np.where(product == 0, 1.0, product * factor)
@@ -156,7 +157,7 @@ def _made_of(product: np.ndarray, scale: float | None, cap: float | None) -> np.
 
 
 def _layer(found: Attribution, il: int, model: Model, row: Rows, computed: Rows, direction: np.ndarray) -> None:
-    """The parts of one layer, out of the rows of its tensors."""
+    """Fill in the parts of one layer, from the rows of its tensors."""
     c, (weight, bias) = model.config, model.weights.blk[il].attn_output
     x, l_out, ffn_out = row[stream(c, il)], row[f"l_out-{il}"], row[f"ffn_out-{il}"]    # [n_embd]
     by_attention = direction * passage(model, f"kqv_out-{il}", row[f"kqv_out-{il}"])    # [n_embd]
@@ -168,14 +169,14 @@ def _layer(found: Attribution, il: int, model: Model, row: Rows, computed: Rows,
     found.rounding[il] = attention - heads.sum() - found.bias[il]
     found.ffn[il] = ffn_out @ by_ffn
     found.stream[il] = (l_out - x) @ direction - attention - found.ffn[il]
-    found.heads[il] = heads  # last: a row without NaN is done
+    found.heads[il] = heads  # set last: a row without NaN is done
 
 
 def back(model: Model, weight: Tensor, direction: np.ndarray) -> np.ndarray:
-    """What each input of a matrix is worth: direction W, float64 [n_out] -> [n_in], a few rows decoded at a time."""
+    """The effect of one unit of each input of a matrix W: direction W, float64 [n_out] -> [n_in], decoded in parts."""
     worth = np.zeros(weight.shape[1])
-    for at in range(0, weight.shape[0], ROWS):
-        rows = np.arange(at, min(at + ROWS, weight.shape[0]))
+    for at in range(0, weight.shape[0], DECODED):
+        rows = np.arange(at, min(at + DECODED, weight.shape[0]))
         worth += direction[rows] @ model.rows(weight, rows)
     return worth
 
@@ -185,24 +186,25 @@ def back(model: Model, weight: Tensor, direction: np.ndarray) -> np.ndarray:
 
 EPILOG = """\
 tinymia attribute -p "Egypt -> Cairo, Norway -> Oslo, France ->" --answer Paris --against Italy
-rounding: what the engine's rounding of activations adds; stream: what actions put in by other ways
-than the parts themselves (at kqv_out, ffn_inp, l_out and behind), else float32 rounding"""
+rounding: what the engine's rounding of activations adds; stream: what actions add elsewhere than at
+the parts themselves (at kqv_out, ffn_inp, l_out and later), else float32 rounding"""
 
 
 def add_flags(p: Parser) -> None:
-    """The prompt, whose logits are split and how far, and actions."""
+    """Add the flags of the prompt, the logits that are split, and actions."""
     prompt_flags(p)
+    pair_flags(p)
     p.add_argument("--answer", metavar="TEXT", help="or #id (default: the best token)")
-    p.add_argument("--against", metavar="TEXT", help="or #id: split the answer's logit less this one's")
-    p.add_argument("--position", type=int, default=-1, metavar="POS", help="whose logits (default -1, the last)")
+    p.add_argument("--against", metavar="TEXT", help="or #id: split the answer's logit minus this one's")
+    p.add_argument("--position", type=int, default=-1, metavar="POS", help="of the logits (default -1, the last)")
     p.add_argument("--neurons", type=int, metavar="LAYER", help="split the FFN of this layer by neuron")
-    p.add_argument("--top", type=least(1), default=20, metavar="N", help="lines of the lists (default 20)")
+    p.add_argument("--top", type=least(1), default=20, metavar="N", help="the most lines in each list (default 20)")
     patch_flags(p.add_argument_group("patch"))
     change_flags(p.add_argument_group("change"))
 
 
 def run(args: Namespace, model: Model, out: Path | None) -> Attribution:
-    """The attribution that the flags ask for."""
+    """Run the attribution that the flags describe."""
     prompt = prompt_ids(args, model)
     tell_sink(model, prompt)
     return attribute(model, prompt, args.answer, args.against, args.position, args.neurons, read_actions(args, model),

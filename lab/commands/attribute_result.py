@@ -1,4 +1,4 @@
-"""What `tinymia attribute` found, its words and its pictures."""
+"""The result of `tinymia attribute`, its text and its pictures."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..runs.result import Result
 
 @dataclass
 class Attribution(Result):
-    """The parts of a logit; everything is in logits but `activations`."""
+    """The parts of a logit; everything is in logits, except `activations`."""
 
     pieces: list[str]               # of the prompt's tokens, [n_tok]
-    position: int                   # whose logits
+    position: int                   # the position of the logits
     answer: int                     # token ids
     answer_piece: str
     against: int | None
@@ -31,12 +31,12 @@ class Attribution(Result):
     output_bias: float
     output_rounding: float          # the rest of the logit as it was computed
     output_stream: float            # the rest of the logit
-    neuron_layer: int | None        # whose FFN is split further
-    neurons: np.ndarray             # float64 [n_ff]: ffn_gate_par times what its column of ffn_down is worth; else [0]
+    neuron_layer: int | None        # the layer whose FFN is split by neuron
+    neurons: np.ndarray             # float64 [n_ff]: ffn_gate_par times (column of ffn_down . direction); else [0]
     activations: np.ndarray         # float32 [n_ff], ffn_gate_par; else [0]
 
     def parts(self) -> list[tuple[str, float]]:
-        """(name, logits) of every part; those of a kind that the model does not have are left out."""
+        """All parts as (name, logits), without those of kinds that the model does not have."""
         named = [("embedding", self.embedding)]
         for il in range(len(self.ffn)):
             named += [(f"head {il}.{head}", v) for head, v in enumerate(self.heads[il])]
@@ -49,13 +49,13 @@ class Attribution(Result):
 
 
 def title(found: Attribution) -> str:
-    """What the parts add up to: logit of ▁Paris, or logit of ▁Paris less that of ▁Italy."""
-    less = "" if found.against_piece is None else f" less that of {visible(found.against_piece)}"
-    return f"logit of {visible(found.answer_piece)}{less}"
+    """The name of the sum of the parts: logit of ▁Paris, or logit of ▁Paris minus that of ▁Italy."""
+    minus = "" if found.against_piece is None else f" minus that of {visible(found.against_piece)}"
+    return f"logit of {visible(found.answer_piece)}{minus}"
 
 
 def pictures(found: Attribution) -> list[Heatmap]:
-    """Layer x head; then embedding, attention, FFN and the rest by layer, whose cells add up to the logit."""
+    """Two heatmaps: layer x head; and embedding, attention, FFN and the rest by layer, whose cells sum to the logit."""
     n_layer, n_head = found.heads.shape
     what = f"{title(found)}, {found.logit:.4g}, at position {found.position}"
     layers, columns = ([str(i) for i in range(n)] for n in (n_layer, n_head))
@@ -68,14 +68,14 @@ def pictures(found: Attribution) -> list[Heatmap]:
     names, so_far = ["tokens", *layers, "output"], np.cumsum(np.nansum(grid, 1))
     columns = ["embedding", "attention", "FFN", "rest"]
     hovers = [[f"{name if name in ('tokens', 'output') else f'layer {name}'}, {column}\nlogits {number(v)}\n"
-               f"all up to here {number(total)}" for column, v in zip(columns, row)]
+               f"sum up to here {number(total)}" for column, v in zip(columns, row)]
               for name, row, total in zip(names, grid, so_far)]
     return [heads, Heatmap(grid, names, columns, f"{what}: by layer", "part", "layer", "logits", hovers=hovers,
                            diverging=True, upward=True)]
 
 
 def largest(found: Attribution, top: int) -> str:
-    """The parts of the largest size, and what the others sum up to."""
+    """A table of the largest parts, and the sum of the others."""
     parts = sorted(found.parts(), key=lambda part: -abs(part[1]))
     rows = [[name, signed(v)] for name, v in parts[:top]]
     if parts[top:]:
@@ -85,7 +85,7 @@ def largest(found: Attribution, top: int) -> str:
 
 
 def kinds(found: Attribution) -> str:
-    """What each kind of part sums up to."""
+    """The sum of each kind of part, in one line."""
     sums = {"embedding": found.embedding, "heads": found.heads.sum(), "FFNs": found.ffn.sum(),
             "biases": found.bias.sum() + found.output_bias, "rounding": found.rounding.sum() + found.output_rounding,
             "stream": found.stream.sum() + found.output_stream}
@@ -93,9 +93,9 @@ def kinds(found: Attribution) -> str:
 
 
 def top_neurons(found: Attribution, top: int) -> str:
-    """The neurons of one FFN whose parts are the largest in size."""
+    """A table of the neurons of one FFN with the largest parts."""
     il, order = found.neuron_layer or 0, np.argsort(-np.abs(found.neurons), kind="stable")
-    rows = [["neuron", "ffn_gate_par", "a unit is worth", "logits"]]
+    rows = [["neuron", "ffn_gate_par", "logits per unit", "logits"]]
     for i in order[:top].tolist():
         value, part = float(found.activations[i]), found.neurons[i]
         rows.append([str(i), f"{value:+.4g}", signed(part / value if value else 0), signed(part)])
@@ -106,7 +106,7 @@ def top_neurons(found: Attribution, top: int) -> str:
 
 
 def text(found: Attribution, top: int = 20) -> str:
-    """What the terminal shows."""
+    """The text that the terminal shows."""
     maps = [h.terminal(*screen()) for h in pictures(found)]
     split = [top_neurons(found, top)] if found.neuron_layer is not None else []
     return "\n\n".join([*maps, largest(found, top), *split, kinds(found)])

@@ -1,17 +1,17 @@
 """`tinymia function-vector`: the attention heads that carry a task, and the vector they write.
 
-Of prompts with right demonstrations the mean output of each head at the last token is kept. On prompts whose labels are
-shuffled, so that they show no task, one head at a time is given its mean: by how much the right answer gets likelier is
-the head's causal indirect effect. What the heads of the largest mean effect write with their means, summed up, is the
-function vector. Added to l_out at the last token it makes the model do the task: after nothing but the query, or after
-shuffled demonstrations. The layer is chosen for each of the two on development queries, and the accuracy is that of
-others.
+First, the mean output of each head at the last token is measured on prompts with right demonstrations. Then, on prompts
+with shuffled labels, which show no task, one head at a time gets its mean as output. The rise of the right answer's
+probability is the head's causal indirect effect. The heads with the largest mean effects are chosen; the sum of what
+they write with their means is the function vector. Added to l_out at the last token, it makes the model do the task,
+after nothing but the query or after shuffled demonstrations. The layer is chosen for each of these two on development
+queries, and the accuracy is measured on other queries.
 
-Where the labels alone tell the task (copycat knows that Paris, Oslo, Cairo are capitals), shuffling takes nothing away:
-then the accuracy without the vector is high already, and the effects say nothing.
+If the labels alone show the task (copycat knows that Paris, Oslo and Cairo are capitals), shuffling removes nothing:
+then the accuracy without the vector is already high, and the effects mean nothing.
 
 Source: Todd, Li, Sen Sharma, Mueller, Wallace, Bau, Function Vectors in Large Language Models (2023), arXiv 2310.15213.
-Unlike there, all test queries count, also those that the model misses with right demonstrations.
+Unlike in the paper, all test queries count, also those that the model answers wrongly with right demonstrations.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ def function_vector(
     template: str | None = None, separator: str | None = None, score: str | None = None, prefix: str | None = None,
     bos: int | str | None = "auto", seed: int = 0, executor: Executor | None = None, out: str | Path | None = None,
 ) -> FunctionVector:
-    """Function vectors of tasks, by name, by file or as read: effects of heads, the vectors, accuracies.
+    """Measure function vectors of tasks (names, files, or Task objects): effects of heads, vectors, accuracies.
 
-    shots: demonstrations, 10 unless the task says otherwise; top: heads in the vector; heads: "shared", those of
-    the largest mean effect over all tasks, or "own", of the largest in the task alone; coef: what the vector is
-    multiplied by; n_mean, n_effect: prompts for the means and for the effects, of each task; n_dev: queries to choose
-    the layers; n_test: test queries, at most 30 % of the pairs; template, separator, score, prefix: as in `read_task`;
-    bos: as in `sinks.front`. An executor's workers get a prompt at a time. `out`, a .npz or .json file, keeps what is
-    done of a stopped run, and the same call goes on from there. Raises Error.
+    shots: demonstrations, 10 unless the task says otherwise; top: heads in the vector; heads: "shared", those with the
+    largest mean effect over all tasks, or "own", with the largest in the task alone; coef: a factor of the vector;
+    n_mean, n_effect: prompts per task for the means and for the effects; n_dev: queries to choose the layers; n_test:
+    test queries, at most 30 % of the pairs; template, separator, score, prefix: as in `read_task`; bos: as in
+    `sinks.front`. An executor's workers get a prompt at a time. `out`, a .npz or .json file, keeps the result, and a
+    stopped run continues from it. Raises Error.
     """
     c = model.config
     check_counts(seed, shots=shots, top=top, n_mean=n_mean, n_effect=n_effect, n_dev=n_dev, n_test=n_test)
@@ -114,7 +114,7 @@ def function_vector(
 
 
 def _nothing(note: dict[str, Any], tasks: list[str], model: Model, prompts: list[Prompts]) -> FunctionVector:
-    """A result with nothing done."""
+    """An empty result, before the first prompt is run."""
     n, c, heads = len(tasks), model.config, (model.config.n_layer, model.config.n_head)
     rows, n_effect, n_dev, n_test = (2, c.n_layer + 2), *(max(len(part) for part in parts) for parts in (
         [p.shuffled for p in prompts], [p.dev for p in prompts], [p.test for p in prompts]))
@@ -126,12 +126,12 @@ def _nothing(note: dict[str, Any], tasks: list[str], model: Model, prompts: list
 
 
 def add_flags(p: Parser) -> None:
-    """Tasks and their prompts, what the vector is made of, and how it is judged."""
+    """Add the flags of the tasks and their prompts, of the heads in the vector, and of the test."""
     task_flags(p, 10)
     p.add_argument("--top", type=least(1), default=10, metavar="N", help="heads in the vector (10)")
     p.add_argument("--heads", choices=("shared", "own"), default="shared",
                    help="the heads of the largest effect over all tasks (shared, default), or in each task alone (own)")
-    p.add_argument("--coef", type=float, default=1.0, metavar="X", help="what the vector is multiplied by (1)")
+    p.add_argument("--coef", type=float, default=1.0, metavar="X", help="factor of the vector (1)")
     p.add_argument("--n-mean", type=least(1), default=100, metavar="N", help="prompts for the mean head outputs (100)")
     p.add_argument("--n-effect", type=least(1), default=25, metavar="N", help="shuffled prompts for the effects (25)")
     p.add_argument("--n-dev", type=least(1), default=20, metavar="N", help="queries to choose the layers (20)")
@@ -139,7 +139,7 @@ def add_flags(p: Parser) -> None:
 
 
 def run(args: Namespace, model: Model, out: Path | None) -> FunctionVector:
-    """The function vectors that the flags ask for."""
+    """Run the experiment that the flags describe."""
     tell_front(model, args.bos)
     tell_answers(model, args.task)
     return function_vector(model, args.task, shots=args.shots, top=args.top, heads=args.heads, coef=args.coef,

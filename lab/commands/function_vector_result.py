@@ -1,4 +1,4 @@
-"""What `tinymia function-vector` found, its words and its pictures."""
+"""The result of `tinymia function-vector`, its text and its pictures."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..pictures.terminal import screen, signed, table
 from ..runs.result import Result
 
 NO_LAYER = """\
-on the development queries the vector gives no more right answers at any layer than there are without it. The
+at no layer are there more right answers with the vector than without it, on the development queries. The
 heads of the vector may not carry the task (--heads own, --top 20), or the vector may be too short (--coef 2), or the
-labels alone tell the task, so that the effects of heads say little."""
+labels alone show the task, so that the effects of heads mean little."""
 
 
 @dataclass
 class FunctionVector(Result):
-    """Tables by task, in the order of `tasks`. What is not there, or not done yet, is NaN."""
+    """Tables by task, in the order of `tasks`; NaN where a number does not exist or is not computed yet."""
 
     tasks: list[str]
     effects: np.ndarray         # float64 [n_layer, n_head]: mean causal indirect effect over tasks and prompts
@@ -40,14 +40,16 @@ class FunctionVector(Result):
 
     @property
     def layers(self) -> np.ndarray:
-        """The layer with the highest dev_accuracy after the bare query, after shuffled examples; the lowest where
-        several tie, -1 where none does better than without the vector: intp [n_task, 2]."""
+        """The best layer by dev_accuracy, after the bare query and after shuffled examples: intp [n_task, 2].
+
+        The lowest of equal ones; -1 if no layer is better than no vector.
+        """
         with_it = self.dev_accuracy[..., 1:-1]
         return np.where(with_it.max(-1) > self.dev_accuracy[..., 0], with_it.argmax(-1), -1)
 
 
 def tables(found: FunctionVector) -> list[str]:
-    """What was found, as text: accuracies, heads, and a word of warning where the effects say nothing."""
+    """The tables of the text: accuracies and heads, with a warning if the effects mean nothing."""
     rows, none = [], []
     for i, (name, layers) in enumerate(zip(found.tasks, found.layers.tolist())):
         cells = []
@@ -64,7 +66,7 @@ def tables(found: FunctionVector) -> list[str]:
     known = [name for name, (_, shuffled) in zip(found.tasks, found.accuracy) if shuffled[0] >= 0.9 * shuffled[-1]]
     if known:
         parts.append(f"{', '.join(known)}: answered with shuffled examples as well as with right ones. The labels "
-                     "alone tell the task,\nso that giving a head its mean cannot help, and its effect says little.")
+                     "alone show the task,\nso that giving a head its mean cannot help, and its effect means little.")
     own = found.about["settings"]["heads"] == "own"
     by_task = list(found.prompt_effects.mean(1)) if own else [found.effects]
     columns = [[f"{il}.{head} {signed(effects[il, head])}" for il, head in heads]
@@ -74,7 +76,7 @@ def tables(found: FunctionVector) -> list[str]:
 
 
 def heatmaps(found: FunctionVector) -> list[Heatmap]:
-    """Effects of the heads; accuracies by layer."""
+    """The heatmaps: effects of the heads; accuracies by layer."""
     layers = [str(il) for il in range(len(found.effects))]
     heads = Heatmap(found.effects, layers, [str(h) for h in range(found.effects.shape[1])],
                     "causal indirect effect of each head (probability of the answer)", "head", "layer",
@@ -85,7 +87,7 @@ def heatmaps(found: FunctionVector) -> list[Heatmap]:
 
 
 def charts(found: FunctionVector) -> list[Chart]:
-    """Accuracies by layer as lines."""
+    """The charts: accuracies by layer as lines."""
     layers = [str(il) for il in range(len(found.effects))]
     return [Chart(f"accuracy with the vector, {what}", "layer", layers, found.tasks, found.accuracy[:, i, 1:-1])
             for i, what in enumerate(("bare query", "shuffled examples"))]
@@ -97,7 +99,7 @@ def pictures(found: FunctionVector) -> list[Chart | Heatmap]:
 
 
 def text(found: FunctionVector) -> str:
-    """What the terminal shows."""
+    """The text that the terminal shows."""
     first, *rest = tables(found)
     return "\n\n".join([first, *(h.terminal(*screen()) for h in heatmaps(found)), *rest])
 

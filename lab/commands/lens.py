@@ -1,7 +1,7 @@
-"""`tinymia lens`: what each layer would say, at each position, if the model ended there.
+"""`tinymia lens`: the next token that the model would predict if it ended after a layer, at each position.
 
-Each row of a tensor of the residual stream's width goes through the final norm and the output matrix: tokens, scores,
-probabilities. Source: nostalgebraist, interpreting GPT: the logit lens (2020).
+Each row of a tensor as wide as the residual stream goes through the final norm and the output matrix, which gives
+tokens, scores and probabilities. Source: nostalgebraist, interpreting GPT: the logit lens (2020).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tinymia_kernels import rms_norm
 from ..flags.action_flags import change_flags, patch_flags, read_actions
 from ..flags.arguments import prompt_flags, prompt_ids
 from ..flags.command import Command
+from ..flags.pair_flags import pair_flags
 from ..flags.parser import Parser, least
 from ..measure.answers import log_softmax, token_or
 from ..measure.selection import position_of
@@ -31,22 +32,22 @@ from ..pictures.terminal import screen, table, visible
 from ..runs.progress import keeping
 from ..runs.result import Result, about, describe, resume
 
-NONE = -1   # stands for a token where a row is NaN
-ROWS = 32   # that go through the output matrix together: with 128 256 tokens their logits take 16 MB
+NONE = -1   # instead of a token id, if a row is NaN
+ROWS = 32   # rows that go through the output matrix at a time: with 128,256 tokens their logits take 16 MB
 
 
 @dataclass
 class Lens(Result):
-    """The best tokens of every row of every tensor, and how sure they are."""
+    """The best tokens of every row of every tensor, with scores, probabilities and entropy."""
 
     names: list[str]                # exact names of the tensors, in the order of computation: [n_name]
     pieces: list[str]               # of the prompt's tokens, [n_tok]
-    best: np.ndarray                # int32 [n_name, n_tok, k], ids, the best first; -1 in a row of NaN, which has none
+    best: np.ndarray                # int32 [n_name, n_tok, k], ids, the best first; -1 if the row is NaN
     best_pieces: list[list[list[str]]]
     scores: np.ndarray              # float32 [n_name, n_tok, k], raw, logit or prob
     probabilities: np.ndarray       # float32 [n_name, n_tok, k]
     entropy: np.ndarray             # float32 [n_name, n_tok], of all tokens, in nats
-    target: int | None              # id of the token that was asked for
+    target: int | None              # id of the token that is followed
     target_piece: str | None
     target_rank: np.ndarray         # int32 [n_name, n_tok], 0 for the best token; [0, 0] without a target
     target_score: np.ndarray        # float32 [n_name, n_tok]
@@ -63,18 +64,18 @@ def lens(
     actions: Action | Sequence[Action] = (),
     out: str | Path | None = None,
 ) -> Lens:
-    """The logit lens on tensors of [n_tok, n_embd], all positions of a prompt.
+    """Apply the logit lens to tensors of shape [n_tok, n_embd], at all positions of a prompt.
 
     names: exact names, base names, globs. score: as in Model.lens. target: an answer, or an id, whose rank and
-    probability are told everywhere. out: an .npz or .json file that a stopped run is kept in and goes on from.
-    Raises Error.
+    probability are given for every row. out: an .npz or .json file that keeps the result; a stopped run continues from
+    it. Raises Error.
     """
     patterns = [names] if isinstance(names, str) else list(names)
     found = {name for pattern in patterns for name in tinymia.match(pattern, model.table)}
     chosen = [name for name in model.table if name in found]
     for name in chosen:
         tinymia.Lens(name, k, score).bind(name, model.table[name][0], model)
-    model.lens(np.ones(model.config.n_embd, np.float32), k, score)      # complains of k and score
+    model.lens(np.ones(model.config.n_embd, np.float32), k, score)      # raises Error for a wrong k or score
     ids = model.ids(prompt)
     actions = tinymia.listed(actions)
     wanted = token_or(model, target, prompt, None, "target")
@@ -106,7 +107,7 @@ def _empty(model: Model, info: dict[str, object], names: list[str], ids: list[in
 
 
 def _fill(result: Lens, i: int, model: Model, x: np.ndarray, score: str) -> None:
-    """What the lens sees in one tensor, float32 [n_tok, n_embd]."""
+    """Fill in the results for one tensor x, float32 [n_tok, n_embd]."""
     k = result.best.shape[2]
     entropy = np.empty(len(x), np.float32)
     for rows in (slice(at, at + ROWS) for at in range(0, len(x), ROWS)):
@@ -130,14 +131,14 @@ def _fill(result: Lens, i: int, model: Model, x: np.ndarray, score: str) -> None
             result.target_probability[i, rows] = prob[:, t]
     result.best_pieces[i] = [["" if token == NONE else model.piece(int(token)) for token in row]
                              for row in result.best[i]]
-    result.entropy[i] = entropy  # last: a row without NaN is done
+    result.entropy[i] = entropy  # set last: a row without NaN is done
 
 
 # ---------------------------------------------------------------------------------------- pictures
 
 
 def labels(names: Sequence[str]) -> tuple[str, list[str]]:
-    """(what rows are, their labels): layer numbers where all tensors have the same base name."""
+    """The name of the rows, and their labels: layer numbers if all tensors have the same base name."""
     parts = [name.rpartition("-") for name in names]
     if len({base for base, _, _ in parts}) == 1 and all(dash for _, dash, _ in parts):
         return "layer", [layer for _, _, layer in parts]
@@ -145,10 +146,9 @@ def labels(names: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def pictures(found: Lens, colour: str = "prob") -> list[Heatmap]:
-    """The best tokens, coloured by their probability or by entropy; then the target's rank and probability."""
-    y, rows = labels(found.names)
+    """The heatmaps: best tokens, coloured by probability or entropy; then the target's rank and probability."""
+    (y, rows), prompt = labels(found.names), visible(found.about["prompts"]["prompt"]["text"])
     what = found.names[0].rpartition("-")[0] if y == "layer" else "tensors"
-    prompt = visible(found.about["prompts"]["prompt"]["text"])
     hovers = [[hover(found, i, j) for j in range(len(found.pieces))] for i in range(len(found.names))]
     best = Heatmap(
         found.probabilities[..., 0] if colour == "prob" else found.entropy, rows, found.pieces,
@@ -170,7 +170,7 @@ def pictures(found: Lens, colour: str = "prob") -> list[Heatmap]:
 
 
 def hover(found: Lens, i: int, j: int) -> str:
-    """All that is known of one row of one tensor."""
+    """The text shown when a cell is pointed at: all results for one row of one tensor."""
     rows = [[visible(piece), f"{score:.4g}", f"{probability:.1%}"] for piece, score, probability in
             zip(found.best_pieces[i][j], found.scores[i, j], found.probabilities[i, j])]
     lines = [f"{found.names[i]}, position {j} {visible(found.pieces[j])}", table(rows),
@@ -182,9 +182,8 @@ def hover(found: Lens, i: int, j: int) -> str:
 
 
 def details(found: Lens, position: int) -> str:
-    """One position down the layers: best token, score, probability, entropy, and the target's."""
-    y, rows = labels(found.names)
-    score = found.about["settings"]["score"]
+    """A table for one position, layer by layer: best token, score, probability, entropy, and those of the target."""
+    (y, rows), score = labels(found.names), found.about["settings"]["score"]
     j = position_of(position, len(found.pieces))
     head = [y, "best", score, "probability", "entropy"]
     target = visible(found.target_piece or "")
@@ -200,7 +199,7 @@ def details(found: Lens, position: int) -> str:
 
 
 def text(found: Lens, position: int = -1, colour: str = "prob") -> str:
-    """What the terminal shows; without colours the numbers stand before the tokens."""
+    """The text that the terminal shows; without colours, numbers stand before the tokens."""
     width, colours = screen()
 
     def plain(h: Heatmap) -> Heatmap:
@@ -216,29 +215,30 @@ def text(found: Lens, position: int = -1, colour: str = "prob") -> str:
 
 
 def add_flags(p: Parser) -> None:
-    """The prompt, the tensors, what is told of them, and actions."""
+    """Add the flags of the prompt, the tensors, the output, and actions."""
     prompt_flags(p)
+    pair_flags(p, ("probability", "rank", "logit-difference"))
     p.add_argument("--tensor", action="append", metavar="NAME",
-                   help="any of n_embd numbers a row (default l_out); more than once")
+                   help="any with n_embd numbers per row (default l_out); more than once")
     p.add_argument("-k", type=least(1), default=5, metavar="K", help="best tokens that are kept (default 5)")
     p.add_argument("--score", choices=("raw", "logit", "prob"), default="logit",
-                   help="raw: norm weight only, as the post; logit: the whole final norm (default); prob: its softmax")
-    p.add_argument("--target", metavar="TEXT", help="an answer, or #id: its rank and probability everywhere")
+                   help="raw: norm weight only, as in mia; logit: the whole final norm (default); prob: its softmax")
+    p.add_argument("--target", metavar="TEXT", help="an answer, or #id: give its rank and probability everywhere")
     p.add_argument("--colour", choices=("prob", "entropy"), default="prob", help="what the colours show")
     p.add_argument("--position", type=int, default=-1, metavar="POS",
-                   help="the position that is told of in numbers (default -1, the last)")
+                   help="position of the table in the text (default -1, the last)")
     patch_flags(p.add_argument_group("patch"))
     change_flags(p.add_argument_group("change"))
 
 
 def run(args: Namespace, model: Model, out: Path | None) -> Lens:
-    """The lens that the flags ask for."""
+    """Run the lens as the flags describe."""
     prompt = prompt_ids(args, model)
     tell_sink(model, prompt)
     return lens(model, prompt, args.tensor or "l_out", args.k, args.score, args.target, read_actions(args, model), out)
 
 
 command = Command(
-    "lens", "What each layer would say, at each position, if the model ended there: the logit lens.", add_flags, run,
+    "lens", "The logit lens: what the model would say at each position if it ended after a layer.", add_flags, run,
     text, pictures, 'example: tinymia lens -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --target Tallinn '
     "-o lens.html", text_flags=("position", "colour"), picture_flags=("colour",))

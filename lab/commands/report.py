@@ -1,6 +1,6 @@
-"""`tinymia report`: all about a prompt in one page: its tokens, lens, attention, attribution, interventions, text.
+"""`tinymia report`: one page about a prompt: its tokens, lens, attention, attribution, interventions, text.
 
-With interventions the lens and the attribution are shown without and with them, attention patterns with them.
+With interventions, lens and attribution are shown without and with them, and attention patterns with them.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def report(
     layers: str | Sequence[int] | None = None,
     actions: Action | Sequence[Action] = (),
 ) -> Report:
-    """Lens, attention and attribution of a prompt, and how the model goes on.
+    """Compute lens, attention and attribution of a prompt, and the model's continuation.
 
-    answer, against: as in `attribute`; the best token without interventions where there is no answer. n: tokens to go
-    on with. layers: whose attention patterns are kept, all where None. Raises Error.
+    answer, against: as in `attribute`; without an answer, the best token without interventions. n: tokens to generate.
+    layers: the layers whose attention patterns are kept (None: all). Raises Error.
     """
     c = model.config
     ids = model.ids(prompt)
     actions = tinymia.listed(actions)
     kept = chosen(layers, c.n_layer, "layer")
     if whole(n, "n") < 0:
-        raise Error(f"{n} tokens to go on with: it must be 0 or more")
+        raise Error(f"{n} tokens to generate: it must be 0 or more")
     check_size(len(kept), c.n_head, len(ids), MOST)
     at_prompt = [action for action in actions if action.when != "decode"]
     runs = [[], actions] if actions else [[]]
@@ -80,28 +80,28 @@ def report(
 
 EPILOG = """\
 tinymia report -p "Egypt -> Cairo, Norway -> Oslo, Estonia ->" --scale kqv_out-1 0 -o report.html
-what it shows is kept as numbers by the commands lens, attend and attribute"""
+the numbers that it shows can be saved by the commands lens, attend and attribute"""
 
 
 def add_flags(p: Parser) -> None:
-    """The prompt, whose logit is split, whose patterns are kept, and interventions."""
+    """Add the flags of the prompt, the logit that is split, the patterns that are kept, and interventions."""
     prompt_flags(p)
     p.add_argument("-n", "--n-predict", type=least(0), default=16, metavar="N", help="new tokens (default 16)")
-    p.add_argument("--answer", metavar="TEXT", help="or #id: whose logit is split (default: the best token)")
-    p.add_argument("--against", metavar="TEXT", help="or #id: split the answer's logit less this one's")
-    p.add_argument("--layers", metavar="LIST", help="whose attention patterns are kept: 0,3-5 (default: all)")
+    p.add_argument("--answer", metavar="TEXT", help="or #id: the token whose logit is split (default: the best)")
+    p.add_argument("--against", metavar="TEXT", help="or #id: split the answer's logit minus this one's")
+    p.add_argument("--layers", metavar="LIST", help="layers whose attention patterns are shown: 0,3-5 (default: all)")
     patch_flags(p.add_argument_group("patch"))
     change_flags(p.add_argument_group("change"))
 
 
 def run(args: Namespace, model: Model, out: Path | None) -> Report:
-    """The report that the flags ask for; it is not kept in a file of numbers."""
+    """Make the report that the flags describe."""
     return report(model, prompt_ids(args, model), args.answer, args.against, args.n_predict, args.layers,
                   read_actions(args, model))
 
 
 def pictures(found: Report) -> list[Heatmap]:
-    """The lens and the attribution, with interventions where there are some."""
+    """The heatmaps of lens and attribution, with interventions if there are some."""
     return [*lens_pictures(found.lenses[-1]), *attribute_pictures(found.attributions[-1])]
 
 
@@ -111,6 +111,6 @@ def write_html(found: Report, path: Path) -> None:
 
 
 command = Command(
-    "report", "All about a prompt in one page that needs no network: tokens, lens, attention, attribution, "
+    "report", "One page about a prompt, which needs no network: tokens, lens, attention, attribution, "
     "interventions, the text without and with them.", add_flags, run, text, pictures, EPILOG, results=(),
     drawn=(".html",), writers={".html": write_html})

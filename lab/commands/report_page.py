@@ -1,4 +1,4 @@
-"""The page of `tinymia report`: sections with links to them, everything reached by keyboard, by mouse and by finger."""
+"""The page of `tinymia report`: sections with links to them; it can be used by keyboard, mouse or finger."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .attribute_result import Attribution, kinds, pictures, title
 from .report_result import Report
 
 WITHOUT, WITH = "without interventions", "with interventions"
-PARTS = 16      # bars of an attribution
-DEFAULTS = (("when", "prompt"), ("value", 0.0), ("coef", 1.0))  # of actions, which go without saying
+PARTS = 16      # the most bars of an attribution
+DEFAULTS = (("when", "prompt"), ("value", 0.0), ("coef", 1.0))  # defaults of actions, which are not written
 
 STYLE = """<style>
 nav a,.token{display:inline-block;padding:.2rem .5rem;margin:.1rem;border:1px solid var(--line);border-radius:4px;
@@ -37,7 +37,7 @@ h3{font-size:1rem}
 
 
 def report_page(found: Report) -> str:
-    """One HTML document."""
+    """Make the page as one HTML document."""
     name, n = found.about["model"]["name"], len(found.pieces)
     sections = [
         ("text", "Text", _texts(found)), ("tokens", "Tokens", _tokens(found)),
@@ -52,7 +52,7 @@ def report_page(found: Report) -> str:
 
 
 def _texts(found: Report) -> str:
-    """Prompt and what follows it, and the probabilities of the next token."""
+    """The prompt with its continuations, and the probabilities of the next token."""
     prompt, names = found.about["prompts"]["prompt"]["text"], [WITHOUT, WITH][: len(found.outputs)]
     texts = "".join(f"<figure><figcaption>{name}</figcaption><pre class=said>{escape(prompt)}<b>{escape(output)}</b>"
                     "</pre></figure>" for name, output in zip(names, found.outputs))
@@ -69,15 +69,15 @@ def _tokens(found: Report) -> str:
 
 
 def _interventions(found: Report) -> str:
-    """The interventions, an action per line, its settings in words."""
+    """The interventions, one action per line, with its settings in words."""
     actions = found.about["settings"]["actions"]
     if not actions:
-        return "<p>None: the model ran as it is.</p>"
+        return "<p>None: the model ran unchanged.</p>"
     return "<ol>" + "".join(f"<li><code>{escape(words(action))}</code>" for action in actions) + "</ol>"
 
 
 def words(action: dict[str, Any]) -> str:
-    """Ablate kqv_merged-3, heads 1, mode zero."""
+    """An action in words, such as: Ablate kqv_merged-3, heads 1, mode zero."""
     said = [f"{action['action']} {action['name']}"]
     for key, value in action.items():
         if key not in ("action", "name") and value is not None and (key, value) not in DEFAULTS:
@@ -88,8 +88,8 @@ def words(action: dict[str, Any]) -> str:
 
 def _lens(found: Report) -> str:
     maps = [lens.pictures(one)[0] for one in found.lenses]
-    return ("<p class=faint>The best token after each layer, if the model ended there; the others when pointed at, by "
-            f"mouse, finger or arrow keys.</p>{_named([h.html() for h in maps])}")
+    return ("<p class=faint>The best token after each layer, if the model ended there; point at a cell, by mouse, "
+            f"finger or arrow keys, to see the others.</p>{_named([h.html() for h in maps])}")
 
 
 def _attention(found: Report) -> str:
@@ -97,7 +97,7 @@ def _attention(found: Report) -> str:
 
 
 def _attribution(found: Report) -> str:
-    """Bars of the largest parts, then layer x head and layer x kind; one scale of colours for both runs."""
+    """Bars of the largest parts, then layer x head and layer x kind, with one colour scale for both runs."""
     maps = [pictures(one) for one in found.attributions]
     spans = [max(max(map(abs, h.span)) for h in kind) for kind in zip(*maps)]
     most = max(abs(value) for one in found.attributions for _, value in one.parts()) or 1.0
@@ -106,12 +106,12 @@ def _attribution(found: Report) -> str:
         same = [replace(h, limits=(-span, span)) for h, span in zip(pair, spans)]
         sums = f"<p class=faint>{escape(kinds(one))}</p>"
         shown.append(bars(one, most) + sums + "".join(h.html() for h in same))
-    return ("<p class=faint>The logit as a sum of what each part writes directly; what a part does by way of later "
-            f"layers is not in it. Rounding: of the engine's; stream: what actions put in besides.</p>{_named(shown)}")
+    return ("<p class=faint>The logit as a sum of what each part writes directly; effects through later layers are "
+            f"not included. Rounding: the engine's rounding; stream: what actions add elsewhere.</p>{_named(shown)}")
 
 
 def bars(one: Attribution, most: float) -> str:
-    """The largest parts of a logit, what the others sum up to, and the logit; a bar of half the width is `most`."""
+    """The largest parts of a logit as bars, the sum of the others, and the logit; `most` is half the width."""
     parts = sorted(one.parts(), key=lambda part: -abs(part[1]))
     shades = rgb(np.array([value for _, value in parts[:PARTS]]), -most, most, True)
     rows = []
@@ -134,7 +134,7 @@ def _repeat(found: Report) -> str:
 
 
 def _named(fragments: Sequence[str]) -> str:
-    """One fragment as it is, two with headings."""
+    """One fragment unchanged; two with headings: without and with interventions."""
     if len(fragments) == 1:
         return fragments[0]
     return "".join(f"<h3>{name}</h3>{part}" for name, part in zip((WITHOUT, WITH), fragments))

@@ -1,4 +1,4 @@
-"""What `tinymia report` found, and its words."""
+"""The result of `tinymia report`, and its text."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .lens import Lens, details
 
 @dataclass
 class Report(Result):
-    """What the page shows. Lists have one entry, or two with interventions: without them, with them."""
+    """Everything that the page shows. Lists have one entry; with interventions two: without and with them."""
 
     pieces: list[str]               # of the prompt's tokens, [n_tok]
-    outputs: list[str]              # the text that the model went on with
+    outputs: list[str]              # the generated text
     comes: list[list[Any]]          # [piece, its probability in each run]: what comes after the prompt
     lenses: list[Lens]
     attention: Attention            # with the interventions
@@ -25,9 +25,9 @@ class Report(Result):
 
 
 def text(found: Report) -> str:
-    """What the terminal shows."""
+    """The text that the terminal shows."""
     parts = [f'{name}: "{output}"' for name, output in zip(("output", "with interventions"), found.outputs)]
     shares = [[visible(piece), *(f"{p:.1%}" for p in row)] for piece, *row in found.comes]
-    parts.append(table([["what comes", "probability", "with interventions"][: len(found.outputs) + 1], *shares]))
+    parts.append(table([["next token", "probability", "with interventions"][: len(found.outputs) + 1], *shares]))
     parts += [details(found.lenses[-1], -1), largest(found.attributions[-1], 10), kinds(found.attributions[-1])]
     return "\n\n".join(parts)

@@ -1,8 +1,8 @@
-"""`tinymia steer`: a direction in the residual stream, the difference of two sets of prompts, and the text with it.
+"""`tinymia steer`: a direction in the residual stream, from two sets of prompts, added while the model writes.
 
-From every prompt l_out is taken at its last token, or as the mean over its tokens. The mean over the positive prompts
-minus that over the negative ones is the vector of a layer. Coefficient times vector is added to l_out of the chosen
-layers, at every position of the chosen passes. With all passes that is what llama.cpp does with a control vector.
+Of every prompt, l_out is taken at the last token, or as the mean over the tokens. The vector of a layer is the mean
+over the positive prompts minus that over the negative ones. Coefficient times vector is added to l_out of the chosen
+layers, at every position of the chosen passes. With all passes, this is what llama.cpp does with a control vector.
 
 Source: Turner et al., Activation Addition (2023), arXiv 2308.10248; Rimsky et al., Steering Llama 2 via Contrastive
 Activation Addition (2023), arXiv 2312.06681 (difference of means; one layer, a third to half of the way up).
@@ -42,8 +42,9 @@ EPILOG = """\
   tinymia steer --positive examples/capitals.txt --negative examples/countries.txt -p "France ->" --coef 1 2 -n 1 \\
       -o capital.gguf
   tinymia steer --vector capital.gguf -p "Norway ->" --coef 2 -n 1
-A control vector, -o FILE.gguf, has the directions of the chosen layers, as they are: what --coef 2 does here, llama.cpp
-does with --control-vector-scaled FILE.gguf:2. Its layers begin at 1. An .npz keeps all layers, and --vector takes both.
+A control vector, -o FILE.gguf, holds the directions of the chosen layers, without the coefficient: --coef 2 here equals
+--control-vector-scaled FILE.gguf:2 in llama.cpp. Its layers begin at 1. An .npz file keeps all layers, and --vector
+takes both kinds of file.
 A file of prompts has one per line:
   examples/capitals.txt     Paris       Oslo        Cairo       ...
   examples/countries.txt    France      Norway      Egypt       ...
@@ -65,13 +66,13 @@ def steer(
     executor: Executor | None = None,
     out: str | Path | None = None,
 ) -> Steering:
-    """Make a vector of positive and negative prompts, or take one, and go on with a prompt without and with it.
+    """Make a vector from positive and negative prompts, or take one, and continue a prompt without and with it.
 
-    vector: a control vector, .gguf, a result of this command, .npz or .json, or float32 [n_layer, n_embd] with NaN for
-    layers without one. layers: such as "3-5"; by default the middle one, or those of the file. coef: one or several.
-    when: "prompt", "decode" or "all" passes. Without a prompt the vector alone is made. An executor's workers get a
-    prompt at a time. `out`, a .npz or .json file, keeps what is done of a stopped run, and the same call goes on from
-    there. Raises Error.
+    vector: a control vector (.gguf), a result of this command (.npz or .json), or float32 [n_layer, n_embd] with NaN
+    for layers without one. layers: such as "3-5"; by default the middle one, or those of the file. coef: one or
+    several. when: "prompt", "decode" or "all" passes. Without a prompt, only the vector is made. An executor's workers
+    get a prompt at a time. `out`, a .npz or .json file, keeps the result, and a stopped run continues from it. Raises
+    Error.
     """
     c, coefs = model.config, [float(k) for k in np.atleast_1d(coef)]
     _check(pool, coefs, when, n, prompt)
@@ -111,7 +112,7 @@ def steer(
                 bar.step()
             for k in coefs[len(found.texts) :]:
                 text, tokens = found.plain, found.plain_tokens
-                if when != "decode" or len(tokens) > 1:  # else there is no decoding pass that could be steered
+                if when != "decode" or len(tokens) > 1:  # otherwise there is no decoding pass to steer
                     said = _say(model, prompt, n, steering(found, k, when))
                     text, tokens = said.text, said.tokens
                 found.texts.append({"coef": k, "text": text, "tokens": tokens})
@@ -127,7 +128,7 @@ def steering(found: Steering, coef: float, when: str = "all") -> list[Add]:
 
 
 def _say(model: Model, prompt: str | Sequence[int], n: int, actions: Sequence[Add] = ()) -> Generation:
-    """What the model goes on with; half a text is none."""
+    """Generate a continuation; raise KeyboardInterrupt if it was interrupted, so that no half text is kept."""
     said = model.generate(prompt, n, actions)
     if said.stop_reason == "interrupted":
         raise KeyboardInterrupt
@@ -147,7 +148,7 @@ def _check(pool: str, coefs: list[float], when: str, n: int, prompt: Any) -> Non
 
 
 def read_vector(model: Model, vector: str | Path | np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """(float32 [n_layer, n_embd], the layers that it is for) of a file or an array. Raises Error."""
+    """Read a vector, float32 [n_layer, n_embd], from a file or an array, and the layers that have one. Raises Error."""
     c = model.config
     if isinstance(vector, np.ndarray):
         rows, where = np.array(vector, np.float32), "the vector"
@@ -173,25 +174,25 @@ def read_vector(model: Model, vector: str | Path | np.ndarray) -> tuple[np.ndarr
 
 
 def add_flags(p: Parser) -> None:
-    """The prompt, what the vector is made of, and where and how strongly it is added."""
+    """Add the flags of the prompt, of the vector, and of where and how strongly it is added."""
     prompt_flags(p)
     p.add_argument("--positive", type=Input, metavar="FILE",
-                   help="prompts that have what the vector stands for: one per line, or a JSON list (.json); with "
+                   help="prompts with what the vector stands for: one per line, or a JSON list (.json); with "
                         "--chat each is put into the chat format")
-    p.add_argument("--negative", type=Input, metavar="FILE", help="prompts that do not")
+    p.add_argument("--negative", type=Input, metavar="FILE", help="prompts without it")
     p.add_argument("--vector", type=Input, metavar="FILE",
                    help="a control vector (.gguf) or a result (.npz, .json) instead")
     p.add_argument("--pool", choices=POOLS, default="last",
-                   help="a prompt's rows: its last token's (default), or the mean over its tokens")
+                   help="take a prompt's last token (default), or the mean over its tokens")
     p.add_argument("--layers", metavar="LIST", help="0,3-5 (default: the middle one, or those of the file)")
     p.add_argument("--coef", type=float, nargs="+", default=[1.0], metavar="X", help="coefficients, one text each (1)")
     p.add_argument("--when", choices=WHEN, default="all",
-                   help="passes that it is added in: over the prompt, over generated tokens, or all (default)")
+                   help="passes in which it is added: over the prompt, over generated tokens, or all (default)")
     p.add_argument("-n", "--n-predict", type=least(1), default=32, metavar="N", help="tokens at most (default 32)")
 
 
 def before(args: Namespace) -> None:
-    """Raise Error unless there is one vector, and read the prompts that it is made of."""
+    """Raise Error unless the flags give exactly one vector, and read the prompts that it is made from."""
     made = [args.positive is not None, args.negative is not None]
     if any(made) == (args.vector is not None) or any(made) != all(made):
         raise Error("give --positive FILE and --negative FILE, of which a vector is made, or --vector FILE")
@@ -199,7 +200,7 @@ def before(args: Namespace) -> None:
 
 
 def run(args: Namespace, model: Model, out: Path | None) -> Steering:
-    """The steering that the flags ask for."""
+    """Run the steering that the flags describe."""
     others, prompt = [text for one in args.sets for text in one or ()], None
     if args.prompt is None and args.file is None:
         tell_unknown(model, others)
@@ -213,5 +214,5 @@ def run(args: Namespace, model: Model, out: Path | None) -> Steering:
                  when=args.when, n=args.n_predict, out=out)
 
 
-command = Command("steer", "A direction, the difference of two sets of prompts, added while the model writes.",
+command = Command("steer", "Steering: the difference between two sets of prompts, added while the model writes.",
                   add_flags, run, text, epilog=EPILOG, before=before, drawn=(), writers={".gguf": write_gguf})

@@ -1,4 +1,4 @@
-"""What `tinymia steer` found, its words and its control vector."""
+"""The result of `tinymia steer`, its text and its control vector."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..runs.result import Result
 
 @dataclass
 class Steering(Result):
-    """A vector for each layer, and what the model says without and with it."""
+    """A vector per layer, and the continuations without and with it."""
 
-    layers: list[int]       # where it is added
+    layers: list[int]       # the layers to which it is added
     vectors: np.ndarray     # float32 [n_layer, n_embd]; NaN for layers without one
     means: np.ndarray       # float64 [2, n_layer, n_embd]: of the positive and of the negative prompts so far
-    counts: np.ndarray      # int64 [2]: prompts in the means so far
+    counts: np.ndarray      # int64 [2]: the number of prompts in the means so far
     plain: str | None       # text without the vector; None without a prompt
     plain_tokens: list[int]
     texts: list[dict[str, Any]]     # coef, text, tokens: one for each coefficient
@@ -33,8 +33,11 @@ class Steering(Result):
 
 
 def text(found: Steering) -> str:
-    """The vector of each layer (* where it is added): its length, and that of the mean of the prompts; its best tokens
-    through the lens; then the texts."""
+    """The text that the terminal shows: a table of the layers' vectors, and the continuations.
+
+    The table has the length of each vector (* if it is added), that of the mean of the prompts, and the best tokens
+    through the lens.
+    """
     rows = [["layer", "length", "of the mean", "towards", "away from"]]
     for il in np.flatnonzero(np.isfinite(found.vectors).all(1)).tolist():
         v, mean = found.vectors[il], found.means[:, il].mean(0)

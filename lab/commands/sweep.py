@@ -1,9 +1,10 @@
-"""`tinymia sweep`: activation patching. Which pieces of one run, put into another, bring its answer along?
+"""`tinymia sweep`: activation patching. Which pieces of one run bring its answer along when they are put into another?
 
-A clean prompt has the answer, a corrupt one, changed in a word or two, another. Denoising puts one piece of the clean
-run into the corrupt run and sees how much of the clean answer comes back: what is enough. Noising puts a piece of the
-corrupt run into the clean run and sees how much is lost: what is needed. The logit difference of the two answers is
-told as (LD - LD_corrupt) / (LD_clean - LD_corrupt): 0 as in the corrupt run, 1 as in the clean one.
+The clean prompt has the answer; the corrupt prompt differs in a word or two, and has another answer. Denoising puts one
+piece of the clean run into the corrupt run, and measures how much of the clean answer comes back: this shows what is
+sufficient. Noising puts a piece of the corrupt run into the clean run, and measures how much is lost: this shows what
+is necessary. The logit difference (LD) of the two answers is given as (LD - LD_corrupt) / (LD_clean - LD_corrupt): 0 as
+in the corrupt run, 1 as in the clean one.
 
 Sources: Meng et al., Locating and Editing Factual Associations in GPT (2022), arXiv 2202.05262; Heimersheim, Nanda, How
 to use and interpret activation patching (2024), arXiv 2404.15255.
@@ -24,6 +25,7 @@ from tinymia import Error, Model
 
 from ..flags.chat import chat_flags, in_chat
 from ..flags.command import Command
+from ..flags.pair_flags import pair_flags
 from ..flags.parser import Parser
 from ..flags.prompt_notes import tell_unknown
 from ..measure.answers import token_or
@@ -59,7 +61,7 @@ UNITS = {"logit-difference": "logit difference, 0 corrupt to 1 clean", "probabil
 
 @dataclass
 class Sweep(Result):
-    """What each patch makes of the last position's logits. Cells that are not done are NaN."""
+    """The metrics of the last position's logits for each patch; NaN for cells that are not done."""
 
     metric: str                     # the one that `values` and the picture show
     layers: list[int]               # [n_layer]
@@ -70,7 +72,7 @@ class Sweep(Result):
     answer_piece: str
     against: int
     against_piece: str
-    clean: dict[str, float]         # by metric, of the clean run as it is; the logit difference in logits
+    clean: dict[str, float]         # by metric, of the unpatched clean run; the logit difference in logits
     corrupt: dict[str, float]
     logit_difference: np.ndarray    # float64 [n_layer, n_column]: 0 as in the corrupt run, 1 as in the clean one
     probability: np.ndarray         # float64 [n_layer, n_column], of the answer
@@ -79,7 +81,7 @@ class Sweep(Result):
 
     @property
     def values(self) -> np.ndarray:
-        """The metric that was asked for: float64 [n_layer, n_column]."""
+        """The chosen metric: float64 [n_layer, n_column]."""
         return getattr(self, self.metric.replace("-", "_"))
 
 
@@ -89,13 +91,13 @@ def sweep(
     at: str = "all", layers: str | Sequence[int] | None = None, executor: Executor | None = None,
     out: str | Path | None = None,
 ) -> Sweep:
-    """Activation patching between two prompts of as many tokens, one cell per patch.
+    """Run activation patching between two prompts with equally many tokens, one cell per patch.
 
     answer, against: text or id; by default the best token of the clean and of the corrupt run. tensor: l_out, kqv_out
     or ffn_out, by layer and position; kqv or kq_soft_max, by layer and head. metric: logit-difference, probability, kl
     or rank; all four are kept. noising: corrupt into clean. at: "all" rows of a head, or its "last" one. layers: such
-    as "0,3-5". An executor gets batches of cells. `out`, a .npz or .json file, keeps what is done of a stopped run, and
-    the same call goes on from there. Raises Error.
+    as "0,3-5". An executor gets batches of cells. `out`, a .npz or .json file, keeps the result, and a stopped run
+    continues from it. Raises Error.
     """
     for what, given, possible in (("tensor", tensor, BY_POSITION + BY_HEAD), ("metric", metric, METRICS),
                                   ("at", at, ("all", "last"))):
@@ -150,18 +152,18 @@ def _nothing(model: Model, note: dict[str, Any], setting: Setting, layers: list[
 
 
 def _fill(found: Sweep, i: int, columns: list[int], scores: np.ndarray, ends: np.ndarray) -> None:
-    """Set cells of a row: scores [n_cell, 4] or [4]; `ends` are the scores of both runs as they are."""
+    """Set cells of row i: scores [n_cell, 4] or [4]; ends [2, 4]: the scores of the unpatched clean and corrupt run."""
     with np.errstate(all="ignore"):  # NaN where both runs have the same logit difference
         found.logit_difference[i, columns] = (scores[..., 0] - ends[1, 0]) / (ends[0, 0] - ends[1, 0])
     found.probability[i, columns], found.rank[i, columns] = scores[..., 1], scores[..., 3]
-    found.kl[i, columns] = scores[..., 2]  # last: a cell that is not NaN here is done
+    found.kl[i, columns] = scores[..., 2]  # set last: a cell that is not NaN here is done
 
 
 # ---------------------------------------------------------------------------------------- pictures
 
 
 def picture(found: Sweep) -> Heatmap:
-    """Layers by positions or heads, in the metric that was asked for."""
+    """The heatmap, layers by positions or heads, in the chosen metric."""
     s, metric = found.about["settings"], found.metric
     kind = "position" if s["tensor"] in BY_POSITION else "head"
     how = "corrupt into clean (noising)" if s["noising"] else "clean into corrupt (denoising)"
@@ -177,12 +179,12 @@ def picture(found: Sweep) -> Heatmap:
 
 
 def pictures(found: Sweep) -> list[Heatmap]:
-    """The one picture of a sweep."""
+    """The heatmap of a sweep, as a list."""
     return [picture(found)]
 
 
 def hover(found: Sweep, i: int, j: int) -> str:
-    """All that is known of a cell."""
+    """The text shown when a cell is pointed at: all metrics of one patch."""
     kind = "position" if found.about["settings"]["tensor"] in BY_POSITION else "head"
     return (f"layer {found.layers[i]}, {kind} {found.columns[j]}\n"
             f"logit difference {found.logit_difference[i, j]:.4g}\nprobability {found.probability[i, j]:.4g}\n"
@@ -190,7 +192,7 @@ def hover(found: Sweep, i: int, j: int) -> str:
 
 
 def text(found: Sweep) -> str:
-    """The two runs as they are, and the heatmap."""
+    """The text that the terminal shows: the two unpatched runs, and the heatmap."""
     rows = [["run", f"{found.answer_piece!r} - {found.against_piece!r}", "probability", "KL from clean", "rank"]]
     for name, run in (("clean", found.clean), ("corrupt", found.corrupt)):
         rows.append([name, signed(run['logit-difference'], 3), f"{run['probability']:.4f}", f"{run['kl']:.4f}",
@@ -202,15 +204,16 @@ def text(found: Sweep) -> str:
 
 
 def add_flags(p: Parser) -> None:
-    """The two prompts and their answers, and what is patched, measured and shown."""
-    p.add_argument("--clean", required=True, metavar="TEXT", help="the prompt with the answer")
-    p.add_argument("--corrupt", required=True, metavar="TEXT", help="as many tokens, another answer")
+    """Add the flags of the two prompts and their answers, and of what is patched, measured and shown."""
+    p.add_argument("--clean", required=True, metavar="TEXT", help="the prompt that has the answer")
+    p.add_argument("--corrupt", required=True, metavar="TEXT", help="a prompt of as many tokens, with another answer")
     chat_flags(p)
+    pair_flags(p)
     p.add_argument("--answer", metavar="TEXT", help="or #id; default: the clean run's best token")
     p.add_argument("--against", metavar="TEXT", help="or #id; default: the corrupt run's best token")
     p.add_argument("--tensor", choices=BY_POSITION + BY_HEAD, default="l_out")
-    p.add_argument("--metric", choices=METRICS, default=METRICS[0], help="what is shown; all are kept")
-    p.add_argument("--noising", action="store_true", help="corrupt into the clean run instead of clean into corrupt")
+    p.add_argument("--metric", choices=METRICS, default=METRICS[0], help="the metric to show; all four are kept")
+    p.add_argument("--noising", action="store_true", help="patch corrupt into clean instead of clean into corrupt")
     p.add_argument("--at", choices=("all", "last"), default="all", help="rows of a head that are patched")
     p.add_argument("--layers", metavar="LIST", help="such as 0,3-5 (default: all)")
 
@@ -222,7 +225,7 @@ def before(args: Namespace) -> None:
 
 
 def run(args: Namespace, model: Model, out: Path | None) -> Sweep:
-    """The sweep that the flags ask for."""
+    """Run the sweep that the flags describe."""
     tell_unknown(model, [args.clean, args.corrupt])
     clean, corrupt = (in_chat(args, model, text) for text in (args.clean, args.corrupt))
     tell_sink(model, clean, corrupt)
@@ -231,4 +234,4 @@ def run(args: Namespace, model: Model, out: Path | None) -> Sweep:
 
 
 command = Command("sweep", "Activation patching: pieces of one run put into another, one at a time.", add_flags, run,
-                  text, pictures, EPILOG, before=before)
+                  text, pictures, EPILOG, before=before, with_pairs=("tensor", "noising", "at", "layers"))

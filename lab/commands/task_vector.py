@@ -1,14 +1,14 @@
-"""`tinymia task-vector`: what examples leave in the residual stream, moved into prompts without examples.
+"""`tinymia task-vector`: the vector that examples of a task leave in the residual stream, put into other prompts.
 
-The vector theta_L of some demonstrations is l_out-L at the last token of a prompt that ends with a dummy query, or its
-mean over several. Put in place of l_out-L at the last token of a bare query, it makes the model do the task. Each query
-has demonstrations and dummies of its own, drawn from the other pairs. The layer is chosen on one half of the queries,
-and all accuracies are measured on the other. The vector of a task is the mean of theta over the first half (`vector`
-"mean"); "own" gives each query the theta of its own demonstrations, as Hendel et al. do, and "add" adds the difference
-between that mean and the mean of the bare queries' own rows.
+The vector theta_L of some demonstrations is l_out-L at the last token of a prompt that ends with a dummy query, or the
+mean of that over several dummies. If it replaces l_out-L at the last token of a bare query, the model does the task.
+Each query has its own demonstrations and dummies, drawn from the other pairs. The layer is chosen on one half of the
+queries, and all accuracies are measured on the other half. The vector of a task is the mean of theta over the first
+half (`vector` "mean"); "own" gives each query the theta of its own demonstrations, as Hendel et al. do, and "add" adds
+the difference between that mean and the mean of the bare queries' own rows.
 
-Where the model's file adds no BOS, the word that a bare query asks about would stand at position 0 and be lost in the
-attention sink (sinks.py): then the token in front of every prompt that keeps words apart best is chosen by measurement.
+If the model's file adds no BOS, the word that a bare query asks about would be at position 0 and lose its meaning in
+the attention sink (sinks.py). Then a token is put in front of every prompt; which one is decided by measurement.
 
 Source: Hendel, Geva, Globerson, In-Context Learning Creates Task Vectors (2023), arXiv 2310.15916.
 """
@@ -69,13 +69,13 @@ def task_vector(
     vector: str = "mean", seed: int = 0, k: int = 5, executor: Executor | None = None,
     out: str | Path | None = None,
 ) -> TaskVector:
-    """Task vectors of tasks, by name, by file or as read: accuracies, vectors, what they say through the lens.
+    """Measure task vectors of tasks (names, files, or Task objects): accuracies, vectors, best tokens by the lens.
 
-    shots: demonstrations, 5 unless the task says otherwise; dummies: dummy queries a vector; n_dev, n_test: queries, at
-    most half of the pairs and the rest; conflict: put each task's vector into the other tasks' prompts; template,
+    shots: demonstrations, 5 unless the task says otherwise; dummies: dummy queries per vector; n_dev, n_test: queries,
+    at most half of the pairs and the rest; conflict: put each task's vector into the other tasks' prompts; template,
     separator, score, prefix: as in `read_task`; bos: as in `sinks.front`; vector: one of VECTORS, as above; k:
-    tokens of the lens. An executor's workers get a query at a time. `out`, a .npz or .json file, keeps what is done of
-    a stopped run, and the same call goes on from there. Raises Error.
+    tokens of the lens. An executor's workers get a query at a time. `out`, a .npz or .json file, keeps the result, and
+    a stopped run continues from it. Raises Error.
     """
     check_counts(seed, shots=shots, dummies=dummies, n_dev=n_dev, n_test=n_test, k=k)
     first = front(model, bos)
@@ -143,7 +143,7 @@ def task_vector(
 
 
 def through_lens(model: Model, found: TaskVector, i: int, k: int) -> list[dict[str, Any]]:
-    """The k best tokens of a task's vector, at its layer and two layers on."""
+    """The k best tokens of a task's vector through the lens, at its layer and two layers later."""
     best = int(found.layer[i])
     layers = dict.fromkeys((best, min(best + 2, model.config.n_layer - 1)))
     return [{"layer": il, "best": [list(pair) for pair in model.lens(found.vectors[i, il], k, "prob")[0]]}
@@ -153,7 +153,7 @@ def through_lens(model: Model, found: TaskVector, i: int, k: int) -> list[dict[s
 def _nothing(
     note: dict[str, Any], tasks: list[str], model: Model, dev: list[list[Trial]], test: list[list[Trial]]
 ) -> TaskVector:
-    """A result with nothing done."""
+    """An empty result, before the first query is run."""
     n, c, n_dev, n_test = len(tasks), model.config, max(map(len, dev)), max(map(len, test))
     shapes = ((n, c.n_layer), (n,), (n,), (n, 3), (n, 3), (n, 3), (n, n, 4), (n, c.n_layer, c.n_embd)), (
         (n, n_dev, 1 + c.n_layer), (n, n_test, 3, 3), (n, n, n_test, 4))
@@ -184,6 +184,6 @@ def run(args: Namespace, model: Model, out: Path | None) -> TaskVector:
                        conflict=args.conflict, bos=args.bos, vector=args.vector, seed=args.seed, k=args.k, out=out)
 
 
-command = Command("task-vector", "Task vectors: what examples leave behind, put into prompts without examples.",
-                  add_flags, run, text, pictures, EPILOG, before=before_tasks,
+command = Command("task-vector", "Task vectors: what examples leave in the residual stream, put into prompts without "
+                  "examples.", add_flags, run, text, pictures, EPILOG, before=before_tasks,
                   writers={".png": write_png, ".html": write_html})

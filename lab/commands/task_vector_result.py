@@ -1,4 +1,4 @@
-"""What `tinymia task-vector` found, its words and its pictures."""
+"""The result of `tinymia task-vector`, its text and its pictures."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..pictures.terminal import screen, table, visible
 from ..runs.result import Result
 
 NO_LAYER = """\
-on the development queries the vector gives no more right answers at any layer than the bare query alone.
-Where `regular` is low too, the model does not do the task with examples either. Otherwise the template may not suit the
+at no layer are there more right answers with the vector than for the bare query, on the development queries.
+If `regular` is low too, the model does not do the task with examples either. Otherwise the template may not suit the
 model (--template), or the query's word may be lost in the attention sink at position 0 (--bos)."""
 
 
 @dataclass
 class TaskVector(Result):
-    """Tables by task, in the order of `tasks`. What is not there, or not done yet, is NaN."""
+    """Tables by task, in the order of `tasks`; NaN where a number does not exist or is not computed yet."""
 
     tasks: list[str]
     by_layer: np.ndarray        # float64 [n_task, n_layer]: accuracy with the vector on the development queries
@@ -44,12 +44,12 @@ class TaskVector(Result):
 
 
 def no_layer(found: TaskVector) -> list[int]:
-    """The tasks for which no layer does better than the bare query does without the vector, on development queries."""
+    """The indices of tasks for which, on the development queries, no layer is better than no vector."""
     return [i for i, (row, alone) in enumerate(zip(found.by_layer, found.baseline)) if not row.max() > alone]
 
 
 def tables(found: TaskVector) -> list[str]:
-    """What was found, as text: accuracies, the lens, the conflict test."""
+    """The tables of the text: accuracies, the lens, the conflict test."""
     counts = [[int(np.isfinite(a[i, :, 0]).sum()) for a in (found.dev_hits, found.tests[..., 0])]
               for i in range(len(found.tasks))]
     none, what = no_layer(found), ["baseline", "vector", "regular"]
@@ -78,14 +78,14 @@ def tables(found: TaskVector) -> list[str]:
 
 
 def accuracy_by_layer(found: TaskVector) -> Heatmap:
-    """Accuracy with the vector on the development queries."""
+    """The heatmap of the accuracy with the vector, on the development queries."""
     return Heatmap(found.by_layer, found.tasks, [str(il) for il in range(found.by_layer.shape[1])],
                    "accuracy with the vector, by layer (development queries)", "layer", "task", "accuracy",
                    limits=(0.0, 1.0))
 
 
 def charts(found: TaskVector) -> list[Chart]:
-    """Accuracy by layer, and the bars."""
+    """The charts: accuracy by layer as lines, and accuracy at the best layer as bars."""
     layers = [str(il) for il in range(found.by_layer.shape[1])]
     return [Chart("accuracy with the vector (development queries)", "layer", layers, found.tasks, found.by_layer),
             Chart("accuracy at the best layer (test queries)", "task", found.tasks,
@@ -98,7 +98,7 @@ def pictures(found: TaskVector) -> list[Chart | Heatmap]:
 
 
 def text(found: TaskVector) -> str:
-    """What the terminal shows."""
+    """The text that the terminal shows."""
     first, *rest = tables(found)
     return "\n\n".join([first, accuracy_by_layer(found).terminal(*screen()), *rest])
 

@@ -1,4 +1,4 @@
-"""`tinymia trace`: the forward pass told op by op: what is computed, from what, of which shape, and what came out."""
+"""`tinymia trace`: the forward pass explained op by op: formula, inputs, shapes, and the values that came out."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from ..pictures.terminal import screen, table, visible
 from ..runs.progress import Progress, interruptible
 from ..runs.result import Result, about, describe, resume
 
-WIDTH = 100     # columns that the text keeps to
-FIRST = 6       # values that are shown of a row
+WIDTH = 100     # the most columns of the text
+FIRST = 6       # the most values shown per row
 NUMERICS = {"f32": "everything is computed in float32",
-            "ggml": "activations are rounded to the weights' kind before a product; formulas leave it out"}
+            "ggml": "activations are rounded before a product, as the weights' type asks; formulas leave it out"}
 
 
 @dataclass
 class Trace(Result):
-    """The ops of some layers, and of what comes before and after them."""
+    """The ops of some layers, and those before the first and after the last layer."""
 
     pieces: list[str]               # of the prompt's tokens, [n_tok]
-    position: int                   # whose values are shown
+    position: int                   # the position whose values are shown
     layers: list[int]
-    n_layer: int                    # that the model has
+    n_layer: int                    # of the model
     ops: list[dict[str, Any]]       # in the order of computation; see `told`, `trace` and, for "changed", `change`
-    best: list[list[Any]]           # [piece, probability] of what comes next, the likeliest first
+    best: list[list[Any]]           # [piece, probability] of the next token, the most probable first
 
 
 def trace(
@@ -51,11 +51,10 @@ def trace(
     actions: Action | Sequence[Action] = (),
     out: str | Path | None = None,
 ) -> Trace:
-    """Every op of some layers, all where None, and of what comes before and after them, with its values at a position.
+    """Describe every op of some layers (None: all), and those before and after the layers, with values at a position.
 
-    An op that actions change has its values as they left them, and in "changed" what they were as computed.
-    out: an .npz or .json file that the result is kept in; where it holds this trace already, that one is returned.
-    Raises Error.
+    An op that actions change has the values after the actions, and in "changed" those before them.
+    out: an .npz or .json file that keeps the result; if it holds this trace already, that is returned. Raises Error.
     """
     layers = chosen(layers, model.config.n_layer, "layer")
     ids, actions = model.ids(prompt), tinymia.listed(actions)
@@ -78,7 +77,7 @@ def trace(
     def take(x: np.ndarray, ctx: Context) -> None:
         row = ctx.rows(x)[position]
         found.ops.append(told(model, ctx.op, ctx.layer, graph) | {
-            "head": 0 if row.ndim > 1 else None,    # whose values come first
+            "head": 0 if row.ndim > 1 else None,    # the head of the first values
             "size": row.size, "first": row.reshape(-1)[:FIRST].tolist(),
             "norm": float(np.linalg.norm(row.astype(np.float64))),
             "changed": change(by[ctx.name], ctx.rows(computed.pop(ctx.name)), ctx.rows(x), position)
@@ -97,7 +96,7 @@ def trace(
 
 
 def change(by: list[str], old: np.ndarray, new: np.ndarray, position: int) -> dict[str, Any]:
-    """What the actions `by` made of a tensor, token axis first: which rows differ, and the row as it was computed."""
+    """The change that the actions `by` made to a tensor: the rows that differ, and the row as it was computed."""
     differs = (old != new) & ~(np.isnan(old) & np.isnan(new))
     row = old[position]
     return {"by": by, "rows": np.flatnonzero(differs.reshape(len(old), -1).any(1)).tolist(),
@@ -108,7 +107,7 @@ def change(by: list[str], old: np.ndarray, new: np.ndarray, position: int) -> di
 
 
 def shape_text(shape: Sequence[Sequence[Any]]) -> str:
-    """[n_tok 11, n_embd 128]."""
+    """A shape with names, such as [n_tok 11, n_embd 128]."""
     return "[" + ", ".join(f"{name} {size}" for name, size in shape) + "]"
 
 
@@ -130,7 +129,7 @@ def op_text(op: dict[str, Any], position: int, colour: bool = False) -> str:
 
 
 def _changed(op: dict[str, Any], position: int, row: str, norm: str, more: str) -> list[str]:
-    """The lines that say that actions changed an op, and what its row was as computed; none where none did."""
+    """The lines about actions that changed an op, with its row as it was computed; none if no action did."""
     if not (how := op["changed"]):
         return []
     rows, by = how["rows"], ", then ".join(how["by"])
@@ -145,7 +144,7 @@ def _changed(op: dict[str, Any], position: int, row: str, norm: str, more: str) 
 
 
 def _runs(numbers: Sequence[int]) -> str:
-    """0-3, 5."""
+    """Numbers as ranges, such as 0-3, 5."""
     parts: list[list[int]] = []
     for i in numbers:
         if parts and i == parts[-1][-1] + 1:
@@ -161,7 +160,7 @@ def _lines(words: str) -> list[str]:
 
 
 def _wrapped(start: str, parts: Sequence[str]) -> list[str]:
-    """Parts with commas between, as many per line as find room."""
+    """Parts with commas between, as many per line as fit."""
     lines = [f"    {start}{parts[0]}"]
     for part in parts[1:]:
         if len(lines[-1]) + len(part) + 3 > WIDTH:
@@ -172,7 +171,7 @@ def _wrapped(start: str, parts: Sequence[str]) -> list[str]:
 
 
 def text(found: Trace) -> str:
-    """What the terminal shows."""
+    """The text that the terminal shows."""
     colour, n_layer = screen()[1], found.n_layer
     tokens = [[str(i), str(t), visible(piece)] for i, (t, piece) in
               enumerate(zip(found.about["prompts"]["prompt"]["tokens"], found.pieces))]
@@ -184,7 +183,7 @@ def text(found: Trace) -> str:
         il = n_layer if op["layer"] is None and op["name"] not in ("inp_embd", "inp_scaled") else op["layer"]
         if il is not None and il != before:
             if il > before + 1:
-                parts.append(f"... {_layers(before + 1, il - 1)}: the same with other weights, not told here")
+                parts.append(f"... {_layers(before + 1, il - 1)}: the same ops with other weights, not shown")
             if il < n_layer:
                 parts.append(f"---- layer {il} of {n_layer}")
             else:
@@ -208,11 +207,11 @@ x is the residual stream, i and j are positions, h is a head; a matrix times a r
 
 
 def add_flags(p: Parser) -> None:
-    """The prompt, the layers and the position that are told of, and actions."""
+    """Add the flags of the prompt, of the layers and the position that are shown, and actions."""
     prompt_flags(p)
-    p.add_argument("--layer", metavar="LIST", help="layers that are told of: 0,3-5 (default 0)")
+    p.add_argument("--layer", metavar="LIST", help="layers to show: 0,3-5 (default 0)")
     p.add_argument("--all", action="store_true", help="every layer")
-    p.add_argument("--position", type=int, default=-1, metavar="POS", help="whose values (default -1, the last)")
+    p.add_argument("--position", type=int, default=-1, metavar="POS", help="of the values (default -1, the last)")
     patch_flags(p.add_argument_group("patch"))
     change_flags(p.add_argument_group("change"))
 
@@ -220,14 +219,14 @@ def add_flags(p: Parser) -> None:
 def before(args: Namespace) -> None:
     """Raise Error for flags that do not go together."""
     if args.all and args.layer is not None:
-        raise Error("--all tells of every layer: it does not go with --layer")
+        raise Error("--all shows every layer: it does not go with --layer")
 
 
 def run(args: Namespace, model: Model, out: Path | None) -> Trace:
-    """The trace that the flags ask for."""
+    """Run the trace that the flags describe."""
     layers = None if args.all else args.layer or (0,)
     return trace(model, prompt_ids(args, model), layers, args.position, read_actions(args, model), out)
 
 
-command = Command("trace", "The forward pass told op by op: formula, shapes, weights, values, a sentence.", add_flags,
-                  run, text, epilog=EPILOG, before=before, drawn=())
+command = Command("trace", "The forward pass explained op by op: formula, shapes, weights, values, a sentence.",
+                  add_flags, run, text, epilog=EPILOG, before=before, drawn=())

@@ -1,1 +1,1 @@
-"""`tinymia verify`: every tensor beside llama.cpp's, or beside the arithmetic in float64."""
+"""`tinymia verify`: the comparison of every tensor with llama.cpp's, or with the same arithmetic in float64."""

@@ -1,4 +1,4 @@
-"""Two engines side by side: the other's tensors as they come, ours as they are computed, and how far apart they are."""
+"""The comparison of two engines: the other's tensors as they come, ours as they are computed, and the distances."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ..measure.answers import kl as kl_of
 from .llama import Item
 
 END = object()
-Progress = Callable[[str, int], None]  # (what is at hand, how many are done)
+Progress = Callable[[str, int], None]  # (the tensor at hand, the number of tensors done)
 
 
 class Closed(Exception):
-    """Nobody takes any more."""
+    """The exception that ends a producer: nothing more is taken from its Feed."""
 
 
 class Feed:
-    """What `produce(put)` puts, to be iterated: it runs in a thread, at most `ahead` items beyond the one in hand.
+    """An iterator over the items that `produce(put)` puts; it runs in a thread, at most `ahead` items in advance.
 
-    After the last item `result` is what produce returned; an error of produce is raised from the iteration.
+    After the last item, `result` is what produce returned. An error in produce is raised by the iteration.
     """
 
     def __init__(self, produce: Callable[[Callable[[Any], None]], Any], ahead: int = 1):
@@ -68,19 +68,19 @@ class Feed:
             raise self.error
 
     def finish(self) -> Any:
-        """Take the rest, and what produce returned."""
+        """Take the remaining items, and return what produce returned."""
         for _ in self:
             pass
         return self.result
 
     def close(self) -> None:
-        """Stop: produce gets Closed at its next put."""
+        """Stop the producer: its next put raises Closed."""
         self.closed = True
         self.thread.join()
 
 
 class Others:
-    """Tensors of another engine, asked for in our order; what comes before its turn waits, at most a layer of it."""
+    """The tensors of another engine, taken in our order. A tensor that comes too early waits; at most a layer waits."""
 
     def __init__(self, items: Iterator[Item], model: Model):
         self.items, self.model = items, model
@@ -88,9 +88,9 @@ class Others:
         self.begin(0)
 
     def begin(self, step: int) -> bool:
-        """Go on to a pass, forgetting those before; whether the other engine has it."""
+        """Go to pass number `step`, and drop those before it. Returns whether the other engine has such a pass."""
         self.step, self.waiting = step, dict[str, Item]()
-        self.reached = -2  # how far it has come: twice the layer, and one more when the layer is complete
+        self.reached = -2  # the other engine's progress: twice the layer, plus one when the layer is complete
         while (item := self._peek()) is not None and item.step < step:
             self.next = None
         return item is not None and item.step == step
@@ -101,13 +101,14 @@ class Others:
         return self.next
 
     def rank(self, name: str) -> int:
+        """The place of a tensor in the order of computation, on the scale of `reached`."""
         op, il = self.model.table[name]
         if il is None:
             return -2 if op.base in ("inp_embd", "inp_scaled") else 2 * self.model.config.n_layer
         return 2 * il + (op.base == "l_out")
 
     def take(self, name: str) -> Item | None:
-        """The tensor of this name; None if the other engine has gone past its layer, or its pass, without it."""
+        """The other engine's tensor of this name; None if it has completed the layer, or the pass, without it."""
         while name not in self.waiting:
             if self.reached > self.rank(name) | 1:
                 return None
@@ -121,42 +122,42 @@ class Others:
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
-    """nmse = sum (a-b)^2 / sum b^2 with b theirs, the largest |a-b|, and whether every bit is the same."""
+    """The distance of two tensors: nmse = sum (a-b)^2 / sum b^2 with b theirs, the largest |a-b|, and bit equality."""
     a, b = ours.reshape(-1), theirs.reshape(-1)
     if b.dtype == np.float32 and np.array_equal(a.view(np.uint32), b.view(np.uint32)):
         return {"nmse": 0.0, "max_abs": 0.0, "identical": True}
     error, power, worst = 0.0, 0.0, 0.0
-    for i in range(0, a.size, 1 << 20):  # float64 of a part at a time
+    for i in range(0, a.size, 1 << 20):  # part by part, to save memory
         part = b[i : i + (1 << 20)].astype(np.float64)
         difference = np.abs(a[i : i + (1 << 20)] - part)
         error, power = error + float(difference @ difference), power + float(part @ part)
-        worst = float(np.maximum(worst, difference.max()))  # which keeps NaN
+        worst = float(np.maximum(worst, difference.max()))  # np.maximum keeps NaN
     nmse = error / power if power else (math.inf if error else 0.0)
     return {"nmse": nmse, "max_abs": worst, "identical": False}
 
 
 @dataclass
 class Compared:
-    """What a comparison found."""
+    """The result of a comparison, as numbers."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)    # a line of the table each, of the pass over the prompt
-    later: dict[str, dict[str, Any]] = field(default_factory=dict)      # by name, of all passes after it together
-    steps: int = 0                                              # passes after the prompt's
+    rows: list[dict[str, Any]] = field(default_factory=list)    # the lines of the table, for the pass over the prompt
+    later: dict[str, dict[str, Any]] = field(default_factory=dict)      # by name, for all later passes together
+    steps: int = 0                                              # the number of passes after the prompt's
     absent: list[str] = field(default_factory=list)             # names that the other engine does not have
     ours: np.ndarray | None = None                              # logits of the prompt
     theirs: np.ndarray | None = None
     best: list[int] = field(default_factory=list)               # our best token after each pass
-    parts: dict[str, Any] | None = None                         # where the best tokens first differ, and by how much
+    parts: dict[str, Any] | None = None                         # the first place where the best tokens differ
 
     def add_later(self, name: str, step: int, found: dict[str, Any]) -> None:
-        """Count a tensor of a pass after the prompt: how often every bit is the same, and the worst pass."""
+        """Count a tensor of a later pass: how often it is identical, and which pass is the worst."""
         row = self.later.setdefault(name, {"name": name, "passes": 0, "identical": 0, "nmse": -1.0})
         row["passes"], row["identical"] = row["passes"] + 1, row["identical"] + found["identical"]
-        if not found["nmse"] <= row["nmse"]:  # which keeps NaN
+        if not found["nmse"] <= row["nmse"]:  # also true for NaN
             row |= {"nmse": found["nmse"], "max_abs": found["max_abs"], "worst_pass": step}
 
     def add_logits(self, step: int, ours: np.ndarray, theirs: np.ndarray) -> int:
-        """The last rows of both, [n_vocab]; returns the other's best token."""
+        """Count the last rows of logits of both, [n_vocab]. Returns the other engine's best token."""
         a, b = int(ours.argmax()), int(theirs.argmax())
         self.best.append(a)
         if a != b and self.parts is None:
@@ -177,10 +178,10 @@ def compare(
     progress: Progress | None = None,
     steps: int = 0,
 ) -> Compared:
-    """One pass of ours; each of `names` is compared as it is computed and, with inject, replaced by the other's.
+    """Run our pass over the prompt, and compare each tensor of `names` with the other engine's as it is computed.
 
-    Only those in `shown` get a row. `on_pair` is called with each tensor of the other's that was taken. Up to `steps`
-    passes follow, each over the other's best token, after what either engine has in its cache.
+    With inject, it is then replaced by the other engine's. Only tensors in `shown` get a row. on_pair is called with
+    each tensor of the other engine. Up to `steps` passes follow, each over the other engine's best token.
     """
     out = Compared()
     edited = {name for action in actions for name in tinymia.match(action.name, model.table)}
@@ -222,7 +223,7 @@ def compare(
 
 
 def divergence(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
-    """KL(theirs || ours) of the logits in nats, mean and largest; at how many positions the best token is the same."""
+    """KL(theirs || ours) of the logits in nats, mean and largest, and at how many positions the best tokens agree."""
     kl = [max(kl_of(b, a), 0.0) for a, b in zip(ours, theirs)]
     equal = int((ours.argmax(1) == theirs.argmax(1)).sum())
     return {"kl": {"mean": float(np.mean(kl)), "max": max(kl)}, "greedy": {"equal": equal, "of": len(kl)}}

@@ -1,4 +1,4 @@
-"""What an action does to a tensor, written a second time, for llama.cpp's tensors: one row at a time.
+"""The effect of actions on a tensor, written a second time, for llama.cpp's tensors: one row at a time.
 
 verify changes tinymia's tensor by the action itself and llama.cpp's by these lines. If the two disagree on which row,
 which head or which number is meant, everything after that tensor differs.
@@ -33,7 +33,7 @@ from tinymia_engine import indices, read_sources
 
 
 class Edits:
-    """`edits(name, x)`: the tensor after the actions, None where there are none."""
+    """A function of tensors: edits(name, x) is the tensor after the actions, or None if none matches its name."""
 
     def __init__(self, actions: Sequence[Action], model: Model, n_tok: int):
         self.model, self.n_tok = model, n_tok
@@ -62,11 +62,11 @@ class Edits:
         return x
 
     def edited(self, action: Edit, name: str, x: np.ndarray) -> np.ndarray:
-        """x after one action: for each position of `at`, the new row, or the heads of it that are meant."""
+        """The tensor x after one action: for each position of `at` the new row, or the chosen heads of it."""
         op = self.model.table[name][0]
         axis = op.dims.index("n_tok")
         given = next((s for s in ("source", "vector", "direction") if getattr(action, s, None) is not None), None)
-        sources = [None] if given is None else read_sources(getattr(action, given), name, op.dims, self.model, name)
+        sources = [] if given is None else read_sources(getattr(action, given), name, op.dims, self.model, name)
         y = x.copy()
         old, new = np.moveaxis(x, axis, 0), np.moveaxis(y, axis, 0)
         at = range(self.n_tok) if action.at is None else indices(action.at, "position", self.n_tok).tolist()
@@ -74,8 +74,8 @@ class Edits:
         n_head = c.n_head_kv if "n_head_kv" in op.dims else c.n_head
         for place, position in enumerate(at):
             position = position % self.n_tok
-            rows = [self.row(action, source, old, position, place) for source in sources]
-            row = rows[0] if len(rows) == 1 else np.mean(rows, axis=0, dtype=np.float32)
+            rows = [chosen(action, source, position, place) for source in sources]
+            row = self.row(action, np.mean(rows, axis=0, dtype=np.float32) if rows else None, old, position, place)
             if action.heads is None:
                 new[position] = row
                 continue
@@ -87,21 +87,30 @@ class Edits:
         return y
 
     def row(self, action: Edit, source: Any, old: np.ndarray, position: int, place: int) -> Any:
-        """What stands at a position afterwards; `place` says which of the action's positions it is."""
+        """What stands at a position afterwards; `source` is the row that the action was given for it."""
         if isinstance(action, Patch):
-            if action.src is not None:
-                return source[indices(action.src, "row", len(source))[place]]
-            return source[position if len(source) > 1 else 0]
+            return source
         if isinstance(action, Ablate):
             if action.mode == "value":
                 value = np.asarray(action.value, np.float32)
                 return value[place] if value.ndim == old.ndim and len(value) > 1 else value
-            return {"zero": 0.0, "mean": old.mean(0), "resample": source is not None and source[position]}[action.mode]
+            return {"zero": 0.0, "mean": old.mean(0), "resample": source}[action.mode]
         if isinstance(action, Add):
-            return old[position] + np.float32(action.coef) * source[0 if action.row is None else action.row]
+            return old[position] + np.float32(action.coef) * source
         if isinstance(action, ProjectOut):
-            d = source[0] / np.float32(np.linalg.norm(source[0]))
-            return old[position] - np.float32(np.vdot(old[position], d)) * d
+            d = source / np.float32(np.linalg.norm(source))
+            return old[position] - np.float32(np.vdot(old[position].astype(np.float64), d.astype(np.float64))) * d
         if isinstance(action, Scale):
             return np.float32(action.factor) * old[position]
         raise Error(f"verify cannot do {type(action).__name__} to llama.cpp's {action.name}; Replace it can")
+
+
+def chosen(action: Edit, source: np.ndarray, position: int, place: int) -> np.ndarray:
+    """The row of one source for a position; `place` says which of the action's positions it is."""
+    if isinstance(action, Patch) and action.src is not None:
+        return source[indices(action.src, "row", len(source))[place]]
+    if isinstance(action, Patch):
+        return source[position if len(source) > 1 else 0]
+    if isinstance(action, Ablate):
+        return source[position]
+    return source[getattr(action, "row", None) or 0]

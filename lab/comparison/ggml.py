@@ -1,4 +1,4 @@
-"""llama-cpp-python: the package, its log, its calls, and the functions of ggml that read and write a tensor."""
+"""Access to llama-cpp-python: the package, its log, its calls, and ggml's functions that read and write a tensor."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Ggml:
             setattr(self, name.removeprefix("ggml_"), function)
 
     def label(self, t: int) -> tuple[str, str]:
-        """(name, operation) of the tensor at this address."""
+        """The name and the operation of the tensor at this address."""
         return self.get_name(t).decode("utf-8", "replace"), self.op_desc(t).decode()
 
     def read(self, t: int) -> tuple[np.ndarray, np.ndarray]:
-        """(values with ggml's dimensions last to first, the bytes that they are a view of)."""
+        """Read a tensor: its values, ggml's dimensions in reverse order, and the bytes of which they are a view."""
         head = Head.from_address(t)
         ne, nb = head.ne[:], head.nb[:]
         kinds: dict[int, np.dtype[Any]] = {0: np.dtype(np.float32), 1: np.dtype(np.float16)}
@@ -69,15 +69,15 @@ class Ggml:
         return np.ndarray(ne[::-1], dtype, raw, 0, nb[::-1]), raw
 
     def write(self, t: int, raw: np.ndarray) -> None:
-        """Put all bytes of a tensor back."""
+        """Write all bytes of a tensor back."""
         self.backend_tensor_set(t, raw.ctypes.data, 0, raw.size)
 
 
 def package() -> Any:
-    """llama_cpp, or an error that says how to have it."""
+    """Import llama_cpp. Raises Error, which says how to install it."""
     try:
         import llama_cpp
-    except Exception as e:  # a package whose library does not load raises what it likes
+    except Exception as e:  # if its library cannot be loaded, any exception may come
         reason = f"{type(e).__name__}: {e}"
         raise Error(f"verify runs llama.cpp beside tinymia: pip install 'tinymia[verify]' ({reason})") from e
     return llama_cpp
@@ -85,7 +85,7 @@ def package() -> Any:
 
 @contextlib.contextmanager
 def quiet(llama_cpp: Any) -> Iterator[list[str]]:
-    """Keep llama.cpp's log from the terminal; gives its last lines, newest first."""
+    """Keep llama.cpp's log off the terminal in the block, which gets a list of the last lines, newest first."""
     lines: list[str] = []
 
     @llama_cpp.llama_log_callback
@@ -101,19 +101,19 @@ def quiet(llama_cpp: Any) -> Iterator[list[str]]:
 
 
 def why(log: list[str]) -> str:
-    """The last words of a log, newest line first."""
+    """The reason for a failure: the last two lines of a log."""
     return "; ".join([line for line in log if line][:2]) or "it does not say why"
 
 
 def tokenize(llama_cpp: Any, vocab: Any, text: str) -> list[int]:
-    """Ids of a text as llama.cpp cuts it, BOS where its vocabulary adds one."""
+    """The ids of a text as llama.cpp cuts it, with BOS if its vocabulary adds one."""
     raw = text.encode()
     out = (llama_cpp.llama_token * (len(raw) + 16))()
     return out[: max(llama_cpp.llama_tokenize(vocab, raw, len(raw), out, len(out), True, True), 0)]
 
 
 def decode(llama_cpp: Any, context: Any, ids: list[int], start: int) -> None:
-    """Compute these tokens, with logits for each."""
+    """Run these tokens from position `start` on, with logits for each. Raises Error."""
     batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
     try:
         batch.n_tokens = len(ids)
@@ -129,6 +129,6 @@ def decode(llama_cpp: Any, context: Any, ids: list[int], start: int) -> None:
 
 
 def best(llama_cpp: Any, context: Any, vocab: Any) -> int:
-    """The token with the greatest logit, after the last row."""
+    """The token with the greatest logit in the last row."""
     logits = llama_cpp.llama_get_logits_ith(context, -1)
     return int(np.ctypeslib.as_array(logits, (llama_cpp.llama_vocab_n_tokens(vocab),)).argmax())

@@ -1,7 +1,7 @@
-"""llama.cpp in this process, through llama-cpp-python: its tensors taken, and changed, as it computes them.
+"""llama.cpp in this process, through llama-cpp-python: its tensors are read, and changed, as it computes them.
 
-llama.cpp calls back after each step of its graph (ggml-backend.cpp: ggml_backend_sched_compute_splits). The tensor is
-then whole and no later step has begun: what is written into it is what the rest of the graph goes on with.
+llama.cpp calls back after each step of its graph (ggml-backend.cpp: ggml_backend_sched_compute_splits). At that moment
+the tensor is complete and no later step has begun, so the rest of the graph continues with what is written into it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tinymia import Error, Model
 
 from .ggml import Ggml, best, decode, package, quiet, tokenize, why
 
-# llama.cpp's name and, where several tensors share it, ggml's operation: our names for them, first to last.
-# Two of its names mean something else here: its kqv_out is what goes into Wo (kqv_merged), its attn_out what comes out.
+# llama.cpp's name and, if several tensors share it, ggml's operation: our names for them, in order of computation.
+# Two of its names have another meaning here: its kqv_out is the input of Wo (our kqv_merged), its attn_out the output.
 # Source: llama-graph.cpp (build_norm, build_qkv, build_attn_mha, build_ffn) and models/*.cpp, 2026.
 NAMES: dict[tuple[str, str], tuple[str, ...]] = {
     ("embd", "SCALE"): ("inp_scaled",),
@@ -67,10 +67,10 @@ UNNAMED = {
     **{("SCALE", base): f"{base}_scaled" for base in ("kqv_out", "ffn_out")},
     **{("SCALE", base): "Qcur_scaled" for base in ("Qcur", "Qcur_normed", "Qcur_pre")},
 }
-ALL_LAYERS = {"norm": "norm_ffn_post", "ffn_post_norm": "ffn_post_norm"}     # named without their layer, one after another
+ALL_LAYERS = {"norm": "norm_ffn_post", "ffn_post_norm": "ffn_post_norm"}     # named without a layer, one after another
 FUSED = {"ffn_silu": "inside ffn_swiglu there", "ffn_gelu": "inside ffn_geglu there"}
 FLASH = {name: "inside FLASH_ATTN_EXT there" for name in ("kq", "kq_soft_max", "kqv")}
-STEPS = {  # pattern of "name OPERATION": what llama.cpp computes besides, of which we have no tensor
+STEPS = {  # pattern of "name OPERATION": other tensors of llama.cpp, which have no counterpart here
     r"cache_[kv]_l\d+ .*": "the KV cache",
     r"([QKV]cur|wqkv|wqkv_b)-\d+ (MUL_MAT|MUL|ADD)": "projections before they are cut into heads",
     r"[QKV]cur-\d+( \(cont\))? (RESHAPE|VIEW|CONT)": "projections as they are cut into heads",
@@ -82,28 +82,28 @@ STEPS = {  # pattern of "name OPERATION": what llama.cpp computes besides, of wh
 
 
 class Item(NamedTuple):
-    """One tensor of llama.cpp's."""
+    """One tensor of llama.cpp."""
 
-    name: str               # ours
-    theirs: str
+    name: str               # our name
+    theirs: str             # llama.cpp's name
     value: np.ndarray       # float32, in our shape
     step: int = 0           # 0 for the pass over the prompt, 1 for the first token after it, ...
 
 
 @dataclass
 class Outcome:
-    """What llama.cpp said besides its tensors."""
+    """Everything that a run of llama.cpp gives besides its tensors."""
 
     version: str
-    steps: Counter[str] = field(default_factory=Counter)    # what has no name here, by kind
-    unknown: Counter[str] = field(default_factory=Counter)  # names that no table here knows
+    steps: Counter[str] = field(default_factory=Counter)    # tensors without a name here, by kind
+    unknown: Counter[str] = field(default_factory=Counter)  # names that are in no table here
     tokens: list[int] | None = None                         # its ids of the prompt's text
-    output: list[int] | None = None                         # tokens it went on with
-    absent: list[str] = field(default_factory=list)         # names of ours that it did not have when recorded
+    output: list[int] | None = None                         # the tokens that it generated
+    absent: list[str] = field(default_factory=list)         # our names that it did not have when recorded
 
 
 class Names:
-    """From llama.cpp's names to ours, as the tensors come."""
+    """Translates llama.cpp's names to ours, in the order in which its tensors come."""
 
     def __init__(self, model: Model):
         self.table, self.seen, self.last = model.table, set[str](), ""
@@ -150,7 +150,7 @@ class Names:
 
 
 def step(name: str, op: str) -> str | None:
-    """What a tensor without a name of ours is, None if that is not known."""
+    """The kind of a tensor that has no name of ours; None if that is not known."""
     for pattern, what in STEPS.items():
         if re.fullmatch(pattern, f"{name} {op}"):
             return f"{what} ({op})" if what == "unnamed" else what
@@ -158,7 +158,7 @@ def step(name: str, op: str) -> str | None:
 
 
 class Callback:
-    """What llama.cpp calls: names each tensor, edits it, hands it on."""
+    """The function that llama.cpp calls for each tensor: it names the tensor, edits it, and passes it on."""
 
     def __init__(self, llama_cpp: Any, model: Model, n_tok: int, wanted: set[str], outcome: Outcome,
                  edit: Callable[[str, np.ndarray], np.ndarray | None], put: Callable[[Item], None]):
@@ -169,22 +169,23 @@ class Callback:
         self.function = llama_cpp.llama_cpp.ggml_backend_sched_eval_callback(self._call)
 
     def begin(self, step: int, n_tok: int, n_kv: int) -> None:
-        """Before each pass."""
+        """Prepare for a pass: its number, its tokens, and all positions so far."""
         self.step, self.names = step, Names(self.model)
         self.sizes = {**self.model.config.sizes(), "n_tok": n_tok, "n_kv": n_kv}
 
     def _call(self, t: int, ask: bool, _: Any) -> bool:
         if self.error is not None:
             return False
-        if ask:  # a tensor that nobody asks for may be computed in one step with the next, and never exist
+        if ask:  # say yes to all: a tensor that is not asked for may be fused with the next one, and never exist
             return True
         try:
             self.take(t)
-        except BaseException as e:  # ctypes would print it and go on
+        except BaseException as e:  # ctypes would print the exception and continue
             self.error = e
         return self.error is None
 
     def take(self, t: int) -> None:
+        """Name, edit and pass on the tensor at this address; count it if it has no name here."""
         theirs, op = self.ggml.label(t)
         names = self.names.ours(theirs, op)
         if not names:
@@ -228,11 +229,11 @@ def compute(
     n: int,
     setup: Callable[[Any, Any], None] | None = None,
 ) -> Outcome:
-    """llama.cpp over `ids`, then over n greedy tokens, a pass each; every wanted tensor of every pass goes to `put`.
+    """Run llama.cpp over `ids`, then over n greedy tokens, one pass each; `put` gets every wanted tensor of every pass.
 
-    Those of the pass over `ids` go through `edit` first.
-    CPU only, K and V in F16 and, unless `repack`, weights used as they lie in the file. `text`, when given, is
-    tokenised by llama.cpp too. setup(llama_cpp, context) is called once the context is there.
+    Tensors of the pass over `ids` go through `edit` first. On the CPU, with K and V in F16 and, unless repack is set,
+    with weights as they lie in the file. A text, if given, is tokenised by llama.cpp too. setup(llama_cpp, context) is
+    called when the context exists. Raises Error.
     """
     llama_cpp = package()
     outcome = Outcome(llama_cpp.__version__)

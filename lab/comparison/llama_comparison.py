@@ -1,7 +1,7 @@
-"""Every tensor of tinymia beside llama.cpp's, computed in the same process, pass after pass.
+"""The comparison of every tensor of tinymia with llama.cpp's, in the same process, pass after pass.
 
-llama.cpp runs in a thread of its own, a few tensors ahead; each pair is compared as it comes and let go, so that a long
-prompt of a big model needs the memory of a layer and not of two passes. docs/verify.md explains the numbers.
+llama.cpp runs in a second thread, a few tensors ahead. Each pair is compared at once and then dropped, so that a long
+prompt of a big model needs the memory of one layer, not of two passes. docs/verify.md explains the numbers.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def open_model(model: str | Path | Model, threads: int | None, numerics: str = "ggml") -> Model:
+    """The model itself, or the one at a path. Raises Error."""
     return model if isinstance(model, Model) else tinymia.load(model, threads, numerics)
 
 
 def default_tolerance(model: Model, inject: bool, flash: bool) -> float:
-    """What two right engines stay within: 1e-6 with float weights, 1e-4 with quantised ones; op by op 1e-10 and 1e-6.
+    """The NMSE that two correct engines stay within: 1e-6 with float weights, 1e-4 with quantised ones.
 
-    llama.cpp's flash attention rounds otherwise: 1e-5 and 5e-3 then (measured: 3e-6 and 1e-3), and 1e-6 op by op.
+    Op by op (inject) it is 1e-10 and 1e-6. llama.cpp's flash attention rounds differently: then it is 1e-5 and 5e-3
+    (measured: 3e-6 and 1e-3), and 1e-6 op by op.
     """
     floats = all(w.type_name in FLOATS for w in model.weights.values() if len(w.shape) > 1)
     if inject:
@@ -40,7 +42,7 @@ def default_tolerance(model: Model, inject: bool, flash: bool) -> float:
 
 
 def selection(model: Model, only: str | Sequence[str], flash: bool) -> tuple[list[str], set[str]]:
-    """(names that llama.cpp can have, those of them to show)."""
+    """The names of tensors that llama.cpp can have, and the set of names to show. Raises Error."""
     asked = [only] if isinstance(only, str) else list(only)
     shown = {name for pattern in asked or ["all"] for name in tinymia.match(pattern, model.table)}
     lacking = {**FUSED, **(FLASH if flash else {})}
@@ -52,7 +54,7 @@ def selection(model: Model, only: str | Sequence[str], flash: bool) -> tuple[lis
 
 
 def ahead(model: Model, n_tok: int) -> int:
-    """How many tensors llama.cpp may be ahead: what takes 16 MB, so that two engines seldom wait for each other."""
+    """The number of tensors that llama.cpp may be ahead: 16 MB of them, so that both engines seldom wait."""
     c = model.config
     largest = 4 * n_tok * max(c.n_ff, c.n_vocab, c.n_head * n_tok, c.n_embd)
     return min(max(2**24 // largest, 1), 64)
@@ -76,11 +78,11 @@ def verify(
 ) -> dict[str, Any]:
     """Compare every tensor of a prompt with llama.cpp's: the table and the verdict as plain data.
 
-    tolerance: NMSE allowed (see default_tolerance). only: patterns of names. inject: each op is given llama.cpp's
-    inputs. flash, repack: llama.cpp's other ways to compute, which round otherwise: unless a tolerance is given, the
-    verdict is that of each op by itself. record: write llama.cpp's tensors to an .npz; against: read them from one.
-    actions: done to both. n_predict: go on greedily by so many tokens, a pass each, and compare those passes and the
-    text. Raises Error.
+    tolerance: the NMSE that is allowed (see default_tolerance). only: patterns of names. inject: each op gets
+    llama.cpp's inputs. flash, repack: let llama.cpp use its flash attention, or repacked weights, which round
+    differently: unless a tolerance is given, the verdict is then that of each op by itself. record: write llama.cpp's
+    tensors to an .npz file; against: read them from one. actions: done in both engines. n_predict: generate this many
+    tokens greedily, one pass each, and compare these passes and the text. Raises Error.
     """
     model = open_model(model, threads)
     by_op = (flash or repack) and not inject and tolerance is None
@@ -112,7 +114,7 @@ def verify(
     if lost:
         base = model.table[lost[0]][0].base
         raise Error(f"{lost[0]} cannot be changed in llama.cpp: it is {(FUSED | FLASH)[base]}")
-    # Only a name that is watched has its ops materialised: without kq and its like asked for, our fused attention runs.
+    # Attention runs step by step only if a name such as kq is watched; otherwise our fused attention runs, as usual.
     wanted = set(names) if inject else (set(names) & shown) | {"result_output"}
     watched = [n for n in names if n in wanted and (n in shown or model.table[n][0].base not in FLASH)]
 
@@ -163,7 +165,7 @@ def verify(
 
 
 def output(ours: list[int], theirs: list[int], found: Compared) -> dict[str, Any]:
-    """Both continuations and, where they part, at which token and how far apart the two best logits are."""
+    """Both continuations and, if they differ, the first token that does and the margins of the two best logits."""
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
     equal = ours == theirs
     parts = None if equal else {"token": same}
@@ -173,7 +175,7 @@ def output(ours: list[int], theirs: list[int], found: Compared) -> dict[str, Any
 
 
 def judge(out: dict[str, Any]) -> dict[str, Any]:
-    """The verdict: from the rows or, where llama.cpp rounds otherwise, from those of each op by itself."""
+    """Add the verdict: from the rows or, if llama.cpp rounds differently, from the rows of each op by itself."""
     rows, later, faults = out["rows"], out["decoding"], []
     every = [*rows, *later]
     same, of = sum(r["identical"] for r in rows), len(rows)
@@ -211,7 +213,7 @@ def judge(out: dict[str, Any]) -> dict[str, Any]:
 
 
 def parted(out: dict[str, Any]) -> str:
-    """Where the continuations part; nothing where they are the same."""
+    """A sentence on where the continuations differ; "" if they are the same."""
     parts = out.get("output", {}).get("parts")
     if not parts:
         return ""
@@ -219,4 +221,4 @@ def parted(out: dict[str, Any]) -> str:
     if "ours" not in parts:
         return at
     return (f"{at}, where the two best logits are {parts['margin_theirs']:.2g} apart in llama.cpp and "
-            f"{parts['margin_ours']:.2g} the other way round here")
+            f"{parts['margin_ours']:.2g} the other way round in tinymia")

@@ -1,7 +1,7 @@
-"""Recordings of llama.cpp's tensors: .npz files, so that numerics can be checked where there is no llama.cpp.
+"""Recordings of llama.cpp's tensors: .npz files, with which numerics can be checked on a computer without llama.cpp.
 
-They hold the tensors by our names, as --save writes them, so a row of llama.cpp's can also be patched in from one.
-Those of the passes after the prompt's have the pass behind their names: l_out-3@1, l_out-3@2.
+They hold the tensors by our names, as --save writes them, so rows of llama.cpp can also be patched in from one. Names
+of tensors in later passes end with the number of the pass: l_out-3@1, l_out-3@2.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .llama import Item, Outcome
 
 
 def fingerprint(model: Model) -> int:
-    """A checksum of all weights."""
+    """A checksum of all weights, to recognise the model."""
     crc = 0
     for name in sorted(model.weights):
         crc = zlib.crc32(np.ascontiguousarray(model.weights[name].raw).data, crc)
@@ -30,19 +30,20 @@ def fingerprint(model: Model) -> int:
 
 
 class Recorder:
-    """Writes tensors into an .npz as they come, and what they are at the end."""
+    """Writes tensors into an .npz file as they come, and at the end a description of them."""
 
     def __init__(self, f: IO[bytes]):
         self.zip, self.names = zipfile.ZipFile(f, "w"), dict[str, str]()
 
     def add(self, item: Item) -> None:
+        """Write a tensor."""
         self.names.setdefault(item.name, item.theirs)
         self._write(f"{item.name}@{item.step}" if item.step else item.name, item.value)
 
     def finish(
         self, model: Model, prompt: str | None, ids: Sequence[int], how: dict[str, Any], outcome: Outcome
     ) -> None:
-        """After the last tensor: what this is, so that nothing else is compared with it."""
+        """Write the description after the last tensor: model, prompt and flags, with which a later run must agree."""
         said = {**vars(outcome), "names": self.names, "weights": fingerprint(model), **how}
         about = {"model": model.about, "prompt": prompt, "tokens": list(ids), "llama.cpp": said}
         self._write("about", np.array(dumps(about)))
@@ -57,11 +58,11 @@ class Recorder:
 def read_recording(
     path: str | Path, model: Model, ids: Sequence[int], how: dict[str, Any], n_predict: int
 ) -> tuple[list[Item], Outcome]:
-    """The tensors of a recording, pass after pass, in our order; refuses one of another model, prompt or way to run."""
+    """Read the tensors of a recording, pass after pass, in our order. Raises FileError if it is of another run."""
     tensors, about = read_tensors(path)
     had = about.get("llama.cpp")
     if not isinstance(had, dict) or not isinstance(had.get("names"), dict):
-        raise FileError(f"{path}: no recording of llama.cpp: make one with verify --record")
+        raise FileError(f"{path}: not a recording of llama.cpp: make one with verify --record")
     if about.get("model") != model.about or had.get("weights") != fingerprint(model):
         raise FileError(f"{path}: recorded from another model, or from other weights, than {model.path}")
     if about.get("tokens") != list(ids):
@@ -98,7 +99,7 @@ def read_recording(
 def check_recorded(
     path: str | Path, given: Collection[str], names: Sequence[str], shown: set[str], asked: bool, inject: bool
 ) -> set[str]:
-    """The names to show: all that were recorded, or those asked for, which must have been."""
+    """The names to show: all recorded ones, or the chosen ones. Raises FileError for a chosen one that is not there."""
     lost = [name for name in names if name not in given and (inject or (asked and name in shown))]
     if lost:
         raise FileError(f"{path}: holds no {lost[0]}{': --inject needs every tensor' if inject else ''}; it holds "

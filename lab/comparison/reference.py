@@ -1,6 +1,6 @@
-"""The Llama forward pass in float64 NumPy on dequantised weights: the model's own function, and nothing of the engine.
+"""The Llama forward pass in float64 NumPy on dequantised weights, without any code of the engine.
 
-Reads the file through gguf-py; a matrix is decoded a few thousand rows at a time, so that a 7B model fits.
+The file is read by gguf-py; a matrix is decoded a few thousand rows at a time, so that a 7B model fits in memory.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 
 from tinymia import Error
 
-ROWS = 2048     # of a matrix, decoded at a time
+MOST = 2048     # the most rows of a matrix that are decoded at a time
 
 
 class Reference:
-    """`Reference(path).forward(ids, put)` hands each named tensor, float64, to put(name, array)."""
+    """A model in float64: Reference(path).forward(ids, put) calls put(name, array) for each named tensor."""
 
     def __init__(self, path: str | Path):
         split = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", str(path))
@@ -36,7 +36,7 @@ class Reference:
         return default if found is None else found.contents()
 
     def weight(self, name: str, rows: Any = slice(None)) -> np.ndarray:
-        """Rows of a weight, or a whole vector, float64."""
+        """Rows of a matrix, or a whole vector, in float64. Raises Error for a type that gguf-py cannot decode."""
         t = self.tensors[name]
         try:
             return gguf.quants.dequantize(t.data[rows], t.tensor_type).astype(np.float64)
@@ -44,15 +44,15 @@ class Reference:
             raise Error(f"{self.path}: gguf-py cannot decode {name} of type {t.tensor_type.name}") from e
 
     def linear(self, x: np.ndarray, name: str) -> np.ndarray:
-        """x W^T + b, the product times the scale that the file may have for it (in the FFN the bias too)."""
+        """x W^T + b, with the product, and in the FFN also the bias, multiplied by the scale if the file has one."""
         n_out = len(self.tensors[f"{name}.weight"].data)
-        y = np.concatenate([x @ self.weight(f"{name}.weight", slice(i, i + ROWS)).T for i in range(0, n_out, ROWS)], -1)
+        y = np.concatenate([x @ self.weight(f"{name}.weight", slice(i, i + MOST)).T for i in range(0, n_out, MOST)], -1)
         scale = self.weight(f"{name}.scale") if f"{name}.scale" in self.tensors else 1.0
         bias = self.weight(f"{name}.bias") if f"{name}.bias" in self.tensors else 0.0
         return (y + bias) * scale if ".ffn_" in name else y * scale + bias
 
     def angles(self, n: int, n_rot: int) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin of RoPE, [n, 1, n_rot / 2]. Source, of yarn: ggml's rope_yarn and ggml_rope_yarn_corr_dims."""
+        """The cosines and sines of RoPE, [n, 1, n_rot / 2]. Source: ggml's rope_yarn and ggml_rope_yarn_corr_dims."""
         base, i = self.key("rope.freq_base", 10000.0), np.arange(n_rot // 2)
         kind = self.key("rope.scaling.type")
         factor = self.key("rope.scaling.factor" if kind in ("linear", "yarn") else "rope.scale_linear", 1.0)
@@ -71,14 +71,14 @@ class Reference:
         return np.cos(theta)[:, None] * size, np.sin(theta)[:, None] * size
 
     def forward(self, ids: Sequence[int], put: Callable[[str, np.ndarray], None]) -> None:
-        """Every tensor of the table of names, in the order of computation."""
+        """Compute every tensor of the table of names, in order, and pass each to `put`."""
         n_head, n_embd = self.key("attention.head_count"), self.key("embedding_length")
         n_head_kv = self.key("attention.head_count_kv", n_head)
         d_head = self.key("attention.key_length", n_embd // n_head)
         d_head_v = self.key("attention.value_length", n_embd // n_head)
         eps, n_rot, n = self.key("attention.layer_norm_rms_epsilon"), self.key("rope.dimension_count", d_head), len(ids)
         cos, sin = self.angles(n, n_rot)
-        head = np.arange(n_head) // (n_head // n_head_kv)                       # the K/V head of each head
+        head = np.arange(n_head) // (n_head // n_head_kv)                       # the K/V head of each query head
         future = np.triu(np.ones((n, n), bool), 1)
 
         def t(name: str, value: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Both numerics of tinymia beside float64 on dequantised weights, without llama.cpp: `tinymia verify --self`."""
+"""The comparison of both numerics with float64 on dequantised weights, without llama.cpp: `tinymia verify --self`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def verify_self(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Both numerics against float64 on dequantised weights: how far each tensor is from the model's own function.
+    """Compare both numerics with float64 on dequantised weights: the distance of each tensor from the exact model.
 
-    tolerance (1e-6) holds for numerics f32, which claims to be that function. With inject, each op is given the
-    reference's inputs, and its error is its own.
+    tolerance (1e-6) is for numerics f32, which should equal the exact model. With inject, each op gets the reference's
+    inputs, so that its error is its own. Raises Error.
     """
     tolerance = 1e-6 if tolerance is None else tolerance
     path, threads = (model.path, model.threads) if isinstance(model, Model) else (model, threads)
@@ -67,5 +67,5 @@ def verify_self(
 
 
 def reference(path: Path, ids: Sequence[int], wanted: set[str], put: Callable[[Item], None]) -> None:
-    """The float64 pass, for a Feed."""
+    """Run the pass in float64, and put each wanted tensor: the producer of a Feed."""
     Reference(path).forward(ids, lambda name, x: put(Item(name, name, x)) if name in wanted else None)

@@ -1,1 +1,1 @@
-"""What may stand on a command line: flags that commands share, and what people mean when they mistype."""
+"""The command line: flags that commands share, and suggestions for what was mistyped."""

@@ -1,6 +1,6 @@
 """Flags that act on a tensor, for every command that runs a model: --patch, --ablate, --add and the like.
 
-They are kept in the order given, and --at, --when and the like qualify the one before them.
+Actions are done in the order of their flags; --at, --when and the like belong to the flag before them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tinymia import Error, Model
 
 
 class Input(str):
-    """A file to be read, as typed."""
+    """The path of a file to be read, as typed."""
 
 
 class Output(str):
-    """A file to be written, as typed."""
+    """The path of a file to be written, as typed."""
 
 
 FILES = {"save": (Output, slice(1, 2)), "patch": (Input, slice(1, 2)), "patch_avg": (Input, slice(1, 3)),
@@ -58,7 +58,7 @@ class Act(argparse.Action):
 
 
 class Qualify(argparse.Action):
-    """A flag that says more of the action before it, such as `after`."""
+    """A flag that says more about the action flag before it; `after` names flags that may be there, for the error."""
 
     def __init__(self, *args: Any, after: str = "--scale, --add or --ablate", **how: Any):
         super().__init__(*args, **how)
@@ -72,7 +72,7 @@ class Qualify(argparse.Action):
 
 
 def integers(text: str) -> list[int]:
-    """3 or 3,5 or -1."""
+    """Read a list of whole numbers, such as 3 or 3,5 or -1."""
     return [int(part) for part in text.split(",")]
 
 
@@ -80,7 +80,7 @@ integers.kind = "a position or a list of them: write 3, -1 or 3,5"  # type: igno
 
 
 def patch_flags(g: Any) -> None:
-    """The flags that patch."""
+    """Add the flags that patch."""
     act, qualify = partial(g.add_argument, action=Act), partial(g.add_argument, action=Qualify)
     act("--patch", nargs="+", metavar=("NAME FILE", "FROM TO"),
         help="put row FROM of a saved tensor in place of row TO; without them, all of it")
@@ -92,7 +92,7 @@ def patch_flags(g: Any) -> None:
 
 
 def change_flags(g: Any) -> None:
-    """The flags that change a tensor by itself."""
+    """Add the flags that change a tensor without another run."""
     act, qualify = partial(g.add_argument, action=Act), partial(g.add_argument, action=Qualify)
     act("-a", "--ablate", nargs=1, metavar="HEADS",
         help="heads to silence: 3,9 (layer * n_head + head) or 1.4,2.0 (layer.head)")
@@ -111,7 +111,7 @@ def change_flags(g: Any) -> None:
 
 
 def number(text: str, flag: str, kind: type = int) -> Any:
-    """A number out of a flag of several values."""
+    """A number from one of several values of a flag. Raises Error, which names the flag."""
     try:
         return kind(text)
     except ValueError:
@@ -119,7 +119,7 @@ def number(text: str, flag: str, kind: type = int) -> Any:
 
 
 def actions_of(spec: Spec, model: Model, args: argparse.Namespace) -> list[tinymia.Action]:
-    """The actions that a flag stands for."""
+    """The actions that a flag stands for. Raises Error."""
     flag, (name, *rest), when = spec.flag, spec.args, spec.when
     where: dict[str, Any] = {"at": spec.at, "when": when}
     if (spec.from_idx is not None or spec.to_idx is not None) and flag not in ("patch", "patch_avg", "add"):
@@ -151,7 +151,7 @@ def actions_of(spec: Spec, model: Model, args: argparse.Namespace) -> list[tinym
 
 
 def heads_of(spec: Spec, model: Model) -> dict[int, list[int]]:
-    """Heads to silence by layer, from `3,9`, `1.4,2.0` or, to keep, a layer and a head."""
+    """The heads to silence, by layer: from `3,9` or `1.4,2.0`; for --select, from the layer and the head to keep."""
     c, heads = model.config, dict[int, list[int]]()
     if spec.flag == "select":
         pairs = [(number(spec.args[0], "select"), number(spec.args[1], "select"))]
@@ -172,7 +172,7 @@ def heads_of(spec: Spec, model: Model) -> dict[int, list[int]]:
 
 
 def read_actions(args: argparse.Namespace, model: Model) -> list[tinymia.Action]:
-    """The actions that the flags of a command stand for, in the order given."""
+    """The actions that the flags of a command stand for, in the order given. Raises Error."""
     if args.ablate_mode and not {spec.flag for spec in args.specs} & {"ablate", "select"}:
         raise Error("--ablate-mode goes with --ablate or --select")
     return [action for spec in args.specs for action in actions_of(spec, model, args)]

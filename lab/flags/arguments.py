@@ -1,4 +1,4 @@
-"""The command line that the lab's commands share: model, prompt, threads, --json, and -o for what they found.
+"""The command line that the lab's commands share: model, prompt, threads, --json, and -o for the result.
 
     p = parser("lens", "What each layer would say.")        # -m -t --numerics -o --json --debug
     prompt_flags(p)                                         # -p -f --no-bos --no-special
@@ -42,7 +42,7 @@ Writer = Callable[[Path], None]
 
 
 def model_flags(g: argparse._ActionsContainer, numerics: str = "ggml") -> None:
-    """-m, -t, --numerics and what holds without it."""
+    """Add -m, -t and --numerics, whose default is `numerics`."""
     g.add_argument("-m", "--model", type=Input, metavar="FILE",
                    help=f"GGUF file, or a name: {DEFAULT} (bundled, the default), smollm2, ollama:NAME, lmstudio:NAME, "
                         "hf:NAME (--list-models shows all)")
@@ -53,7 +53,7 @@ def model_flags(g: argparse._ActionsContainer, numerics: str = "ggml") -> None:
 
 
 def prompt_flags(g: argparse._ActionsContainer) -> None:
-    """-p, -e, -f, --keep-line-end, --no-bos, --no-special, --chat, --system."""
+    """Add -p, -e, -f, --keep-line-end, --no-bos, --no-special, --chat and --system."""
     g.add_argument("-p", "--prompt", metavar="TEXT")
     g.add_argument("-e", "--escapes", action="store_true", help=r"in -p, \n is a line end, \t a tab, \\ a backslash")
     g.add_argument("-f", "--file", type=Input, metavar="FILE",
@@ -68,11 +68,10 @@ def parser(
     command: str, description: str, epilog: str = "", pictures: Sequence[str] = PICTURES, numerics: str = "f32",
     results: Sequence[str] = RESULTS,
 ) -> Parser:
-    """The flags that every command of the lab has; `pictures` are the kinds of file that it draws, `results` those that
-    keep what it found.
+    """Make the parser of a command, with the flags that every command of the lab has.
 
-    The lab computes in float32 where nothing else is asked for: the rounding of ggml's numerics is as large as many
-    effects that are looked for.
+    pictures: suffixes of the files that the command draws; results: suffixes of those that keep its result. The default
+    numerics are float32, because the rounding of ggml's numerics is as large as many effects that the lab measures.
     """
     p = Parser(f"tinymia {command}", description=description, epilog=epilog, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,7 +87,7 @@ def parser(
 
 
 def check_file(flag: str, path: str, kinds: Sequence[str]) -> None:
-    """Raise Error now for a file that could not be written after a long run."""
+    """Raise Error now for a file of `flag` that could not be written after a long run."""
     if Path(path).suffix not in kinds:
         raise Error(f"{flag} {path}: the kinds of file are {', '.join(kinds)}")
     check_target(path)
@@ -97,19 +96,19 @@ def check_file(flag: str, path: str, kinds: Sequence[str]) -> None:
 
 
 def out_file(args: argparse.Namespace) -> Path | None:
-    """The file of -o that a stopped run leaves its result in, and goes on from."""
+    """The file of -o that keeps the result, and from which a stopped run continues; None if there is none."""
     return next((Path(path) for path in args.out if Path(path).suffix in RESULTS), None)
 
 
 def open_model(args: argparse.Namespace) -> Model:
-    """The model of -m, after a look at where the results go."""
+    """Load the model of -m, after a check that the files of -o can be written. Raises Error."""
     for path in args.out:
         check_file("-o", path, args.kinds)
     return load_model(args)
 
 
 def load_model(args: argparse.Namespace) -> Model:
-    """The model of -m; without it the bundled one, and a line that says so."""
+    """Load the model of -m; without -m the bundled one, with a line on stderr that says so. Raises Error."""
     path = find_model(args.model)
     if path is None:
         note(f"no -m: the bundled model {DEFAULT} runs")
@@ -117,7 +116,7 @@ def load_model(args: argparse.Namespace) -> Model:
 
 
 def read_prompt(args: argparse.Namespace) -> str | None:
-    """The text of -p or -f."""
+    """The text of -p or -f; None without either. Raises Error for flags that do not go together."""
     check_chat(args)
     escapes, keep = getattr(args, "escapes", False), getattr(args, "keep_line_end", False)  # verify has neither
     if escapes and args.prompt is None:
@@ -142,7 +141,7 @@ def read_prompt(args: argparse.Namespace) -> str | None:
 
 
 def unescape(text: str) -> str:
-    r"""The text with \n as a line end, \t as a tab and \\ as a backslash. Raises Error for another escape."""
+    r"""Replace \n by a line end, \t by a tab and \\ by a backslash. Raises Error for another escape."""
     wrong = re.search(r"\\[^nt\\]|(?<!\\)(?:\\\\)*\\$", text)
     if wrong:
         raise Error(f"-e: {wrong[0]!r} is not an escape: there are \\n, \\t and \\\\")
@@ -150,9 +149,9 @@ def unescape(text: str) -> str:
 
 
 def prompt_ids(args: argparse.Namespace, model: Model, others: Sequence[str] = ()) -> str | list[int]:
-    """The prompt that must be there: its text, or ids where --no-bos or --no-special say how it is cut.
+    """The prompt of a command that needs one: its text, or ids if --chat, --no-bos or --no-special is given.
 
-    A note names the words of it, and of the other prompts of the command, that the bundled model does not know.
+    A note names words of it, and of the command's other prompts, that the bundled model does not know. Raises Error.
     """
     prompt = read_prompt(args)
     if prompt is None:
@@ -167,9 +166,9 @@ def prompt_ids(args: argparse.Namespace, model: Model, others: Sequence[str] = (
 
 def emit(args: argparse.Namespace, result: Result, text: str, picture: Heatmap | Sequence[Heatmap] | None = None,
          writers: Mapping[str, Writer] | None = None, kept: Path | None = None) -> int:
-    """Print the text, or with --json the result, and write every file of -o: the exit status, 0.
+    """Print the text, or with --json the result, and write every file of -o. Returns the exit status, 0.
 
-    `writers`, by suffix, draw what a heatmap cannot; the file `kept` has the result already.
+    writers: by suffix, functions that write what a heatmap cannot show. The file `kept` has the result already.
     """
     pictures = [picture] if isinstance(picture, Heatmap) else list(picture or ())
     title = " ".join(["tinymia", result.about["command"], result.about["model"]["name"]])

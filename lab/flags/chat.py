@@ -10,7 +10,7 @@ from tinymia_files.chat import Chat, format_chat
 
 
 def chat_flags(g: argparse._ActionsContainer) -> None:
-    """--chat, --system."""
+    """Add --chat and --system."""
     g.add_argument("--chat", action="store_true",
                    help="the prompt is the user's message: put it, as plain text, into the chat format of the model's "
                         "file (needs jinja2: pip install 'tinymia[chat]')")
@@ -27,13 +27,16 @@ def check_chat(args: argparse.Namespace) -> None:
 
 
 def in_chat(args: argparse.Namespace, model: Model, text: str) -> str | list[int]:
-    """A prompt's text as it is, or with --chat the ids of the chat in which the user says it."""
+    """The text of a prompt, or with --chat the ids of a chat in which it is the user's message. Raises Error."""
     check_chat(args)
     return chat_of(args, model, text).ids if args.chat else text
 
 
 def chat_of(args: argparse.Namespace, model: Model, text: str) -> Chat:
-    """The chat in which the user says the text; a line on stderr, once, where the template adds a system message."""
+    """The chat in which the text is the user's message. Raises Error.
+
+    If the template adds a system message, a line on stderr says so, once.
+    """
     chat = format_chat(model.template, model.tokenizer, text, args.system)
     if chat.default_system and not getattr(args, "told_system", False):
         args.told_system = True

@@ -1,4 +1,4 @@
-"""What people mean when they mistype: flags, commands, prompts that the shell has cut, names of models."""
+"""Suggestions for what was mistyped: flags, commands, prompts that the shell has cut, names of models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinymia_models import bundled
 from tinymia_models.stores import find
 
 CURLY = "“”„‟‘’‚‛«»"
-ALIKE = {   # flags of other programs, and what they are here
+ALIKE = {   # flags of other programs, and ours for the same
     "--max-tokens": "-n", "--max-new-tokens": "-n", "--n-tokens": "-n", "--tokens": "-n", "--output": "-o",
     "--input": "-f", "--text": "-p", "--ablation": "--ablate", "--temperature": "--temp", "--cgraph": "--print-cgraph",
     "--penalty": "--repeat-penalty",
@@ -22,7 +22,7 @@ ALIKE = {   # flags of other programs, and what they are here
 
 
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """Up to three known words that are most like one that is not known; case, dashes and underscores do not count."""
+    """Up to three known words that are most like an unknown one; case, dashes and underscores are ignored."""
     plain = {k: k.lower().replace("_", "-").strip("-") for k in known}
     low = word.lower().replace("_", "-").strip("-")
     same = [k for k, p in plain.items() if p.replace("-", "") == low.replace("-", "")]
@@ -32,7 +32,7 @@ def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
 
 
 def did_you_mean(flag: str, flags: Sequence[str]) -> str:
-    """The end of a sentence about a flag that there is not."""
+    """The end of a message about an unknown flag: the flag that was probably meant, or nothing."""
     alike = ALIKE.get(flag.lower())
     known = [f for f in flags if f.startswith("--") or len(flag) < 4]
     found = [alike] if alike in flags and alike else closest(flag, known)
@@ -40,7 +40,7 @@ def did_you_mean(flag: str, flags: Sequence[str]) -> str:
 
 
 def left_over(left: Sequence[str], argv: Sequence[str], flags: Sequence[str], commands: Sequence[str]) -> str:
-    """What to say about words of a command line that belong nowhere."""
+    """The message about words of a command line that belong to no flag."""
     word = left[0]
     shell = shell_mistake(argv)
     flag = next((w for w in left if w.startswith("-") and w.strip("-")), None)
@@ -64,11 +64,11 @@ def left_over(left: Sequence[str], argv: Sequence[str], flags: Sequence[str], co
     if "-p" in flags:
         return (f"{words!r} is left over after the prompt; put the prompt in quotes: "
                 f"-p {quoted(f'{_prompt(argv)} {words}')}")
-    return f"{words!r} is left over: a text with blanks needs quotes"
+    return f"{words!r} is left over: a text with spaces needs quotes"
 
 
 def shell_mistake(argv: Sequence[str]) -> str | None:
-    """What the shell has made of a prompt without quotes, or with curly ones; None where it does not look so."""
+    """The message about a prompt that had no quotes, or curly ones, in the shell; None if it seems to be right."""
     curly = next((w for w in argv if w and (w[0] in CURLY or w[-1] in CURLY)), None)
     cut = any(w == "-" or (w.endswith("-") and w.strip("-")) for w in argv)
     if curly is None and not cut:
@@ -85,7 +85,7 @@ def shell_mistake(argv: Sequence[str]) -> str | None:
 
 
 def redirected_to() -> str | None:
-    """The file of this folder that stdout goes into, if it does."""
+    """The file in the current folder that stdout is redirected to, if it is."""
     try:
         out = os.fstat(1)
         if not stat.S_ISREG(out.st_mode):
@@ -97,7 +97,7 @@ def redirected_to() -> str | None:
 
 
 def quoted(text: str) -> str:
-    """A text in double quotes where the shell needs no more, as people write them."""
+    """A text quoted for the shell: in double quotes, as people write it, if these are enough."""
     return f'"{text}"' if not set('"$`\\!') & set(text) else shlex.quote(text)
 
 
@@ -112,7 +112,7 @@ def _prompt(argv: Sequence[str]) -> str:
 
 
 def find_model(given: str | None) -> str | None:
-    """The path of -m: a file, or a model by its name. Raises Error, which names files near a wrong one."""
+    """The path of the model that -m names: a file, or a model by its name. Raises Error, which names similar files."""
     if given is None:
         return None
     path = find(given)
@@ -131,7 +131,7 @@ def find_model(given: str | None) -> str | None:
 
 
 def _missing(path: Path) -> bool:
-    """Whether a path leads nowhere, and not to something that must not be seen."""
+    """Return whether a path does not exist (and is not only hidden by missing permissions)."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -142,8 +142,11 @@ def _missing(path: Path) -> bool:
 
 
 def _near(path: Path) -> list[Path]:
-    """Up to three .gguf files whose names are like a path's: in its folder or, where that is not there, in the folders
-    beside it; all of a folder with three or fewer."""
+    """Up to three .gguf files whose names are like that of a path.
+
+    They are in its folder or, if that does not exist, in folders of similar names. If three files or fewer are there,
+    all of them.
+    """
     folder = path.parent
     try:
         if folder.is_dir():

@@ -1,4 +1,4 @@
-"""argparse with values that may begin with a dash, and with errors that say what would be right."""
+"""argparse, with values that may begin with a dash, and with errors that say what would be right."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from tinymia_files import check_apart, check_target, place
 from .action_flags import Input, Output, Spec
 from .mistakes import closest, left_over, shell_mistake
 
-GUARD = "\0"                                        # before a value that begins with a dash; no argument holds one
+GUARD = "\0"                                        # put before a value that begins with a dash; cannot be typed
 FLAG = re.compile(r"--?[A-Za-z]")                   # what looks like a flag
 KINDS: dict[Any, str] = {int: "a whole number", float: "a number"}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours, and which lets no output be an input or another output.
+    """An ArgumentParser with errors of our own, which refuses an output that is also an input or another output.
 
-    `commands` may stand in front of the flags.
+    commands: the words that may come before the flags, for suggestions.
     """
 
     argv: Sequence[str] = ()
     commands: Sequence[str] = ()
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Raises Error."""
+        """Parse the words of a command line. Raises Error."""
         self.argv = sys.argv[1:] if args is None else list(args)
         found, left = self.parse_known_args(self.guarded(self.argv), namespace)
         check_outputs(vars(found))
@@ -43,8 +43,10 @@ class Parser(argparse.ArgumentParser):
         return list(self._option_string_actions)
 
     def guarded(self, argv: Sequence[str]) -> list[str]:
-        """The arguments with a mark on values that begin with a dash, such as -> and -1,-2, which argparse would take
-        for flags. A word that looks like a flag is not a value; numbers are values: -inf."""
+        """The words, with a mark on values that begin with a dash, such as -> and -1,-2: argparse takes them for flags.
+
+        A word that looks like a flag is not a value; numbers, such as -inf, are values.
+        """
         rest, out = list(argv), list[str]()
         while rest:
             out.append(rest.pop(0))
@@ -59,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         return out
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """A word as its flag has it."""
+        """The value of a word, of the type of its flag. Raises Error."""
         text = arg_string.removeprefix(GUARD)
         try:
             return action.type(text) if callable(action.type) else text
@@ -75,13 +77,17 @@ class Parser(argparse.ArgumentParser):
                        + "".join(f"; did you mean {word}?" for word in meant))
 
     def typed(self, action: argparse.Action) -> str:
-        """The flag as the user wrote it."""
+        """The flag as the user typed it."""
         words = {word.partition("=")[0] for word in self.argv}
         names = list(action.option_strings) or [str(action.metavar or action.dest)]
         return next((name for name in names if name in words), max(names, key=len))
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help or the version; unlike argparse, let an error of the stream be told."""
+        print(message, end="", file=file, flush=True)
+
     def error(self, message: str) -> NoReturn:
-        """Raise Error for a message of argparse, in our words, or of ours."""
+        """Raise Error with a message of argparse, in clearer words, or with our own."""
         shell = shell_mistake(self.argv)
         text = shell if shell and ("required" in message or "expected" in message) else self._in_our_words(message)
         raise Error(f"{text} ({self.prog} --help shows the flags)")
@@ -109,7 +115,7 @@ class Parser(argparse.ArgumentParser):
         return f"{flag} needs {count}: {self.usage_of(action)}{hint}"
 
     def usage_of(self, action: argparse.Action) -> str:
-        """A flag and what goes after it: --logit-lens NAME K."""
+        """A flag and its values, such as --logit-lens NAME K."""
         metavar = action.metavar or action.dest.upper()
         names = [metavar] if isinstance(metavar, str) else [f"[{m}]" if action.nargs == "+" and i else m
                                                            for i, m in enumerate(metavar)]
@@ -117,7 +123,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def least(n: int) -> Callable[[str], int]:
-    """The type of a flag that takes a whole number of n or more."""
+    """The type of a flag whose value is a whole number, n or more."""
     def read(text: str) -> int:
         if (number := int(text)) < n:
             raise ValueError
@@ -142,7 +148,7 @@ def check_outputs(given: Mapping[str, Any]) -> None:
 
 
 def is_value(word: str) -> bool:
-    """Whether a word after a flag is its value and not the next flag."""
+    """Return whether a word after a flag is its value, not the next flag."""
     if not FLAG.match(word):
         return True
     try:

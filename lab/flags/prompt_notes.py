@@ -1,4 +1,4 @@
-"""Notes on prompts that most likely do not say what was meant, one line each on stderr."""
+"""Notes on stderr about prompts that are probably not what was meant, one line each."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tinymia_models import bundled, known_words
 from .mistakes import CURLY, redirected_to
 
 WORD = re.compile(r"\w+(?:['’]\w+)*")
-SHOWN = 8   # unknown words that are named
+SHOWN = 8   # the most unknown words that are named
 
 
 def tell_of_prompt(text: str) -> None:
-    """Notes on a prompt as it was typed."""
+    """Write notes on a prompt as it was typed: escapes, curly quotes, a > that the shell has taken."""
     if re.search(r"\\[nt]", text):
         letter = "a line end" if "\\n" in text else "a tab"
         note(f"note: the prompt has a backslash and a letter, which stay two letters; for {letter} add -e")
@@ -30,7 +30,7 @@ def tell_of_prompt(text: str) -> None:
 
 
 def tell_unknown(model: Model, texts: Iterable[str]) -> None:
-    """One note on the words of prompts that the bundled model does not know; none for other models."""
+    """Write a note on words of prompts that the bundled model does not know; nothing for other models."""
     name = next((name for name, path in bundled().items() if path.exists() and path.samefile(model.path)), None)
     if name is None:
         return

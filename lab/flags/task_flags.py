@@ -1,4 +1,4 @@
-"""What task-vector and function-vector share on the command line: tasks, their prompts, the seed."""
+"""The flags that task-vector, function-vector and steer share: tasks, their prompts, the seed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .prompt_notes import tell_unknown
 
 
 def task_flags(p: argparse.ArgumentParser, shots: int) -> None:
-    """TASK ..., --list, --template, --separator, --shots, --score, --seed."""
+    """Add TASK ..., --list, --template, --separator, --prefix, --bos, --shots, --score and --seed."""
     p.add_argument("task", nargs="*", type=Input, metavar="TASK", help="names of tasks, or JSON files")
-    p.add_argument("--list", action="store_true", help="the tasks that come with the lab, and no more")
+    p.add_argument("--list", action="store_true", help="print the tasks that come with the lab, and end")
     p.add_argument("--template", metavar="TEXT", help="a demonstration, with {x} and {y}; or the name of one: "
                    f"{', '.join(TEMPLATES)}; default: the task's")
     p.add_argument("--separator", metavar="TEXT", help="what stands between demonstrations; \\n is a line end")
@@ -31,12 +31,12 @@ def task_flags(p: argparse.ArgumentParser, shots: int) -> None:
     p.add_argument("--shots", type=least(1), metavar="N",
                    help=f"demonstrations ({shots}, unless the task says otherwise)")
     p.add_argument("--score", choices=("first", "whole"),
-                   help="right by the answer's first token, or by all of them; default: the task's, or first")
-    p.add_argument("--seed", type=least(0), default=0, metavar="N", help="of what is drawn (0)")
+                   help="an answer is right by its first token, or by all of them; default: the task's, or first")
+    p.add_argument("--seed", type=least(0), default=0, metavar="N", help="seed of random choices (0)")
 
 
 def tasks_of(args: argparse.Namespace) -> list[Task]:
-    """The tasks asked for."""
+    """Read the tasks that the flags name. Raises Error."""
     if not args.task:
         raise Error("no task: name one or more, or a JSON file (--list shows all)")
     texts = (args.template, args.separator, args.prefix)
@@ -45,7 +45,7 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
 
 
 def before_tasks(args: argparse.Namespace) -> int | None:
-    """Read the tasks into `args.task` before a model is opened; with --list print all and end: the exit status."""
+    """Read the tasks into args.task before a model is opened. With --list, print all and return the exit status."""
     if args.list:
         return list_tasks(args.json)
     args.task = tasks_of(args)
@@ -53,7 +53,7 @@ def before_tasks(args: argparse.Namespace) -> int | None:
 
 
 def list_tasks(as_json: bool) -> int:
-    """Print what comes with the lab; the exit status."""
+    """Print the tasks that come with the lab. Returns the exit status."""
     rows = [(task.name, len(task.pairs), str(task.template), task.about) for task in map(read_task, names())]
     if as_json:
         print_json(dumps([dict(zip(("name", "pairs", "template", "about"), row)) for row in rows]))
@@ -63,13 +63,16 @@ def list_tasks(as_json: bool) -> int:
 
 
 def said(model: Model, ids: list[int]) -> str:
-    """What tokens add to the text before them, the blank in front of the first word included."""
+    """The text that tokens add to the text before them, with the space in front of the first word."""
     return b"".join(map(model.tokenizer.bytes, ids)).decode("utf-8", "replace")
 
 
 def tell_answers(model: Model, tasks: list[Task]) -> None:
-    """A line on stderr for each task some of whose answers have more tokens than are scored, the first; and one on
-    words that the bundled model does not know."""
+    """Write notes on stderr about the answers of tasks.
+
+    One note per task that has answers of more tokens than are scored, and one on words that the bundled model does not
+    know.
+    """
     tell_unknown(model, [text for task in tasks for pair in task.pairs for text in pair])
     for task in tasks:
         many = list[str]()

@@ -1,1 +1,1 @@
-"""What the commands measure: on prompts, heads, positions and tasks; no file here prints, draws or reads flags."""
+"""Measurements on prompts, heads, positions and tasks. Nothing here prints, draws or reads flags."""

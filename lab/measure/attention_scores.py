@@ -1,4 +1,4 @@
-"""How much a head looks at the token before, at the first one, and at what followed an earlier copy (induction)."""
+"""Scores of attention heads: weight on the token before, on the first token, and on what followed an earlier copy."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import numpy as np
 from tinymia import Model
 from tinymia_files.vocab import NORMAL
 
-RANDOM, COPIES = 25, 4      # tokens that repeat, and how often
+RANDOM, COPIES = 25, 4      # the number of random tokens, and how often they are repeated
 
 
 def previous_score(pattern: np.ndarray) -> np.ndarray:
-    """Mean weight of the token before, over all queries but the first: [..., n_tok, n_tok] -> [...]."""
+    """The mean weight on the token before, over all queries but the first: [..., n_tok, n_tok] -> [...]."""
     return _mean(np.diagonal(pattern, -1, -2, -1))
 
 
 def first_score(pattern: np.ndarray) -> np.ndarray:
-    """Mean weight of the first token, over all queries but the first: [..., n_tok, n_tok] -> [...]."""
+    """The mean weight on the first token, over all queries but the first: [..., n_tok, n_tok] -> [...]."""
     return _mean(pattern[..., 1:, 0])
 
 
 def induction_score(pattern: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
-    """Mean weight of the tokens that followed earlier copies of the query's token, over the queries that have one.
+    """The mean weight on the tokens that followed earlier copies of the query's token, over the queries that have one.
 
-    [..., n_tok, n_tok] -> [...], NaN where there is none. Source: Olsson et al., In-context Learning and Induction
+    [..., n_tok, n_tok] -> [...], NaN if no query has one. Source: Olsson et al., In-context Learning and Induction
     Heads (2022), prefix matching; weights on several earlier copies are added up.
     """
     ids = np.asarray(tokens)
@@ -36,12 +36,12 @@ def induction_score(pattern: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
 
 
 def _mean(x: np.ndarray) -> np.ndarray:
-    """Mean over the last axis; NaN where it is empty."""
+    """The mean over the last axis; NaN if it is empty."""
     return x.mean(-1) if x.shape[-1] else np.full(x.shape[:-1], np.nan, np.float32)
 
 
 def repeated_tokens(model: Model, seed: int) -> list[int]:
-    """BOS and 25 random tokens four times, fewer of them where the context is short."""
+    """BOS, and then 25 random tokens four times in a row; fewer if the context is short."""
     c, tokenizer = model.config, model.tokenizer
     start = [] if tokenizer.bos is None else [tokenizer.bos]
     room = c.n_ctx - len(start)

@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from tinymia import Cache, Error, put
+from tinymia import Cache, Error
 
-ROWS = 512  # of a batch: more does not make a row cheaper
+ROWS = 512  # the most rows in a batch: larger batches are not faster per row
 
 
 class Branches(Cache):
-    """Branch i has the positions starts[i] to end - 1 to itself, and sees before them what `base` holds.
+    """A cache for one pass over several branches: branch i has its own positions starts[i] to end - 1, after `base`'s.
 
         Model.run(tokens, cache=Branches(base, [9, 7, 7], 10), start=(il, x), logits="last").logits     # [3, n_vocab]
 
-    The rows of a pass are those of the first branch, then those of the next: here 1 + 3 + 3. Products with weights see
-    one batch; turning, storing and attending are done as at each row's own place. The base is read and never written,
-    so that several threads may branch from it; keys and values of branches are not kept after their layer.
-    Later starts come first. Raises Error for starts in another order, and beyond the base.
+    The rows of a pass are those of the first branch, then those of the next: here 1 + 3 + 3. Products with weights run
+    on all rows as one batch; RoPE, storing and attention use each row's own position. The base is only read, so that
+    several threads may branch from it; keys and values of branches are kept for their layer only.
+    Later starts must come first. Raises Error for starts in another order, and for starts beyond the base.
     """
 
     def __init__(self, base: Cache, starts: Sequence[int], end: int):
@@ -35,12 +35,14 @@ class Branches(Cache):
         self.parts = [(slice(stop - (end - start), stop), start) for stop, start in zip(self.ends.tolist(), starts)]
 
     def reserve(self, n: int) -> None:
+        """Make room for n positions in the base."""
         self.base.reserve(n)
 
     def truncate(self, n: int) -> None:
-        """Nothing is kept, so nothing is to be forgotten."""
+        """Do nothing: a branch keeps nothing that could be dropped."""
 
     def positions(self, n_tok: int) -> np.ndarray:
+        """The sequence positions of all rows, intp [n_tok]. Raises Error for another number of tokens."""
         if n_tok != len(self.places):
             raise Error(f"{n_tok} tokens for branches that have {len(self.places)} together")
         return self.places
@@ -49,12 +51,13 @@ class Branches(Cache):
         """The last row of each branch: [n_branch, ...]."""
         return x[self.ends - 1]
 
-    def store(self, il: int, k: np.ndarray, v: np.ndarray) -> None:
-        self.il, self.rows = il, (k, v)
+    def store(self, il: int, k: np.ndarray, v: np.ndarray, ops: Any) -> None:
+        """Hold the keys and values of all rows of layer il until the next layer."""
+        self.il, self.rows, self.put = il, (k, v), ops.put
 
     def ops(self, ops: Any) -> Any:
-        """The arithmetic of the cache, with each branch's rows among its own keys and values."""
-        if len(self.places) > 1:    # a branch of one row is then not a pass of one token
+        """The arithmetic `ops`, with attention done branch by branch, each on its own keys and values."""
+        if len(self.places) > 1:    # even a branch of one row is then part of a larger pass
             ops = ops.several()
 
         def scores(q: np.ndarray, keys: np.ndarray, n_kv: int) -> np.ndarray:
@@ -81,18 +84,18 @@ class Branches(Cache):
         return Wrapped(ops, scores=scores, soft_max=soft_max, mix=mix, attention=attention)
 
     def _each(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """(rows, keys, values) of one branch after another, in the same two arrays.
+        """Yield (rows, keys, values) of one branch after another, in the same two arrays.
 
-        A branch overwrites nothing before its start, and the next one starts no later.
+        A branch writes nothing before its start, and the next branch starts no later, so it sees no foreign rows.
         """
         k, v = self.base.k[self.il].copy(), self.base.v[self.il].copy()
         for rows, start in self.parts:
-            put(k, v, self.rows[0][rows], self.rows[1][rows], start)
+            self.put(k, v, self.rows[0][rows], self.rows[1][rows], start)
             yield rows, k, v
 
 
 class Wrapped:
-    """The attributes of an object, some of them replaced."""
+    """An object with the attributes of another one, some of them replaced."""
 
     def __init__(self, inner: Any, **replaced: Any):
         self._inner = inner

@@ -1,12 +1,12 @@
-"""llama.cpp's control vectors: a GGUF file with a direction a layer, added to the residual stream.
+"""llama.cpp's control vectors: a GGUF file with one direction per layer, which is added to the residual stream.
 
     general.architecture        "controlvector"
     controlvector.model_hint    architecture of the model it was made for
     controlvector.layer_count   int32, how many directions there are
     direction.L                 F32 [n_embd], L from 1 on: added to l_out-L, of every token in every pass
 
-A layer is counted as here, from 0; for layer 0 there is never a direction. llama-cvector-generator numbers by one more
-than that: its direction.L is a difference of l_out-(L-1), which llama.cpp then adds to l_out-L.
+Layers are counted from 0, and layer 0 never has a direction. llama-cvector-generator is off by one: its direction.L is
+a difference of l_out-(L-1), which llama.cpp then adds to l_out-L.
 Source: llama.cpp: common/common.cpp (common_control_vector_load_one), src/llama-adapter.cpp (llama_adapter_cvec),
 src/models/llama.cpp (build_cvec before l_out), tools/cvector-generator (export_gguf).
 """
@@ -30,9 +30,9 @@ ARCHITECTURE, ABOUT = "controlvector", "tinymia.about"
 
 
 def read_control_vector(path: str | Path, config: Config) -> dict[int, np.ndarray]:
-    """The directions of a file, float32 [n_embd] by layer. Raises GGUFError for one that is not for such a model.
+    """The directions of a file, float32 [n_embd] by layer. Raises GGUFError if they do not fit a model of this shape.
 
-    Where llama.cpp passes over a direction that the model has no layer for, this is an error.
+    A direction for a layer that the model does not have is an error here; llama.cpp ignores it.
     """
     with reading(path, "a control vector", GGUFError):
         return _read(expand(path), config)
@@ -42,7 +42,7 @@ def _read(path: Path, config: Config) -> dict[int, np.ndarray]:
     meta, tensors = read_gguf(path)
     kind = meta.get("general.architecture")
     if kind != ARCHITECTURE:
-        raise GGUFError(f"{path}: no control vector: its general.architecture is {short(kind)}, not {ARCHITECTURE!r}")
+        raise GGUFError(f"{path}: not a control vector: general.architecture is {short(kind)}, not {ARCHITECTURE!r}")
     found: dict[int, np.ndarray] = {}
     for name, tensor in tensors.items():
         number = re.fullmatch(r"direction\.([1-9]\d{0,5})", name)
@@ -66,7 +66,7 @@ def _read(path: Path, config: Config) -> dict[int, np.ndarray]:
 def write_control_vector(
     path: str | Path, directions: Mapping[int, np.ndarray], model_hint: str, about: dict[str, Any]
 ) -> None:
-    """Write directions, float32 [n_embd] by layer, for llama.cpp; `about` goes with them as JSON, which it passes over.
+    """Write directions, float32 [n_embd] by layer, for llama.cpp; `about` is written as JSON, which llama.cpp ignores.
 
     Raises Error for layer 0, and for a file that cannot be written.
     """

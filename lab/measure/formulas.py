@@ -1,4 +1,4 @@
-"""Every line of the table of names in words: its formula, and one sentence on what it is for."""
+"""The formula of every line of the table of names, and one sentence on what it is for."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ TOLD: dict[str, tuple[str, str]] = {
         "Each of the n_embd numbers gets its own learnt scale before attention reads it."),
     "Qcur_pre": (
         "Qcur_pre[i, h] = Wq[h] {read}[i]",
-        "Each head makes of each token a query: what it looks for."),
+        "Each head computes a query from each token: what the head looks for."),
     "Kcur_pre": (
         "Kcur_pre[i, h] = Wk[h] {read}[i]",
-        "Each token gets keys: what it can be found by. {shared}"),
+        "Each token gets keys, which queries are compared with. {shared}"),
     "Vcur": (
         "Vcur[i, h] = Wv[h] {read}[i]",
-        "Each token gets values: what a head takes along when it looks at the token."),
+        "Each token gets values: what a head reads when it attends to the token."),
     "norm_q": (
         "norm_q = Qcur_pre / sqrt(mean(Qcur_pre²) + {eps:g}), the mean over {together}",
-        "Queries are divided by their root mean square: how long they are no longer matters."),
+        "Queries are divided by their root mean square, so that their length no longer matters."),
     "Qcur_normed": (
         "Qcur_normed = norm_q * weight",
         "Each number of a query gets its own learnt scale."),
     "norm_k": (
         "norm_k = Kcur_pre / sqrt(mean(Kcur_pre²) + {eps:g}), the mean over {together}",
-        "The same is done to keys."),
+        "Keys are divided by their root mean square in the same way."),
     "Kcur_normed": (
         "Kcur_normed = norm_k * weight",
         "Each number of a key gets its own learnt scale."),
     "Qcur": (
         "pair p of each head: (a, b) -> (a cos t - b sin t, a sin t + b cos t){gain}\nt = {angle}",
-        "RoPE: each pair of numbers of a query is turned by an angle that grows with the position."),
+        "RoPE: each pair of numbers of a query is rotated by an angle that grows with the position."),
     "Kcur": (
         "pair p of each head: (a, b) -> (a cos t - b sin t, a sin t + b cos t){gain}\nt = {angle}",
-        "Keys are turned alike, so that query times key depends on how far apart the two tokens are."),
+        "Keys are rotated in the same way, so that query times key depends on how far apart the two tokens are."),
     "Qcur_attn_temp_scaled": (
         "Qcur_attn_temp_scaled[i] = {query} * (1 + {temperature:g} * ln(1 + floor(i / {n_original})))",
         "Queries far into a long text are made longer, so that attention stays sharp among many keys."),
@@ -66,25 +66,25 @@ TOLD: dict[str, tuple[str, str]] = {
         "The scores become weights that add up to 1; tokens after i get none{far}: this is the attention pattern."),
     "kqv": (
         "kqv[h, i] = sum over j of kq_soft_max[h, i, j] * Vcur[j, {kv}]",
-        "Each head takes the mean of the values, by those weights: what it read."),
+        "Each head takes the mean of the values, by those weights: what the head has read."),
     "kqv_merged": (
         "kqv_merged[i] = kqv[0, i], kqv[1, i], ... side by side",
-        "The heads' outputs of a token are laid side by side; nothing is computed."),
+        "The outputs of the heads for a token are put side by side; nothing is computed."),
     "kqv_out": (
         "kqv_out[i] = Wo kqv_merged[i]",
-        "The output matrix turns what the heads read into what attention adds to the residual stream."),
+        "The output matrix turns what the heads have read into the output of the attention block."),
     "kqv_out_scaled": (
         "kqv_out_scaled = kqv_out * {residual_scale:g}",
         "What attention adds to the residual stream is made smaller."),
     "norm_attn_post": (
         "norm_attn_post = {attention} / sqrt(mean({attention}²) + {eps:g})",
-        "A norm after the block: what attention adds is divided by its root mean square."),
+        "A norm after the block: the output of attention is divided by its root mean square."),
     "attn_post_norm": (
         "attn_post_norm = norm_attn_post * weight",
         "Each of the n_embd numbers gets its own learnt scale before it is added."),
     "ffn_inp": (
         "ffn_inp = x + {added}",
-        "What attention found is added to the residual stream."),
+        "The output of attention is added to the residual stream."),
     "norm_ffn": (
         "norm_ffn = ffn_inp / sqrt(mean(ffn_inp²) + {eps:g})",
         "Again each vector is divided by its root mean square, now for the feed-forward block."),
@@ -93,28 +93,28 @@ TOLD: dict[str, tuple[str, str]] = {
         "Again each number gets its own learnt scale."),
     "ffn_gate": (
         "ffn_gate[i] = Wgate {read}[i]",
-        "For each of the n_ff neurons: how much the token calls for it."),
+        "For each of the n_ff neurons: how strongly the token activates it."),
     "ffn_up": (
         "ffn_up[i] = Wup {read}[i]",
-        "A second product for each neuron: what it will say, and with which sign."),
+        "A second product for each neuron: the content that the gate multiplies, with its sign."),
     "ffn_silu": (
         "ffn_silu = ffn_gate / (1 + exp(-ffn_gate))",
-        "SiLU opens the gate: what is well above 0 passes, what is well below becomes almost 0."),
+        "SiLU is the gate: a number well above 0 passes, a number well below becomes almost 0."),
     "ffn_gelu": (
         "ffn_gelu = ffn_gate / 2 * (1 + tanh(sqrt(2 / pi) * (ffn_gate + 0.044715 ffn_gate³)))",
-        "GELU opens the gate: what is well above 0 passes, what is well below becomes almost 0."),
+        "GELU is the gate: a number well above 0 passes, a number well below becomes almost 0."),
     "ffn_gate_par": (
         "ffn_gate_par = ffn_{act} * ffn_up",
         "Gate times content: the activation of each neuron."),
     "ffn_out": (
         "ffn_out[i] = Wdown ffn_gate_par[i]",
-        "Each neuron writes its column of the matrix, times its activation: what the block adds to the stream."),
+        "Each neuron adds its column of the matrix, times its activation: the sum is the block's output."),
     "ffn_out_scaled": (
         "ffn_out_scaled = ffn_out * {residual_scale:g}",
         "What the block adds to the residual stream is made smaller."),
     "norm_ffn_post": (
         "norm_ffn_post = {ffn} / sqrt(mean({ffn}²) + {eps:g})",
-        "A norm after the block: what the FFN adds is divided by its root mean square."),
+        "A norm after the block: its output is divided by its root mean square."),
     "ffn_post_norm": (
         "ffn_post_norm = norm_ffn_post * weight",
         "Each of the n_embd numbers gets its own learnt scale before it is added."),
@@ -134,7 +134,7 @@ TOLD: dict[str, tuple[str, str]] = {
 
 
 def told(model: Model, op: Op, il: int | None, graph: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What there is to tell of an op before it is run: name, formula, sentence, shapes by dimension, weight, type."""
+    """The description of an op before it is run: name, formula, sentence, shapes by dimension, weight, type."""
     c, name = model.config, op.base if il is None else f"{op.base}-{il}"
     line = graph[name]
     words = {**vars(c), **words_of(model, op, il)}
@@ -216,12 +216,12 @@ def linear_of(model: Model, op: Op, il: int | None) -> Linear:
 
 
 def _named(dims: Sequence[str], shape: Sequence[int]) -> list[list[Any]]:
-    """[[name, size], ...] of a shape."""
+    """A shape with names: [[name, size], ...]."""
     return [[name, int(size)] for name, size in zip(dims, shape)]
 
 
 def cgraph(model: Model, n_tok: int | None) -> list[dict[str, Any]]:
-    """Every op in the order of computation: name, op, shape, inputs, weight and its type."""
+    """All ops in the order of computation: name, op, shape, inputs, weight and its type; n_tok None: shapes by name."""
     sizes = {**model.config.sizes(), "n_tok": n_tok or "n_tok", "n_kv": n_tok or "n_kv"}
     rows = []
     for name, (op, il) in model.table.items():

@@ -1,4 +1,4 @@
-"""Heads of one layer ablated, each alone, as one batch that begins at that layer."""
+"""Heads of one layer, each ablated alone, in one batch that begins at that layer."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ METRICS = ("logit-difference", "logit", "probability", "kl")    # in the order o
 
 
 class Layer(NamedTuple):
-    """All that is needed to ablate heads of one layer."""
+    """The input of ablate_layer: everything that is needed to ablate heads of one layer."""
 
     layer: int
     tokens: list[int]   # from the first ablated position on, [n_tail]
-    cache: Cache        # has what comes before
+    cache: Cache        # holds the positions before
     start: int          # the first ablated position
-    x: np.ndarray       # float32 [n_tail, n_embd]: the residual that the layer gets
-    rows: np.ndarray    # intp [n_row]: ablated rows of the tail
+    x: np.ndarray       # float32 [n_tail, n_embd]: the residual stream that the layer reads
+    rows: np.ndarray    # intp [n_row]: the rows of the tail that are ablated
     heads: list[int]
-    put: np.ndarray     # float32 [n_row or 1, n_head, d_head_v]: what stands there instead
+    put: np.ndarray     # float32 [n_row or 1, n_head, d_head_v]: the values that replace them
 
 
 def ablate_layer(model: Model, work: Layer) -> np.ndarray:
-    """Logits of the last position with each head ablated: float32 [len(heads), n_vocab].
+    """The logits of the last position with each head ablated: float32 [len(heads), n_vocab].
 
-    What the heads of one layer change begins at the kqv_merged of that layer: they go on from there as one batch.
+    Ablating a head changes nothing before kqv_merged of its layer, so all versions start at that layer, as one batch.
     """
     c, n_tail, found = model.config, len(work.tokens), []
     size = max(1, ROWS // n_tail)
@@ -54,12 +54,12 @@ def ablate_layer(model: Model, work: Layer) -> np.ndarray:
 
 
 def measure(row: np.ndarray, plain: np.ndarray, answer: int, against: int) -> list[float]:
-    """Logit difference, logit and probability of the answer, and KL divergence from the run as it is, in nats."""
+    """The METRICS of a row of logits: logit difference, logit and probability of the answer, KL from `plain`."""
     return [logit_difference(row, answer, against), float(row[answer]), probability(row, answer), kl(plain, row)]
 
 
 def head_outputs(model: Model, other: str | Sequence[int], at: int | Sequence[int] | None, n_tok: int) -> np.ndarray:
-    """Head outputs at positions of another prompt: float32 [n_layer, n_row, n_head, d_head_v]. Raises Error."""
+    """The head outputs at positions of another prompt: float32 [n_layer, n_row, n_head, d_head_v]. Raises Error."""
     c, (ids,) = model.config, cut_prompts(model, [other], "resample's")
     if at is None and len(ids) != n_tok:
         raise Error(f"the other prompt has {len(ids)} tokens and the prompt {n_tok}: they do not align; take one of "
@@ -69,7 +69,7 @@ def head_outputs(model: Model, other: str | Sequence[int], at: int | Sequence[in
 
 
 def check_mode(mode: str, pool: str, prompts: Any, other: Any) -> None:
-    """Raise Error for a mode, or a pool, that is not one, and for what does not go with it."""
+    """Raise Error for an unknown mode or pool, and for arguments that do not go with the mode."""
     if mode not in MODES:
         raise Error(f"ablation mode {mode!r}: it must be zero, mean or resample")
     if pool not in POOLS:

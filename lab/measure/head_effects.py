@@ -1,4 +1,4 @@
-"""The prompts of the function-vector experiment, and what is measured on them, one prompt after another.
+"""The prompts of the function-vector experiment, and the measurements on each of them.
 
 Source: Todd, Li, Sen Sharma, Mueller, Wallace, Bau, Function Vectors in Large Language Models (2023), arXiv 2310.15213.
 """
@@ -20,20 +20,20 @@ from .task_files import Pair, Task
 
 
 class Prompts(NamedTuple):
-    """What a task is measured on."""
+    """The prompts on which a task is measured."""
 
     mean: list[Prompt]                              # right demonstrations, then a query
     shuffled: list[Prompt]                          # the same with the labels shuffled
-    dev: list[tuple[Prompt, Prompt, Prompt]]        # of a query that chooses the layers: bare, shuffled, right ones
-    test: list[tuple[Prompt, Prompt, Prompt]]       # of a test query: the same
+    dev: list[tuple[Prompt, Prompt, Prompt]]        # per query that chooses the layers: bare, shuffled, right labels
+    test: list[tuple[Prompt, Prompt, Prompt]]       # the same per test query
 
 
 def draw_prompts(
     model: Model, task: Task, shots: int, n_mean: int, n_effect: int, n_dev: int, n_test: int, seed: int
 ) -> Prompts:
-    """30 % of the pairs, at most n_test, are the test queries; all else is drawn from the other pairs.
+    """Draw the prompts of a task: 30 % of the pairs, at most n_test, are test queries; the rest comes from other pairs.
 
-    The development queries are of these others, so that the test queries have no part in any choice.
+    The development queries are among these others, so that test queries have no part in any choice.
     Raises Error for a task of too few pairs.
     """
     n = len(task.pairs)
@@ -67,16 +67,17 @@ def draw_prompts(
 
 
 def head_outputs(model: Model, prompt: Prompt) -> np.ndarray:
-    """Each head's output at the prompt's last token, before Wo: float32 [n_layer, n_head, d_head_v]."""
+    """The output of each head at the prompt's last token, before Wo: float32 [n_layer, n_head, d_head_v]."""
     c = model.config
     run = Reader(model).run(Prompt(prompt.ids, prompt.answer[:1]), keep=["kqv_merged"])
     return np.array([run[f"kqv_merged-{il}"][-1] for il in range(c.n_layer)]).reshape(c.n_layer, c.n_head, c.d_head_v)
 
 
 def head_effects(model: Model, prompt_means: tuple[Prompt, np.ndarray]) -> np.ndarray:
-    """How much likelier the answer gets when a head's output at the last token becomes its mean: [n_layer, n_head].
+    """The rise of the answer's probability if a head's output at the last token becomes its mean: [n_layer, n_head].
 
-    The heads of a layer are one batch, and start at that layer. means: [n_layer, n_head, d_head_v].
+    prompt_means: a prompt, and the means [n_layer, n_head, d_head_v]. The heads of a layer run as one batch, which
+    starts at that layer.
     """
     (prompt, means), c = prompt_means, model.config
     k, reader = len(prompt.answer), Reader(model)
@@ -115,8 +116,11 @@ def written(model: Model, means: np.ndarray, heads: Sequence[Sequence[int]]) -> 
 
 
 def measure_query(model: Model, prompts_vector: tuple[tuple[Prompt, Prompt, Prompt], np.ndarray]) -> np.ndarray:
-    """Hits [2, 1 + n_layer + 1] of the bare query and of shuffled demonstrations: as they are, with the vector added to
-    l_out of each layer at the last token; the last column is that of right demonstrations."""
+    """Whether the answer is right, 1 or 0, without and with the vector: [2, 1 + n_layer + 1].
+
+    Rows: the bare query, and the query after shuffled demonstrations. Columns: unchanged; the vector added to l_out of
+    each layer at the last token; and, in both rows, after the right demonstrations.
+    """
     (bare, shuffled, shown), vector = prompts_vector
     n_layer = model.config.n_layer
     regular = right(Reader(model).run(shown).logits, shown.answer)

@@ -1,14 +1,14 @@
-"""Parts of a model taken away together: heads, FFNs, and single edges of attention patterns.
+"""Ablating several parts of a model together: heads, FFNs, and single edges of attention patterns.
 
-A group is a text: parts, parted by commas, that are ablated at once.
+A group is written as a text: parts, separated by commas, that are ablated at once.
 
     20.5,14.1           head 5 of layer 20 and head 1 of layer 14
     attn-20, ffn-3-5    all heads of layer 20; the FFNs of layers 3, 4 and 5
     23.4@-1:3           head 23.4 at the last position no longer sees position 3
     attn-10-20@4:0-2    the same for all heads of some layers, and several positions; @4:0-2 alone: in all layers
 
-Heads and FFNs give zero, a mean, or what they give on another prompt. An edge is cut before the softmax, by -inf, so
-that the position's attention goes to what it still sees.
+The output of heads and FFNs becomes zero, a mean, or their output on another prompt. An edge is cut before the softmax,
+by -inf, so that the position's attention goes to the positions that it still sees.
 
 Source: Geva, Bastings, Filippova, Globerson, Dissecting Recall of Factual Associations in Auto-Regressive Language
 Models (2023), arXiv 2304.14767 (edges).
@@ -34,7 +34,7 @@ BASES = ("kqv_merged", "ffn_out")
 
 
 class Group(NamedTuple):
-    """What is ablated at once."""
+    """The parts that are ablated at once."""
 
     heads: list[tuple[int, int]]        # (layer, head)
     ffns: list[int]
@@ -42,16 +42,16 @@ class Group(NamedTuple):
 
 
 class Work(NamedTuple):
-    """All that is needed to run one group."""
+    """The input of run_group: everything that is needed to ablate one group."""
 
     ids: list[int]
     group: Group
-    put: Mapping[str, np.ndarray]       # by base name: float32 [n_layer, n_row or 1, width], what stands there instead
+    put: Mapping[str, np.ndarray]       # by base name: float32 [n_layer, n_row or 1, width], the values put there
     at: list[int]                       # positions where heads and FFNs are ablated
 
 
 def read_group(model: Model, text: str, n_tok: int) -> Group:
-    """A group from its text, for a prompt of n_tok tokens. Raises Error."""
+    """Read a group from its text, for a prompt of n_tok tokens. Raises Error."""
     c, heads, ffns, edges = model.config, list[tuple[int, int]](), list[int](), dict[int, np.ndarray]()
     for part in text.split(","):
         found = PART.fullmatch(part.strip())
@@ -107,7 +107,7 @@ def changes(model: Model, work: Work) -> list[Action]:
 
 
 def run_group(model: Model, work: Work) -> np.ndarray:
-    """Logits of the last position with a group ablated: float32 [n_vocab]."""
+    """The logits of the last position with a group ablated: float32 [n_vocab]."""
     return model.run(work.ids, actions=changes(model, work), logits="last").logits[-1]
 
 
@@ -115,7 +115,7 @@ def instead(
     model: Model, mode: str, prompts: Sequence[str | Sequence[int]] | None, pool: str,
     other: str | Sequence[int] | None, at: int | Sequence[int] | None, n_tok: int,
 ) -> dict[str, np.ndarray]:
-    """What heads and FFNs give instead: float32 [n_layer, n_row or 1, width] by base name. Raises Error."""
+    """The values put in place of heads and FFNs: float32 [n_layer, n_row or 1, width] by base name. Raises Error."""
     c = model.config
     if mode == "mean" and prompts is not None:
         cut = cut_prompts(model, prompts, "mean's")

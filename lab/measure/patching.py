@@ -1,7 +1,7 @@
-"""The computing part of `tinymia sweep`: what becomes of the last logits when one run gets a piece of another.
+"""The measurement of `tinymia sweep`: how the last logits change if one run gets a piece of another.
 
-A cell starts at its layer, from its first row that differs, on the keys and values that the base run left, and cells of
-one layer go on as one batch.
+The pass of a cell starts at its layer and at the first row that differs, on the keys and values of the base run; the
+cells of one layer continue as one batch.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ METRICS = ("logit-difference", "probability", "kl", "rank")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is patched from where to where, and the tokens that are looked at."""
+    """What is patched, from which run into which, and the tokens whose logits are measured."""
 
     clean: tuple[int, ...]      # token ids
     corrupt: tuple[int, ...]
     tensor: str                 # base name
-    noising: bool               # corrupt into the clean run instead of clean into the corrupt run
-    last: bool                  # of a head only the row of the last position
+    noising: bool               # True: patch corrupt into the clean run; False: clean into the corrupt run
+    last: bool                  # True: patch only the last position of a head
     answer: int
     against: int
 
     @property
     def n_tok(self) -> int:
+        """The number of tokens, which is the same in both prompts."""
         return len(self.clean)
 
     @property
     def base(self) -> tuple[int, ...]:
-        """The prompt that is run on with pieces of the other."""
+        """The prompt whose run is patched with pieces of the other one's."""
         return self.clean if self.noising else self.corrupt
 
 
@@ -59,15 +60,15 @@ class Runs(NamedTuple):
     """The two unpatched runs."""
 
     cache: Cache                # keys and values of the base run
-    x: list[np.ndarray]         # its residual stream before each layer and after the last, n_layer + 1 times
+    x: list[np.ndarray]         # its residual stream before each layer and after the last: n_layer + 1 arrays
     own: list[np.ndarray]       # the tensor in the base run, by layer, token axis first
-    source: list[np.ndarray]    # ... in the other run
+    source: list[np.ndarray]    # the same in the other run
     clean: np.ndarray           # logits at the last position, float32 [n_vocab]
     corrupt: np.ndarray
 
 
 def make_runs(model: Model, setting: Setting) -> Runs:
-    """Run both prompts. Raises Error when one does not fit."""
+    """Run both prompts. Raises Error if one does not fit the context."""
     c, cache, name = model.config, model.cache(), setting.tensor
     other = setting.corrupt if setting.noising else setting.clean
     base = model.run(setting.base, list(dict.fromkeys([stream(c, 0), "l_out", name])), logits="last", cache=cache)
@@ -80,12 +81,12 @@ def make_runs(model: Model, setting: Setting) -> Runs:
     return Runs(cache, x, own, given, clean, corrupt)
 
 
-_last: WeakKeyDictionary[Model, tuple[Setting, Runs]] = WeakKeyDictionary()     # what a worker's next batch needs again
+_last: WeakKeyDictionary[Model, tuple[Setting, Runs]] = WeakKeyDictionary()     # for the next batch of a sweep
 _making = Lock()
 
 
 def runs_of(model: Model, setting: Setting) -> Runs:
-    """make_runs, once for all batches of a sweep in this process."""
+    """The result of make_runs, computed once for all batches of a sweep in this process."""
     setting = replace(setting, answer=0, against=0)
     with _making:
         if model not in _last or _last[model][0] != setting:
@@ -94,9 +95,9 @@ def runs_of(model: Model, setting: Setting) -> Runs:
 
 
 def first_change(setting: Setting, runs: Runs, layer: int, column: int) -> int | None:
-    """The first row through which a patch can change the last logits; None where it changes nothing.
+    """The first row through which a patch can change the last logits; None if it changes nothing.
 
-    Rows before it are equal in both runs, bit for bit. In the last layer only the last row counts.
+    Rows before it are equal in both runs, bit for bit. In the last layer, only the last row matters.
     """
     last = setting.n_tok - 1
     first = last if layer == len(runs.own) - 1 else 0
@@ -111,7 +112,7 @@ def first_change(setting: Setting, runs: Runs, layer: int, column: int) -> int |
 
 
 def batches(setting: Setting, runs: Runs, layer: int, columns: Sequence[int]) -> tuple[list[int], list[Batch]]:
-    """(columns whose patch changes nothing, the others in batches of up to ROWS rows)."""
+    """Split columns into those whose patch changes nothing, and batches of the others, of up to ROWS rows each."""
     found = [(first_change(setting, runs, layer, column), column) for column in columns]
     made: list[Batch] = []
     rows = ROWS
@@ -126,13 +127,13 @@ def batches(setting: Setting, runs: Runs, layer: int, columns: Sequence[int]) ->
 
 
 def run_batch(model: Model, batch: Batch) -> np.ndarray:
-    """The metrics of each cell, float64 [n_cell, 4] in the order of METRICS."""
+    """The metrics of each cell of a batch: float64 [n_cell, 4], in the order of METRICS."""
     runs = runs_of(model, batch.setting)
     return measure(patched(model, batch, runs), runs.clean, batch.setting.answer, batch.setting.against)
 
 
 def patched(model: Model, batch: Batch, runs: Runs) -> np.ndarray:
-    """Logits at the last position of each cell: float32 [n_cell, n_vocab]."""
+    """The logits at the last position of each cell: float32 [n_cell, n_vocab]."""
     setting, il, starts, _ = batch.setting, batch.layer, batch.starts, batch.columns
     branches, source = Branches(runs.cache, starts, setting.n_tok), runs.source[il]
 
@@ -157,8 +158,11 @@ def patched(model: Model, batch: Batch, runs: Runs) -> np.ndarray:
 
 
 def measure(rows: np.ndarray, clean: np.ndarray, answer: int, against: int) -> np.ndarray:
-    """METRICS of rows of logits [n, n_vocab]: logit of `answer` minus that of `against`, probability and rank of the
-    answer, KL divergence in nats from the clean run; float64 [n, 4]."""
+    """The METRICS of rows of logits [n, n_vocab]: float64 [n, 4].
+
+    They are the logit of `answer` minus that of `against`, the probability of the answer, the KL divergence from the
+    clean run in nats, and the rank of the answer.
+    """
     before, after = log_softmax(clean), log_softmax(rows)
     difference = rows[:, answer].astype(np.float64) - rows[:, against]
     divergence = (np.exp(before) * (before - after)).sum(1)
@@ -167,10 +171,10 @@ def measure(rows: np.ndarray, clean: np.ndarray, answer: int, against: int) -> n
 
 
 def check_aligned(model: Model, clean: Sequence[int], corrupt: Sequence[int]) -> None:
-    """Raise Error, that shows where, unless a position means the same in both prompts.
+    """Raise Error, with the place, unless each position means the same in both prompts.
 
-    They have as many tokens; and where they differ, the words stand at the same positions, or at least no word of the
-    one stands a token earlier or later in the other ("▁Ro me ▁is ▁big", "▁Paris ▁is ▁very ▁big").
+    They must have equally many tokens. And where they differ, no word of one may stand a token earlier or later in the
+    other, as in "▁Ro me ▁is ▁big" and "▁Paris ▁is ▁very ▁big".
     """
     n = min(len(clean), len(corrupt))
     same = [a == b for a, b in zip(clean, corrupt)]
@@ -179,7 +183,7 @@ def check_aligned(model: Model, clean: Sequence[int], corrupt: Sequence[int]) ->
         raise Error(f"the prompts do not align: the clean one has {len(clean)} tokens, the corrupt one {len(corrupt)}; "
                     f"they part at position {first}: {_shown(model, clean[first:])} and "
                     f"{_shown(model, corrupt[first:])}")
-    border = np.flatnonzero(np.diff([True, *same, True]))           # begins and ends of what differs
+    border = np.flatnonzero(np.diff([True, *same, True]))           # where the differing parts begin and end
     for i, end in border.reshape(-1, 2).tolist():
         a, b = clean[i:end], corrupt[i:end]
         moved = [token for token in a if token in b and a.index(token) != b.index(token)]
@@ -191,5 +195,5 @@ def check_aligned(model: Model, clean: Sequence[int], corrupt: Sequence[int]) ->
 
 
 def _shown(model: Model, ids: Sequence[int]) -> str:
-    """The first tokens."""
+    """The first six tokens, for a message."""
     return f"'{'|'.join(model.piece(i) for i in ids[:6])}{'|...' * (len(ids) > 6)}'" if ids else "the end"

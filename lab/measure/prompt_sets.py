@@ -1,4 +1,4 @@
-"""Sets of prompts: a file with one per line, or a JSON list, and the mean of what a model computes on them."""
+"""Sets of prompts: read from a file with one per line, or a JSON list, and tensors pooled over each prompt."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from tinymia import Error, Model
 from tinymia_engine import given
 from tinymia_files import read_json, read_text, short
 
-POOLS = ("last", "mean")    # of a prompt's rows: the last token's, or the mean over tokens
+POOLS = ("last", "mean")    # how the rows of a prompt become one: the last token's row, or the mean over tokens
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file: one per line, whatever the line ends, where empty lines do not count, or, in a .json file,
-    a list of texts, which may hold line ends. Raises Error."""
+    """Read the prompts of a file: one per line, or in a .json file a list of texts, which may hold line ends.
+
+    Empty lines are ignored; line ends may be those of any system. Raises Error.
+    """
     if Path(path).suffix == ".json":
         return _listed(path, read_json(path, "a list of prompts"))
     lines = re.split("\r\n|\r|\n", read_text(path, "the prompts"))
@@ -39,7 +41,7 @@ def _listed(path: str | Path, prompts: Any) -> list[str]:
 
 
 def cut_prompts(model: Model, prompts: Sequence[str | Sequence[int]], what: str) -> list[list[int]]:
-    """Ids of each prompt. Raises Error, which names the set and the prompt, where one does not fit the context."""
+    """The ids of each prompt. Raises Error, which names the set and the prompt, if one does not fit the context."""
     if isinstance(prompts, str) or not len(prompts):
         raise Error(f"the {what} prompts are a list of one or more")
     cut = [given.token_ids(model.tokenize(p) if isinstance(p, str) else p, model.config.n_vocab) for p in prompts]
@@ -51,9 +53,9 @@ def cut_prompts(model: Model, prompts: Sequence[str | Sequence[int]], what: str)
 
 
 def pooled(model: Model, base_pool_ids: tuple[str, str, Sequence[int]]) -> np.ndarray:
-    """Rows of a tensor of every layer, pooled over one prompt: float64 [n_layer, width].
+    """The rows of a tensor in every layer, pooled over one prompt: float64 [n_layer, width].
 
-    The tensor's base name, "last" or "mean" (BOS, where there is one, counts as well), and the prompt's ids.
+    base_pool_ids: the tensor's base name; "last" or "mean" (which includes BOS, if there is one); the prompt's ids.
     """
     base, pool, ids = base_pool_ids
     found = []

@@ -1,4 +1,4 @@
-"""Which layers, heads and positions a caller means."""
+"""The layers, heads and positions that a caller chooses, checked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tinymia_engine import indices, out_of_range, whole
 
 
 def chosen(wanted: str | Sequence[int] | None, n: int, what: str) -> list[int]:
-    """Which of n layers or heads: numbers, a mask, or a text such as 0,3-5; all where None. Raises Error."""
+    """The chosen ones of n layers or heads: from numbers, a mask, or a text such as 0,3-5; None: all. Raises Error."""
     if wanted is None:
         return list(range(n))
     if isinstance(wanted, str):
@@ -28,16 +28,16 @@ def chosen(wanted: str | Sequence[int] | None, n: int, what: str) -> list[int]:
 
 
 def position_of(position: int, n_tok: int, whose: str = "the prompt") -> int:
-    """A position counted from 0; a negative one counts from the end. Raises Error where there is none."""
+    """A position counted from 0; a negative one counts from the end. Raises Error if it is out of range."""
     if not -n_tok <= whole(position, "the position") < n_tok:
         raise Error(out_of_range("position", position, n_tok, "tokens", f"{whose} has"))
     return position % n_tok
 
 
 def positions(at: int | Sequence[int] | None, n_tok: int, whose: str) -> np.ndarray:
-    """Positions counted from 0, each of them once, intp [n_position]; all where None. Raises Error."""
+    """Positions counted from 0, each at most once, intp [n_position]; None: all. Raises Error."""
     wanted = list(range(n_tok)) if at is None else indices(at, "position", n_tok).tolist()
     rows = [position_of(i, n_tok, whose) for i in wanted]
     if len(set(rows)) < max(len(rows), 1):
-        raise Error(f"positions {wanted}: each must be there once, and one at least")
+        raise Error(f"positions {wanted}: at least one is needed, and each only once")
     return np.array(rows, np.intp)

@@ -1,11 +1,13 @@
-"""The attention sink at the start of a prompt: who stands there loses what it says.
+"""The attention sink at position 0 of a prompt: the word at that position loses its meaning inside the model.
 
-Many models turn the token at position 0 into a sink: later tokens look at it when they look for nothing, its residual
-becomes hundreds of times as long as any other, and the same for every word. A model that is trained with a BOS token
-keeps that place for it. Where the file adds none, the first word of the prompt stands there. In few-shot prompts that
-is a word of the first example; in a bare query such as "France ->" it is the word asked about.
+Many models turn the token at position 0 into an attention sink: later tokens put the attention on it that they need for
+nothing else. Its residual vector becomes hundreds of times as long as the others, and nearly the same for every word.
+In a model that is trained with a BOS token, BOS is at that position. If the file adds no BOS, the first word of the
+prompt is there. In few-shot prompts that is a word of the first example; in a bare query such as "France ->" it is the
+word that is asked about.
 
-A token in front heals it, but not any token: some leave the word after them in a second sink. So it is measured.
+Another token in front of the prompt mends that, but not every token does: after some of them, the next word becomes a
+second sink. So the candidates are measured.
 
 Source: Xiao et al., Efficient Streaming Language Models with Attention Sinks (2023), arXiv 2309.17453.
 """
@@ -26,20 +28,20 @@ from tinymia_files.vocab import CONTROL, UNKNOWN
 from .branches import Branches
 
 WORDS = ("France", "big", "go", "cat", "red", "one", "house", "water", "Italy", "happy", "walk", "music")
-GAIN = 0.05     # a token in front must lower the likeness by this much, or nothing is put there
-PROBED = 64     # tokens of a prompt that are looked at: what stands at position 0 does not depend on later ones
-SINK = 10.0     # a residual so many times as long as the others' is a sink
+GAIN = 0.05     # a token is put in front only if it lowers the likeness by at least this much
+PROBED = 64     # the first tokens of a prompt that are run: position 0 does not depend on later tokens
+SINK = 10.0     # position 0 is a sink if its residual is this many times as long as the others'
 
 
 class Front(NamedTuple):
-    """A token that may stand in front of every prompt, and how alike it leaves the words after it."""
+    """A token that may stand in front of every prompt, and how alike words are after it."""
 
     token: int | None       # None: nothing
     likeness: float
 
 
 def likeness(model: Model, token: int | None) -> float:
-    """How alike different words are at the start of a prompt, after `token`: 0 to 1, the less the better.
+    """The likeness of different words at the start of a prompt, after `token`: 0 to 1, where less is better.
 
     It is the mean over layers and pairs of words of the cosine between their l_out rows.
     """
@@ -57,7 +59,7 @@ def likeness(model: Model, token: int | None) -> float:
 
 
 def candidates(model: Model) -> list[int]:
-    """Ids of BOS, of the tokens that end a text, and of the unknown token, where they are control tokens."""
+    """The ids of BOS, of the tokens that end a text, and of the unknown token, if they are control tokens."""
     t = model.tokenizer
     ids = dict.fromkeys(i for i in (t.bos, t.eos, t.unknown, *sorted(t.end)) if i is not None)
     return [i for i in ids if t.types[i] in (CONTROL, UNKNOWN)]
@@ -67,7 +69,7 @@ _measured: WeakKeyDictionary[Model, list[Front]] = WeakKeyDictionary()
 
 
 def measured(model: Model) -> list[Front]:
-    """Nothing and each candidate, the best first. Measured once for each model."""
+    """The likeness with nothing in front and with each candidate, the best first; measured once per model."""
     if model not in _measured:
         _measured[model] = sorted((Front(i, likeness(model, i)) for i in (None, *candidates(model))),
                                   key=lambda front: front.likeness)
@@ -75,10 +77,10 @@ def measured(model: Model) -> list[Front]:
 
 
 def front(model: Model, bos: int | str | None = "auto") -> tuple[int, ...]:
-    """Ids that stand in front of every prompt of an experiment. Raises Error.
+    """The ids that stand in front of every prompt of an experiment. Raises Error.
 
-    "auto": BOS where the model's file adds one; else the candidate that leaves words the least alike, or nothing where
-    none lowers the likeness. None or "none": nothing. A number, or the text of one token: that token.
+    "auto": BOS if the model's file adds one; else the candidate after which words are the least alike, or nothing if no
+    candidate lowers the likeness. None or "none": nothing. A number, or the text of one token: that token.
     """
     if bos == "auto":
         own = model.tokenizer.bos
@@ -95,7 +97,7 @@ def front(model: Model, bos: int | str | None = "auto") -> tuple[int, ...]:
 
 
 def tell_front(model: Model, bos: str | None) -> None:
-    """A line on stderr where "auto" put a token in front that the model's file does not."""
+    """Write a note on stderr if "auto" puts a token in front that the model's file does not."""
     chosen = front(model, bos)
     if bos != "auto" or model.tokenizer.add_bos or not chosen:
         return
@@ -108,16 +110,16 @@ def tell_front(model: Model, bos: str | None) -> None:
 
 
 class Sink(NamedTuple):
-    """What makes position 0 a sink."""
+    """The measurements that show position 0 to be a sink."""
 
-    layer: int              # where its residual is longest beside the others
+    layer: int              # the layer where its residual is longest compared with the others
     norm: float             # of l_out at position 0
     others: float           # of l_out elsewhere, median
-    attention: float        # share of attention that later positions give it, mean over layers and heads
+    attention: float        # the share of attention that it gets from later positions, mean over layers and heads
 
 
 def sink(model: Model, ids: Sequence[int]) -> Sink | None:
-    """The sink at position 0, or None where there is none, or where a control token stands there."""
+    """The sink at position 0; None if there is none, or if a control token stands there."""
     if len(ids) < 2 or model.tokenizer.types[ids[0]] in (CONTROL, UNKNOWN):
         return None
     run = model.run(ids[:PROBED], keep=["l_out", "kq_soft_max"], logits="last")
@@ -131,7 +133,7 @@ def sink(model: Model, ids: Sequence[int]) -> Sink | None:
 
 
 def tell_sink(model: Model, prompt: str | Sequence[int], other: str | Sequence[int] | None = None) -> None:
-    """A line on stderr where a word stands in the sink at position 0; with another prompt, if they differ there."""
+    """Write a note on stderr if a word stands in the sink at position 0 (unless the other prompt has it too)."""
     ids, beside = (model.tokenize(p) if isinstance(p, str) else p for p in (prompt, () if other is None else other))
     if other is not None and list(ids[:1]) == list(beside[:1]):
         return

@@ -1,17 +1,17 @@
-"""Tasks to be learnt from examples: pairs (x, y) and the template that makes prompts of them.
+"""Tasks that a model can learn from examples: pairs (x, y), and the template that makes prompts from them.
 
 A task file is JSON: a list of pairs, [["France", "Paris"], ...], or an object with
 
     pairs       the list                                                                     (the one key it must have)
     template    a demonstration, with {x} and {y}: "{x} -> {y}"
-    separator   what stands between demonstrations: ", "
-    prefix      what stands once in front of a prompt: "Answer with the opposite.\\n"; <s> and the like are tokens in it
+    separator   the text between demonstrations: ", "
+    prefix      a text in front of every prompt: "Answer with the opposite.\\n"; <s> and the like are tokens in it
     about       one sentence
-    shots       demonstrations in a prompt, where 5 (task-vector) or 10 (function-vector) do not suit the task
+    shots       demonstrations in a prompt, if 5 (task-vector) or 10 (function-vector) do not suit the task
     score       "first": an answer is right by its first token; "whole": by all of its tokens
 
-The query is the template up to {y}, without the space before it: "Estonia ->", and the answer then is " Tallinn".
-Files in tasks/ go by their names; copycat-capital and the like are the tasks copycat was trained on, out of models/.
+The query is the template up to {y}, without the space before it: "Estonia ->"; the answer is then " Tallinn". Files in
+tasks/ are used by their names; copycat-capital and the like are the tasks that copycat was trained on, from models/.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Template:
-    """How a pair is shown (`before` x `middle` y `after`), and what separates two of them."""
+    """The text of a demonstration, `before` x `middle` y `after`, and the separator between two of them."""
 
     before: str
     middle: str
@@ -43,7 +43,7 @@ class Template:
 
     @staticmethod
     def parse(text: str, separator: str = ", ") -> Template:
-        """From a demonstration such as "Q: {x}\\nA: {y}". Raises Error unless it has {x}, then text, then {y}, once."""
+        """Read a template such as "Q: {x}\\nA: {y}". Raises Error unless it has {x}, then text, then {y}, each once."""
         before, x, rest = text.partition("{x}")
         middle, y, after = rest.partition("{y}")
         if not (x and y and middle.strip()) or "{x}" in middle + after or "{y}" in before + after:
@@ -56,7 +56,7 @@ class Template:
         return shown + self.before + query + self.middle.rstrip()
 
     def answer(self, y: str) -> str:
-        """y as it follows a prompt, with its space."""
+        """The text of y as it follows a prompt, with its space."""
         return self.middle[len(self.middle.rstrip()) :] + y
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Task:
-    """A task as read."""
+    """A task: its pairs, and how prompts are made from them."""
 
     name: str
     pairs: tuple[Pair, ...]
@@ -84,13 +84,13 @@ class Task:
     front: tuple[int, ...] | None = None    # ids before that; None: BOS, as the model's file says
 
     def settings(self, shots: int) -> dict[str, Any]:
-        """What a result must hold to repeat the task, the pairs included: own files change."""
+        """The settings that a result keeps to repeat the task; the pairs are among them, as a file may change."""
         return {"template": str(self.template), "separator": self.template.separator, "shots": shots,
                 "score": self.score, "pairs": self.pairs, "prefix": self.prefix, "front": self.front}
 
 
 def names() -> list[str]:
-    """The tasks that come with the lab, then copycat's."""
+    """The names of the tasks that come with the lab, then of copycat's."""
     return sorted(path.stem for path in HERE.glob("*.json")) + [COPYCAT + name for name in _facts()]
 
 
@@ -98,9 +98,9 @@ def read_task(
     task: str | Path | Task, template: str | None = None, separator: str | None = None, score: str | None = None,
     prefix: str | None = None,
 ) -> Task:
-    """A task by its name or its file's path; the other arguments, where given, take the place of what it says.
+    """Read a task, given by name or by the path of its file; the other arguments replace what it says.
 
-    template is a name (arrow, hendel, todd) or a text with {x} and {y}; prefix stands once in front of a prompt. Raises
+    template: a name (arrow, hendel, todd) or a text with {x} and {y}; prefix: a text in front of every prompt. Raises
     Error for what is not a task.
     """
     if isinstance(task, Task):
@@ -124,7 +124,7 @@ def read_tasks(
     tasks: str | Path | Task | Sequence[str | Path | Task], template: str | None, separator: str | None,
     score: str | None, prefix: str | None = None,
 ) -> list[Task]:
-    """One task or several, as in `read_task`. Raises Error for none, and for two of one name."""
+    """Read one task or several, as in `read_task`. Raises Error for none, and for two of one name."""
     several = [tasks] if isinstance(tasks, (str, Path, Task)) else tasks
     read = [read_task(task, template, separator, score, prefix) for task in several]
     names = [task.name for task in read]
@@ -147,7 +147,7 @@ def _read(path: Path) -> Task:
         close = difflib.get_close_matches(str(path), names(), 3, 0.5)
         closest = f"; closest: {', '.join(close)}" if close else ""
         raise FileError(f"no task is called {str(path)!r}, and no file{closest} (--list shows all)") from e
-    except OSError:  # the reader tells
+    except OSError:  # read_json below reports it
         pass
     data = read_json(path, "a task file")
     said = data if isinstance(data, dict) else {"pairs": data}
@@ -155,9 +155,10 @@ def _read(path: Path) -> Task:
              "prefix": str}
     for key, value in said.items():
         if key not in kinds:
-            raise FileError(f"{path}: {short(key)} is no key of a task file; {', '.join(kinds)} are")
+            raise FileError(f"{path}: {short(key)} is not a key of a task file; the keys are {', '.join(kinds)}")
         if not isinstance(value, kinds[key]) or isinstance(value, bool):
-            raise FileError(f"{path}: {key} must be a {kinds[key].__name__}, not {short(value)}")
+            what = {list: "a list", str: "a text", int: "a whole number"}[kinds[key]]
+            raise FileError(f"{path}: {key} must be {what}, not {short(value)}")
     if said.get("shots", 1) < 1 or said.get("score", "first") not in ("first", "whole"):
         raise FileError(f"{path}: shots must be 1 or more, score first or whole")
     try:
@@ -190,11 +191,11 @@ def _facts() -> dict[str, Any]:
 
 
 def _copycat(name: str, n_sequences: int = 60) -> Task:
-    """One of copycat's own: all its pairs, or sequences drawn as in its training."""
+    """One of copycat's tasks: all its pairs, or sequences drawn as in its training."""
     task = _facts()[name.removeprefix(COPYCAT)]
     if not task.is_list:
         return Task(name, tuple(dict(task.pairs).items()), TEMPLATES["arrow"], f"{task.domain}: {task.word}", 5)
-    rng, pairs = random.Random(task.domain), dict[str, str]()  # the same x for all of an alphabet
+    rng, pairs = random.Random(task.domain), dict[str, str]()  # so that all tasks of an alphabet get the same x
     while len(pairs) < n_sequences:
         x, y = task.draw(rng)
         pairs[x] = y

@@ -1,4 +1,4 @@
-"""The prompts of the task-vector experiment, and what is measured on them, one query after another.
+"""The prompts of the task-vector experiment, and the measurements on each query.
 
 Source: Hendel, Geva, Globerson, In-Context Learning Creates Task Vectors (2023), arXiv 2310.15916.
 """
@@ -17,7 +17,7 @@ from .task_files import Pair, Task
 
 
 class Draw(NamedTuple):
-    """A query with demonstrations and dummies."""
+    """A query, with demonstrations of the task and dummy queries."""
 
     query: Pair
     shown: list[Pair]
@@ -25,7 +25,7 @@ class Draw(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """Prompts that show the task and end with dummies, one that ends with the query, and the bare query."""
+    """The prompts of a query: demonstrations and a dummy query each; demonstrations and the query; the query alone."""
 
     dummies: list[Prompt]
     full: Prompt
@@ -33,7 +33,7 @@ class Trial(NamedTuple):
 
 
 def draw(task: Task, shots: int, dummies: int, n_dev: int, n_test: int, seed: int) -> tuple[list[Draw], list[Draw]]:
-    """What is drawn to choose the layer, and to test, on other queries. Raises Error for a task of too few pairs."""
+    """Draw queries to choose the layer, and other queries to test. Raises Error for a task of too few pairs."""
     n, need = len(task.pairs), shots + dummies + 1
     if n < need:
         what = f"{shots} demonstrations, {dummies} dummies and a query"
@@ -49,21 +49,21 @@ def draw(task: Task, shots: int, dummies: int, n_dev: int, n_test: int, seed: in
 def _others(
     rng: np.random.Generator, task: Task, query: str, shots: int, dummies: int
 ) -> tuple[list[Pair], list[Pair]]:
-    """Demonstrations and dummies that do not ask the query."""
+    """Draw demonstrations and dummies that do not contain the query."""
     others = [pair for pair in task.pairs if pair[0] != query]
     chosen = [others[i] for i in rng.choice(len(others), shots + dummies, replace=False)]
     return chosen[:shots], chosen[shots:]
 
 
 def make_trial(model: Model, task: Task, drawn: Draw) -> Trial:
-    """The prompts of what was drawn."""
+    """Make the prompts of a drawn query."""
     query, shown, dummies = drawn
     return Trial([make_prompt(model, task, shown, *pair) for pair in dummies],
                  make_prompt(model, task, shown, *query), make_prompt(model, task, [], *query))
 
 
 def extract(reader: Reader, dummies: list[Prompt]) -> np.ndarray:
-    """theta of every layer, float32 [n_layer, n_embd]: the mean of l_out at the last token over the dummy queries."""
+    """The task vector theta in every layer, float32 [n_layer, n_embd]: l_out at the last token, mean over dummies."""
     layers = range(reader.model.config.n_layer)
     runs = [reader.run(Prompt(p.ids, p.answer[:1]), keep=["l_out"]) for p in dummies]
     rows = np.array([[run[f"l_out-{il}"][-1] for il in layers] for run in runs])
@@ -71,7 +71,7 @@ def extract(reader: Reader, dummies: list[Prompt]) -> np.ndarray:
 
 
 def by_layer(model: Model, bare: Prompt, rows: np.ndarray, add: bool = False) -> np.ndarray:
-    """Hits [1 + n_layer] of a bare query: as it is, then with rows[L] of [n_layer, n_embd] put in, or added, at L."""
+    """Whether a bare query is answered right, 1 or 0, [1 + n_layer]: unchanged; with rows[L] put in, or added, at L."""
     reader, k = Reader(model), len(bare.answer)
     alone = reader.run(bare).logits
 
@@ -86,29 +86,29 @@ def by_layer(model: Model, bare: Prompt, rows: np.ndarray, add: bool = False) ->
 
 
 def dev_trial(model: Model, trial: Trial) -> tuple[np.ndarray, np.ndarray]:
-    """(hits [1 + n_layer] of the bare query alone and with its own theta at each layer, theta [n_layer, n_embd])."""
+    """The hits [1 + n_layer] of the bare query, as in by_layer, with its own theta; and theta [n_layer, n_embd]."""
     theta = extract(Reader(model), trial.dummies)
     return by_layer(model, trial.bare, theta), theta
 
 
 def theta_trial(model: Model, trial: Trial) -> np.ndarray:
-    """theta of every layer, float32 [n_layer, n_embd]."""
+    """The task vector theta of a trial in every layer, float32 [n_layer, n_embd]."""
     return extract(Reader(model), trial.dummies)
 
 
 def difference(model: Model, trial: Trial) -> np.ndarray:
-    """theta minus l_out at the last token of the bare query: float32 [n_layer, n_embd]."""
+    """Theta minus l_out at the last token of the bare query: float32 [n_layer, n_embd]."""
     return theta_trial(model, trial) - extract(Reader(model), [trial.bare])
 
 
 def vector_trial(model: Model, item: tuple[Trial, np.ndarray, bool]) -> np.ndarray:
-    """Hits [1 + n_layer] of the bare query alone and with a vector [n_layer, n_embd] put in, or added, at each."""
+    """The hits [1 + n_layer] of the bare query, as in by_layer, with a vector [n_layer, n_embd]."""
     trial, vector, add = item
     return by_layer(model, trial.bare, vector.astype(np.float32), add)
 
 
 def patched(reader: Reader, prompt: Prompt, layer: int, row: np.ndarray, add: bool = False) -> np.ndarray:
-    """Logits [n_tok, n_vocab] of the tail of the prompt run last, `row` put in, or added, at its first row."""
+    """The logits [n_tok, n_vocab] of the tail of the prompt run last; `row` is put in, or added, at its first token."""
     name, row, at = f"l_out-{layer}", np.asarray(row, np.float32), len(prompt.ids) - 1
     change = Add(name, row, at=at) if add else Patch(name, row[None], at=at)
     return variants(reader.model, reader.before(prompt), prompt.tail, 1, [change])[0]
@@ -118,12 +118,15 @@ class Given(NamedTuple):
     """The vector of a whole task, float32 [n_embd], instead of a query's own theta."""
 
     row: np.ndarray
-    add: bool       # to what is there, instead of putting it in its place
+    add: bool       # True: added to the residual; False: put in its place
 
 
 def measure_trial(model: Model, item: tuple[Trial, int, Given | None]) -> np.ndarray:
-    """For the bare query alone, with the vector at the layer, and after the demonstrations, [3]: whether the answer is
-    right, its probability, its rank: [3, 3]. The vector is the query's own theta, or the one given."""
+    """Whether the answer is right, its probability and its rank, under three conditions: [3, 3].
+
+    Columns: the bare query alone; with the vector at the layer; and after the demonstrations. The vector is the query's
+    own theta, or the one given.
+    """
     trial, layer, given = item
     shown, bare = Reader(model), Reader(model)
     row = extract(shown, trial.dummies)[layer] if given is None else given.row
@@ -134,8 +137,10 @@ def measure_trial(model: Model, item: tuple[Trial, int, Given | None]) -> np.nda
 
 
 def conflict_trial(model: Model, item: tuple[list[Prompt], list[Prompt], int, Given | None]) -> np.ndarray:
-    """Hits [4] of A's prompt with A's answer, with B's; then the same with theta, out of B's dummies, put in, or with
-    the vector given."""
+    """Whether A's prompt is answered as task A, and as task B, says; then both with B's vector: 1 or 0, [4].
+
+    The vector is theta from B's dummies, or the one given.
+    """
     dummies, prompts, layer, given = item
     row, reader = extract(Reader(model), dummies)[layer] if given is None else given.row, Reader(model)
     add = given is not None and given.add

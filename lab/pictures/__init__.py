@@ -1,1 +1,1 @@
-"""How results are shown: tables in a terminal, pictures by matplotlib, pages of HTML."""
+"""Showing results: tables in a terminal, pictures by matplotlib, pages of HTML."""

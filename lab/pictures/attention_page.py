@@ -1,6 +1,6 @@
-"""Attention patterns to click through in a page: a panel per head, one of them large; a weight is told when pointed at.
+"""Attention patterns as an interactive page: a panel per head, one head large; pointing at a cell shows its weight.
 
-A weight is stored as the byte round(255 sqrt(weight)), so that weak ones keep their digits: it is off by 0.004 at most.
+A weight is stored as the byte round(255 sqrt(weight)), so that weak ones keep their digits: the error is 0.004 at most.
 Keys after the query, which a causal model does not see, are left out: 32 layers of 32 heads on 50 tokens take 1.7 MB.
 """
 
@@ -64,8 +64,7 @@ const panels=d.heads.map((_,h)=>{
  panel.append(canvas,document.createElement('span'));
  panel.onclick=()=>{head=h;draw()};
  canvas.onpointermove=e=>point(e,h,Math.floor(e.offsetY/canvas.clientHeight*n),Math.floor(e.offsetX/canvas.clientWidth*n));
- $('.panels').append(panel);
- return panel;
+ $('.panels').append(panel); return panel;
 });
 function paint(canvas,h){
  const g=canvas.getContext('2d'),image=g.createImageData(n,n);
@@ -145,11 +144,11 @@ draw();
 """
 
 
-MOST = 24_000_000   # bytes of attention patterns in a page
+MOST = 24_000_000   # the most bytes of attention patterns in a page
 
 
 def check_size(n_layer: int, n_head: int, n_tok: int, most: int = MOST) -> None:
-    """Raise Error for patterns of so many layers and heads on so many tokens that no browser would show the page."""
+    """Raise Error if the patterns of these layers and heads are too large for a page that browsers can show."""
     size = n_layer * n_head * n_tok * (n_tok + 1) // 2
     if size > most:
         one = n_head * n_tok * (n_tok + 1) // 2
@@ -159,9 +158,10 @@ def check_size(n_layer: int, n_head: int, n_tok: int, most: int = MOST) -> None:
 
 
 def pack(patterns: np.ndarray) -> tuple[bytes, bool]:
-    """(bytes, whether keys after the query are left out): [n_layer, n_head, n_tok, n_tok], row by row of each pattern.
+    """Pack patterns [n_layer, n_head, n_tok, n_tok] into (bytes, whether keys after the query are left out).
 
-    The heads are packed one by one: the arrays made on the way take more room than the patterns.
+    The bytes are row by row of each pattern. Heads are packed one by one, because the arrays made on the way take more
+    memory than the patterns.
     """
     levels = np.empty(patterns.shape, np.uint8)
     for at in np.ndindex(patterns.shape[:-2]):
@@ -173,7 +173,7 @@ def pack(patterns: np.ndarray) -> tuple[bytes, bool]:
 
 def viewer(pieces: Sequence[str], layers: Sequence[int], heads: Sequence[int], patterns: np.ndarray,
            scores: Mapping[str, np.ndarray]) -> str:
-    """A fragment for a page of page.py, whose style and tips it uses; there may be several in a page.
+    """Make an HTML fragment for a page of page.py, whose style and tips it uses; a page may have several.
 
     patterns: [len(layers), len(heads), n_tok, n_tok], query and key, of these layers and heads; scores: by their names,
     [n_layer, n_head] each, of all heads of the model.

@@ -1,4 +1,4 @@
-"""Accuracy by layer as lines, accuracy by task as bars: in a page as SVG, in a PNG beside a heatmap."""
+"""Charts of accuracy, by layer as lines or by task as bars: as SVG in a page, or in a PNG beside a heatmap."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GREY, BLUE, GREEN = "#8c8c8c", "#2a6fbb", "#3a9a55"     # without, with the vector, with examples
+GREY, BLUE, GREEN = "#8c8c8c", "#2a6fbb", "#3a9a55"     # without the vector, with it, with examples
 HUES = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c8c8c")   # Okabe and Ito (2008)
-DASHES = ((), (6, 3), (2, 2), (8, 3, 2, 3))             # lines of one hue, seven apart, and in print
+DASHES = ((), (6, 3), (2, 2), (8, 3, 2, 3))             # tell lines of the same hue apart, also in print
 WIDE, HIGH, LEFT, TOP, BOTTOM = 560, 280, 44, 12, 40    # an SVG and its margins, in pixels
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Numbers of 0 to 1: series by label over places along x; lines, or bars where `colours` are given."""
+    """A chart of numbers from 0 to 1: one series per label over places along x; lines, or bars if colours are given."""
 
     title: str
     x: str
     places: Sequence[str]           # [n_places]
     labels: Sequence[str]           # [n_series]
-    values: np.ndarray              # float [n_series, n_places], NaN for what is not there
+    values: np.ndarray              # float [n_series, n_places], NaN where there is no number
     colours: Sequence[str] = ()     # of bars, [n_series]
     y: str = "accuracy"
 
@@ -52,7 +52,7 @@ class Chart:
             y = TOP + down * (1 - tick)
             out.append(f'<line x1={LEFT} x2={WIDE} y1={y:g} y2={y:g} stroke="var(--line)"/>'
                        f'<text x={LEFT - 6} y={y + 4:g} text-anchor=end>{tick:g}</text>')
-        some = max(1, len(self.places) * max(map(len, self.places)) * 7 // (WIDE - LEFT))  # of the labels find room
+        some = max(1, len(self.places) * max(map(len, self.places)) * 7 // (WIDE - LEFT))  # every how many labels fit
         for j in range(0, len(self.places), some if not self.colours else 1):
             label = escape(fit(self.places[j], max(3, int(step * (1 if self.colours else some) / 6.5))).rstrip())
             out.append(f'<text x={LEFT + step * (j + 0.5):g} y={HIGH - BOTTOM + 16} text-anchor=middle>{label}</text>')
@@ -103,7 +103,7 @@ class Chart:
 
 
 def draw_heatmap(ax: Axes, heatmap: Heatmap) -> None:
-    """A heatmap beside charts: no numbers in the cells."""
+    """Draw a heatmap in axes of matplotlib, beside charts, without numbers in the cells."""
     paint_cells(ax, heatmap)
     for axis, labels, order in ((ax.xaxis, heatmap.columns, range(len(heatmap.columns))),
                                 (ax.yaxis, heatmap.rows, heatmap.order)):

@@ -1,6 +1,7 @@
-"""Colours for numbers, the same in the terminal, in pages and in PNGs: told apart by colour-blind eyes and in print.
+"""Colours for numbers, the same in the terminal, in pages and in PNGs; readable with colour blindness and in print.
 
-One goes from dark blue over green to yellow (matplotlib's viridis, CC0), one from blue over white to orange.
+One scale goes from dark blue over green to yellow (matplotlib's viridis, CC0), the other from blue over white to
+orange.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def stops(diverging: bool) -> np.ndarray:
 def rgb(values: np.ndarray, low: float, high: float, diverging: bool) -> np.ndarray:
     """Colours of numbers, float [...] -> uint8 [..., 3]: `low` and below the first one, `high` and above the last.
 
-    NaN gets the first; who draws it knows.
+    NaN gets the first colour; callers draw such cells differently.
     """
     table = stops(diverging).astype(np.float64)
     place = (np.asarray(values, np.float64) - low) / ((high - low) or 1.0)
@@ -28,7 +29,7 @@ def rgb(values: np.ndarray, low: float, high: float, diverging: bool) -> np.ndar
 
 
 def ink(colour: np.ndarray) -> np.ndarray:
-    """Whether black is read better than white on each colour: uint8 [..., 3] -> bool [...].
+    """True where black text is more readable than white on a colour: uint8 [..., 3] -> bool [...].
 
     By relative luminance L: black's contrast is (L + 0.05) / 0.05, white's 1.05 / (L + 0.05). Source: WCAG 2.2.
     """

@@ -1,4 +1,4 @@
-"""Attention patterns as one picture: a row of panels per layer, a panel per head, a row of it per query.
+"""Attention patterns as one picture: one row of panels per layer, one panel per head, one line of cells per query.
 
 The picture is a single image with the panels side by side, so that 32 layers of 32 heads take seconds.
 """
@@ -28,18 +28,18 @@ Patterns = Mapping[int, npt.NDArray[np.float32]]    # layer: [n_head, n_tok, n_k
 WIDE = 2400             # total width of one row of panels, or height of one column of them
 LEAST, MOST = 100, 480  # least and greatest width of one panel
 GAP = 8                 # between panels
-LABEL = 11              # the smallest cell beside which the text of its token is written
+LABEL = 11              # the smallest cell for which the text of its token is written
 DPI = 100
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the panels lie in the image, in pixels."""
+    """The places of the panels in the image, in pixels."""
 
-    pool: int           # weights that share a pixel, each way
-    zoom: int           # pixels of a weight, each way; pool or zoom is 1
-    high: int           # of one panel
-    wide: int
+    pool: int           # weights per pixel, in each direction
+    zoom: int           # pixels per weight, in each direction; pool or zoom is 1
+    high: int           # height of one panel
+    wide: int           # width of one panel
     tops: list[int]     # of each layer's panels
     lefts: list[int]    # of each head's panels
 
@@ -48,10 +48,10 @@ def draw(patterns: Patterns, path: str | os.PathLike[str], tokens: Sequence[str]
          title: str | None = None, heads: Sequence[int] | None = None) -> None:
     """Write attention patterns, {layer: float32 [n_head, n_tok, n_kv]}, to `path` as one PNG.
 
-    `tokens` are the texts of the n_kv keys; the queries are the last n_tok of them. `heads` are the numbers of the
-    heads, where these are not all. Colours run from 0 to 1 on a square-root scale, so that weak attention shows beside
-    strong. Where weights share a pixel it shows the largest.
-    Raises tinymia.Error without matplotlib, and for patterns, tokens or a path that do not fit.
+    tokens: the texts of the n_kv keys; the queries are the last n_tok of them. heads: the numbers of the heads, if
+    these are not all. Colours run from 0 to 1 on a square-root scale, so that weak attention is visible beside strong.
+    A pixel that stands for several weights shows the largest. Raises Error without matplotlib, and for patterns, tokens
+    or a path that do not fit.
     """
     shapes = {np.shape(p) for p in patterns.values()}
     shape = next(iter(shapes), ())
@@ -101,7 +101,7 @@ def _figure(patterns: Patterns, at: Layout, tokens: Sequence[str] | None, title:
 
 
 def _image(patterns: Patterns, at: Layout, colours: ScalarMappable) -> npt.NDArray[np.uint8]:
-    """All panels on white: [height, width, RGBA]."""
+    """The image with all panels on white: uint8 [height, width, RGBA]."""
     image = np.full((at.tops[-1] + at.high, at.lefts[-1] + at.wide, 4), 255, np.uint8)
     for y, layer in zip(at.tops, sorted(patterns), strict=True):
         for x, weights in zip(at.lefts, patterns[layer], strict=True):
@@ -111,13 +111,13 @@ def _image(patterns: Patterns, at: Layout, colours: ScalarMappable) -> npt.NDArr
 
 
 def _largest(weights: npt.NDArray[np.float32], pool: int) -> npt.NDArray[np.float32]:
-    """The largest of each pool x pool weights; the last row and column of squares may be smaller."""
+    """The largest weight of each square of pool x pool weights; the last squares may be smaller."""
     rows, cols = (np.arange(0, n, pool) for n in weights.shape)
     return np.maximum.reduceat(np.maximum.reduceat(weights, rows, axis=0), cols, axis=1)
 
 
 def _write_tokens(axes: Axes, at: Layout, labels: list[str], size: float) -> None:
-    """Queries left of the first panels, keys under the last ones."""
+    """Write the queries left of the first panels, and the keys under the last ones."""
     def centres(corners: list[int], length: int) -> list[float]:
         return [c + (i + 0.5) * at.zoom - 0.5 for c in corners for i in range(length // at.zoom)] if labels else []
 
@@ -129,7 +129,7 @@ def _write_tokens(axes: Axes, at: Layout, labels: list[str], size: float) -> Non
 
 
 def _write_numbers(axes: Axes, at: Layout, layers: list[int], heads: Sequence[int], x: int) -> None:
-    """Layer numbers left of the picture, head numbers on top."""
+    """Write the layer numbers left of the picture, and the head numbers on top."""
     for top, layer in zip(at.tops, layers, strict=True):
         axes.text(x, top + at.high / 2, f"{layer}", ha="right", va="center", fontsize=12)
     for head, left in zip(heads, at.lefts, strict=True):

@@ -1,4 +1,4 @@
-"""What every picture drawn by matplotlib needs: matplotlib itself, and texts that its font can show."""
+"""Help for every picture that matplotlib draws: the check that it is installed, and texts that its font can show."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 def need_matplotlib(where: str = "") -> None:
-    """Raise Error where matplotlib is not installed; `where` names the flag and the file that need it."""
+    """Raise Error if matplotlib is not installed; `where` names the flag and the file that need it."""
     if importlib.util.find_spec("matplotlib") is None:
         raise Error(f"{where}{': ' if where else ''}drawing needs matplotlib: pip install 'tinymia[lab]'")
 
 
 def write_png(path: str | os.PathLike[str], make: Callable[[], Figure]) -> None:
-    """Write the figure that `make` returns as a PNG, whole or not at all. Raises Error without matplotlib."""
+    """Write the figure that `make` returns as a PNG, completely or not at all. Raises Error without matplotlib."""
     need_matplotlib(os.fspath(path))
     figure = make()
     write_atomic(os.fspath(path), lambda file: figure.savefig(file, format="png"))
 
 
 def drawable(texts: Sequence[str], most: int = 14) -> list[str]:
-    """Texts as the font can show them: line ends drawn, long ones cut, and a code point for what it lacks."""
+    """Texts as the font can show them: line ends as arrows, long ones cut, missing letters as their code points."""
     from matplotlib.font_manager import findfont, get_font
 
     font, labels = get_font(findfont("monospace")), []

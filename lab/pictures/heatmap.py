@@ -1,4 +1,4 @@
-"""A grid of numbers as people look at it: in the terminal, in a page, in a PNG."""
+"""A grid of numbers as colours and texts: in the terminal and in a page (heatmap_png.py draws it as a PNG)."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from tinymia_files import Error, printable
 from .colours import ink, rgb
 from .terminal import fit, visible, wide
 
-CELL = 12       # columns of a terminal that the text of a cell gets at most
-LABEL = 14      # ... and the label of a row
+CELL = 12       # the most columns of a terminal for the text of a cell
+LABEL = 14      # the most columns for the label of a row
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Rows and columns with names, one number per cell; NaN is a cell that is not there."""
+    """Rows and columns with names, and one number per cell; NaN is an empty cell."""
 
     values: np.ndarray                              # float [n_rows, n_cols]
     rows: Sequence[str]                             # labels, [n_rows]
     columns: Sequence[str]                          # [n_cols]
     title: str
-    x: str                                          # what the columns are
-    y: str                                          # what the rows are
+    x: str                                          # what the columns are, such as position
+    y: str                                          # what the rows are, such as layer
     unit: str                                       # what the colour means
-    texts: Sequence[Sequence[str]] | None = None    # what stands in the cells; the numbers where None
-    hovers: Sequence[Sequence[str]] | None = None   # what is told of a cell that is pointed at; may have lines
+    texts: Sequence[Sequence[str]] | None = None    # the texts of the cells; None: the numbers
+    hovers: Sequence[Sequence[str]] | None = None   # shown when a cell is pointed at; may have several lines
+    links: Sequence[Sequence[str]] | None = None    # links of the cells in a page; "": none
     diverging: bool = False                         # colours around 0
-    limits: tuple[float, float] | None = None       # of the colours; what the numbers have where None
+    limits: tuple[float, float] | None = None       # numbers of the first and last colour; None: those of the cells
     upward: bool = False                            # the first row is drawn at the bottom
 
     def __post_init__(self) -> None:
-        for grid in (self.values, self.texts, self.hovers):
+        for grid in (self.values, self.texts, self.hovers, self.links):
             if grid is not None and {len(self.rows)} | {len(row) for row in grid} != {len(grid), len(self.columns)}:
                 raise Error(f"heatmap {self.title!r}: [{len(self.rows)}, {len(self.columns)}] cells do not fit")
         for name in ("title", "x", "y", "unit"):    # they may quote a prompt, a piece, a model's name
@@ -44,7 +45,7 @@ class Heatmap:
 
     @property
     def corner(self) -> str:
-        """What stands over the rows' labels: what they are and, where columns have numbers alone, what those are."""
+        """The text over the rows' labels: the name of the rows and, if columns are numbers, that of the columns."""
         return f"{self.y} \\ {self.x}" if all(c.isdecimal() for c in self.columns) else self.y
 
     @property
@@ -69,20 +70,20 @@ class Heatmap:
         return rgb(self.values, *self.span, self.diverging)
 
     def text(self, row: int, column: int) -> str:
-        """What stands in a cell."""
+        """The text in a cell."""
         if self.texts is not None:
             return visible(self.texts[row][column])
         return number(self.values[row, column], max(map(abs, self.span)))
 
     def hover(self, row: int, column: int) -> str:
-        """What is told of a cell that is pointed at."""
+        """The text that is shown when a cell is pointed at."""
         if self.hovers is not None:
             return self.hovers[row][column]
         return (f"{self.y} {visible(self.rows[row])}, {self.x} {visible(self.columns[column])}\n"
                 f"{self.unit} {self.values[row, column]:.4g}")
 
     def terminal(self, width: int, colour: bool) -> str:
-        """Lines of up to `width` columns; columns of the grid that find no room stand below the others."""
+        """The heatmap as lines of up to `width` letters; columns that do not fit are put below the others."""
         edge = max(min(max([wide(visible(r)) for r in self.rows], default=0), LABEL), wide(self.corner))
         texts = [[self.text(i, j) for j in range(len(self.columns))] for i in range(len(self.rows))]
         widths = [min(max([wide(visible(c)), *(wide(row[j]) for row in texts)]), CELL)
@@ -102,7 +103,7 @@ class Heatmap:
         return "\n".join(line.rstrip() for line in lines)
 
     def html(self) -> str:
-        """A <figure> for a page of page.py, whose script shows what is pointed at, by mouse, finger or arrow keys."""
+        """A <figure> for a page of page.py, whose script shows the hovers, by mouse, finger or arrow keys."""
         low, high = self.span
         colours, dark = self.colours(), ink(self.colours())
         head = "".join(f"<th scope=col>{escape(visible(c))}" for c in self.columns)
@@ -113,7 +114,9 @@ class Heatmap:
                 style = f"background:#{bytes(colours[i, j]).hex()};color:{'#000' if dark[i, j] else '#fff'}"
                 there = f'style="{style}"' if np.isfinite(self.values[i, j]) else "class=none"
                 tip = escape(self.hover(i, j), quote=True).replace("\n", "&#10;")
-                cells.append(f'<td {there} data-tip="{tip}">{escape(self.text(i, j))}')
+                text, link = escape(self.text(i, j)), self.links[i][j] if self.links is not None else ""
+                text = f'<a href="{escape(link, quote=True)}">{text}</a>' if link else text
+                cells.append(f'<td {there} data-tip="{tip}">{text}')
             body.append(f"<tr><th scope=row>{escape(visible(self.rows[i]))}" + "".join(cells))
         ramp = ",".join(f"#{bytes(c).hex()}" for c in rgb(np.linspace(0, 1, 9), 0, 1, self.diverging))
         return (
@@ -126,7 +129,7 @@ class Heatmap:
 
 
 def number(value: float, most: float | None = None) -> str:
-    """A number in six letters or so, a dot for what is not there; numbers of one grid, up to `most`, are alike."""
+    """A number in about six letters, or a dot for NaN; all numbers of a grid whose largest is `most` look alike."""
     if not np.isfinite(value):
         return "·"
     size = abs(value) if most is None else most
@@ -135,7 +138,7 @@ def number(value: float, most: float | None = None) -> str:
 
 
 def paint(text: str, colour: np.ndarray) -> str:
-    """A text on a background, of 24-bit colours where the terminal says that it has them, else of its 256."""
+    """A text on a coloured background: in 24-bit colour if the terminal says that it has that, else in 256 colours."""
     r, g, b = map(int, colour)
     back = f"2;{r};{g};{b}"
     if os.environ.get("COLORTERM") not in ("truecolor", "24bit"):
@@ -145,7 +148,7 @@ def paint(text: str, colour: np.ndarray) -> str:
 
 
 def blocks(widths: Sequence[int], room: int) -> list[list[int]]:
-    """Columns cut into groups that each fit in `room`, a blank between two columns."""
+    """Split columns into groups that fit in `room` each, with a space between two columns."""
     groups: list[list[int]] = []
     used = room + 1
     for j, width in enumerate(widths):

@@ -1,4 +1,4 @@
-"""Heatmaps as a PNG, by matplotlib: cells as large as their texts need, or without texts where there are too many."""
+"""Heatmaps as a PNG, by matplotlib: cells are as large as their texts, or have no texts if there are too many."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ if TYPE_CHECKING:
 
 # In pixels:
 DPI = 100
-LETTER = 6.7            # of the cells' texts, of 8 points
-LINE = 20               # a row of the grid with texts
-WIDEST = 5000           # a grid with texts; what is wider goes without
-SMALL = 1600            # a grid without, where its cells have two pixels or more
-TOP, RIGHT = 60, 76     # the title; the scale of colours
-TITLE = 900             # what titles have at least, 7 a letter; what is longer is cut
-MOST = 6000             # cells with texts
+LETTER = 6.7            # the width of a letter in the cells, at 8 points
+LINE = 20               # the height of a row with texts
+WIDEST = 5000           # the greatest width of a grid with texts; wider ones have none
+SMALL = 1600            # the width of a grid without texts, unless cells would be under two pixels
+TOP, RIGHT = 60, 76     # room for the title, and for the scale of colours
+TITLE = 900             # the least room for titles, at 7 per letter; longer ones are cut
+MOST = 6000             # the most cells (not pixels) with texts
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of one heatmap in pixels."""
+    """The sizes of one heatmap, in pixels."""
 
-    texts: bool     # whether the cells show theirs
-    wide: float     # the grid
-    high: float
-    left: float     # what the labels take
-    bottom: float
+    texts: bool     # whether the cells show their texts
+    wide: float     # width of the grid
+    high: float     # height of the grid
+    left: float     # room for the labels of rows
+    bottom: float   # room for the labels of columns
 
 
 def draw_png(path: str | Path, heatmaps: Sequence[Heatmap]) -> None:
-    """Write heatmaps as a PNG, one below the other. Raises Error without matplotlib."""
+    """Write heatmaps as a PNG, one below another. Raises Error without matplotlib."""
     write_png(path, lambda: _figure(heatmaps))
 
 
 def paint_cells(axes: Axes, h: Heatmap) -> None:
-    """Draw the cells of a heatmap in the axes, the row that stands on top first; a cell that is not there is grey."""
+    """Draw the cells of a heatmap in axes of matplotlib, the top row first; empty cells are grey."""
     there = np.isfinite(h.values)[..., None]
     axes.imshow(np.where(there, h.colours(), np.uint8(225))[list(h.order)], aspect="auto", interpolation="nearest")
 
 
 def colour_scale(h: Heatmap) -> ScalarMappable:
-    """The colours of a heatmap and the numbers that they stand for, as a colour bar needs them."""
+    """The colours of a heatmap with their numbers, as matplotlib's colour bar needs them."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
@@ -86,7 +86,7 @@ def _figure(heatmaps: Sequence[Heatmap]) -> Figure:
 
 
 def _draw_one(figure: Figure, h: Heatmap, at: Layout, box: list[float], width: float) -> None:
-    """One heatmap in its box [left, bottom, width, height] of the figure."""
+    """Draw one heatmap in its box [left, bottom, width, height] of the figure."""
     colours, there = h.colours(), np.isfinite(h.values)
     axes, order = figure.add_axes((box[0], box[1], box[2], box[3])), list(h.order)
     paint_cells(axes, h)

@@ -1,4 +1,4 @@
-"""One HTML document that needs nothing else: no network, no server; light and dark, on a phone, by keyboard."""
+"""Pages: one HTML file each, which needs no network and no server; light or dark; usable on a phone and by keyboard."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from ..runs.streams import KEEP
 STYLE = """
 :root{color-scheme:light dark;--back:#fff;--text:#1a1a1a;--faint:#666;--line:#ccc;--box:#f5f5f5;--mark:#0b57d0}
 @media(prefers-color-scheme:dark){:root{--back:#16181c;--text:#e8e8e8;--faint:#a0a0a0;--line:#444;--box:#23262c;--mark:#8ab4f8}}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:1rem;max-width:100rem;background:var(--back);color:var(--text);
+*{box-sizing:border-box} body{margin:0 auto;padding:1rem;max-width:100rem;background:var(--back);color:var(--text);
  font:16px/1.45 system-ui,sans-serif}
 h1{font-size:1.4rem;overflow-wrap:anywhere}h2{font-size:1.15rem}section{margin:0 0 2rem}
 pre,code,table{font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:.8rem}
@@ -72,7 +71,7 @@ document.addEventListener('focusout',()=>point());
 
 
 def page(title: str, sections: Sequence[str]) -> str:
-    """An HTML document of these fragments, under a heading. What has data-tip="..." tells it when pointed at."""
+    """Make an HTML document of fragments under a heading. Elements with data-tip="..." show it when pointed at."""
     body = "\n".join(f"<section>{section}</section>" for section in sections)
     return (
         f'<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,'
@@ -82,5 +81,5 @@ def page(title: str, sections: Sequence[str]) -> str:
 
 
 def write_page(path: str | Path, html: str) -> None:
-    """Write a page, whole or not at all. Raises Error."""
+    """Write a page to a file, completely or not at all. Raises Error."""
     write_atomic(path, lambda f: f.write(printable(html, KEEP).encode("utf-8", "replace")))

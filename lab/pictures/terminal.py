@@ -1,4 +1,4 @@
-"""What a terminal needs to know: colours or none, how wide a text is, tokens as one sees them."""
+"""Text for the terminal: whether it has colours, the width of a text, tokens with visible spaces, tables."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from tinymia_files import note, printable
 
 from ..runs.streams import is_terminal
 
-WIDE = 120  # columns where there is no terminal to ask
+WIDE = 120  # columns if stdout is not a terminal
 
 
 def screen() -> tuple[int, bool]:
-    """(columns, whether to colour) of stdout: colours on a terminal, unless NO_COLOR is set (no-color.org)."""
+    """The columns of stdout, and whether to use colours: on a terminal, unless NO_COLOR is set (no-color.org)."""
     colour = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return shutil.get_terminal_size((WIDE, 24)).columns, colour
 
 
 @contextmanager
 def notes() -> Iterator[None]:
-    """The engine's Notes become lines on stderr, `note: ...`, each once."""
+    """Print the engine's Notes as lines on stderr, `note: ...`, each once."""
     said = set[str]()
     with warnings.catch_warnings():
         show = warnings.showwarning
 
         def tell(message: Any, category: Any, *where: Any, **more: Any) -> None:
-            line = str(Error(str(message), limit=1000))     # on one line, without what a terminal would obey
+            line = str(Error(str(message), limit=1000))     # one line, without escape sequences
             if not issubclass(category, Note):
                 show(message, category, *where, **more)
             elif line not in said:
@@ -46,18 +46,18 @@ def notes() -> Iterator[None]:
 
 
 def visible(text: str) -> str:
-    """A token as one sees it: blanks before it, line ends and tabs drawn, what cannot be printed as U+FFFD."""
+    """A token made visible: spaces in front as ▁, line ends and tabs as arrows, unprintable characters as U+FFFD."""
     rest = text.lstrip(" ").translate({ord("\n"): "↵", ord("\t"): "⇥"})
     return "▁" * (len(text) - len(rest)) + "".join(c if c.isprintable() else "\ufffd" for c in rest)
 
 
 def wide(text: str) -> int:
-    """Columns that a text takes: none for a combining mark, two for an East Asian wide letter."""
+    """The columns that a text takes: none for a combining mark, two for an East Asian wide letter."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def fit(text: str, width: int) -> str:
-    """A text cut or filled up to `width` columns."""
+    """A text cut, or filled with spaces, to `width` columns."""
     if wide(text) > width:
         while text and wide(text) > width - 1:
             text = text[:-1]
@@ -66,13 +66,13 @@ def fit(text: str, width: int) -> str:
 
 
 def signed(value: float, digits: int = 4) -> str:
-    """A number with its sign; what is rounded to zero is +0.0000, never -0.0000."""
+    """A number with its sign; zero, also after rounding, is +0.0000, never -0.0000."""
     text = f"{value:+.{digits}f}"
     return text if float(text) else text.replace("-", "+")
 
 
 def table(rows: Sequence[Sequence[Any]]) -> str:
-    """Columns, left-aligned; a row is a line, whatever its cells hold."""
+    """A table of left-aligned columns; each row is one line, even if a cell holds line ends."""
     text = [[printable(str(cell)) for cell in row] for row in rows]
     widths = [max(map(wide, column)) for column in zip(*text)]
     return "\n".join("  ".join(fit(cell, w) for cell, w in zip(row, widths)).rstrip() for row in text)

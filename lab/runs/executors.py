@@ -1,4 +1,4 @@
-"""Work on many items, here or over the workers of any `concurrent.futures` executor: threads, processes, a cluster."""
+"""Work on many items, here or on the workers of any `concurrent.futures` executor: threads, processes, a cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 How = tuple[Path, int, str, tuple[str, ...]]    # file, threads, numerics, hashes of its parts
-_shared: WeakValueDictionary[How, Model] = WeakValueDictionary()  # models of this process's callers
+_shared: WeakValueDictionary[How, Model] = WeakValueDictionary()  # the models of callers in this process
 _opening = Lock()
 
 
@@ -40,9 +40,9 @@ def _call(how: How, fn: Callable[[Model, Item], Found], item: Item) -> Found:
 def spread(
     model: Model, fn: Callable[[Model, Item], Found], items: Sequence[Item], executor: Executor | None = None
 ) -> Iterator[Found]:
-    """fn(model, item) for each item, in their order.
+    """Yield fn(model, item) for each item, in order.
 
-    An executor's threads share the model; workers that are processes open its file, once each.
+    The threads of an executor share the model; workers that are processes open its file, once per process.
     """
     if executor is None:
         yield from (fn(model, item) for item in items)
@@ -59,5 +59,5 @@ def spread(
 
 
 def commit(result: Any, **fields: np.ndarray) -> None:
-    """Set all fields of a result at once: Ctrl-C comes before or after, not between."""
+    """Set several fields of a result in one step, so that Ctrl-C cannot come between them."""
     vars(result).update(fields)

@@ -1,4 +1,4 @@
-"""What the command `tinymia` prints beside the text: the graph, what actions kept, the bundled models."""
+"""The output of the command `tinymia` beside the text: the graph, and what actions recorded."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tinymia import Error, Model, Record
 
 
 def two_digits(score: float) -> str:
-    """A score in two significant digits, without an exponent where that is not long: 190, not 1.9e+02."""
+    """A score in two significant digits, without an exponent if it is not very large or small: 190, not 1.9e+02."""
     return f"{float(f'{score:.2g}'):g}"
 
 
 class Printer:
-    """Prints what the actions found as it comes, or gathers it for --json."""
+    """Prints the records of actions as they come, or collects them for --json."""
 
     def __init__(self, args: argparse.Namespace, model: Model):
         self.args, self.model = args, model
@@ -29,18 +29,19 @@ class Printer:
         self.rows: set[int] | None = None       # positions that the lens shows; None: all
 
     def begin(self, n_tok: int) -> None:
-        """Told how many tokens the prompt has. Raises Error for a --lens-position that it has not."""
+        """Take the number of tokens of the prompt. Raises Error for a --lens-position beyond it."""
         for position in self.args.lens_position or ():
             if not -n_tok <= position < n_tok:
                 raise Error(f"--lens-position {position}: the prompt has {n_tok} tokens, 0 to {n_tok - 1}")
             self.rows = (self.rows or set()) | {position % n_tok}
 
     def line(self, text: str) -> None:
+        """Print a line, unless --json is given."""
         if not self.args.json:
             print(text)
 
     def record(self, r: Record) -> None:
-        """Called for each thing that an action kept."""
+        """Print or collect a record of an action."""
         about = {"tensor": r.name, "layer": r.layer, "phase": r.phase}
         if isinstance(r.action, tinymia.Lens):
             self.line(f"Layer #{r.layer} {r.name}:" if r.layer is not None else f"{r.name}:")

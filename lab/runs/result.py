@@ -1,7 +1,7 @@
-"""What an experiment found, with all that is needed to repeat it: kept in a file, read again, gone on with.
+"""The results of experiments, with all that is needed to repeat them: saved in a file, loaded, and resumed.
 
-An .npz file holds the arrays by their names and everything else as one string of JSON; a .json file holds arrays as
-nested lists, NaN as null, and their types. Cells of an array that are not done yet are NaN.
+An .npz file holds the arrays by name and everything else as one string of JSON; a .json file holds arrays as nested
+lists, with NaN as null, and their types. Cells of an array that are not computed yet are NaN.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from tinymia_files import check_target, dumps, expand, plain, read_json, read_np
 
 __all__ = ["Result", "about", "describe", "dumps", "model_hash", "plain", "resume"]
 R = TypeVar("R", bound="Result")
-SCREEN = (120, 24)  # columns and lines where there is no terminal to ask
+SCREEN = (120, 24)  # columns and lines if stdout is not a terminal
 SAME = ("command", "settings", "model", "prompts")  # parts of `about` that two runs must share to be the same
 
 
 @dataclass
 class Result:
-    """Base of what the lab's functions give. Fields are NumPy arrays, or what JSON can hold."""
+    """The base of what the lab's functions return. Fields are NumPy arrays, or values that JSON can hold."""
 
     about: dict[str, Any]       # command, settings, model, prompts, versions
 
@@ -42,11 +42,11 @@ class Result:
         setattr(cls, "__repr__", Result.__repr__)   # noqa: B010  or @dataclass would write one that prints every number
 
     def __repr__(self) -> str:
-        """The lines that its command prints, cut to a screen; its name where there is nothing to print yet."""
-        words: Any = getattr(sys.modules[type(self).__module__], "text", None)   # of the file that defines the result
+        """The lines that the command prints, cut to the screen; the names of the fields if that is not possible yet."""
+        words: Any = getattr(sys.modules[type(self).__module__], "text", None)   # of the result's module
         try:
             lines = words(self).splitlines()
-        except Exception:   # not a command's, or its work was stopped half-way
+        except Exception:   # not the result of a command, or not complete
             return f"{type(self).__name__}({', '.join(f.name for f in fields(self))})"
         width, height = shutil.get_terminal_size(SCREEN)
         shown = [line if len(line) <= width or "\x1b" in line else line[: width - 1] + "…" for line in lines]
@@ -55,16 +55,16 @@ class Result:
         return "\n".join(shown)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The fields that are arrays."""
+        """The fields that are arrays, by name."""
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), np.ndarray)}
 
     def to_json(self, arrays: bool = True) -> dict[str, Any]:
-        """All of it, or all but its arrays, as JSON can hold it: arrays as nested lists, what is not finite as null."""
+        """All fields, or all but the arrays, as JSON can hold them: arrays as lists, NaN and infinity as null."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: plain(v) for name, v in values.items() if arrays or not isinstance(v, np.ndarray)}
 
     def save(self, path: str | Path) -> None:
-        """Write it to a .npz or .json file, whole or not at all. Raises Error."""
+        """Write the result to a .npz or .json file, completely or not at all. Raises Error."""
         check_target(path)
         kind, suffix, arrays = type(self).__name__, Path(path).suffix, self.arrays()
         if suffix == ".npz":
@@ -80,11 +80,11 @@ class Result:
 
     @classmethod
     def load(cls: type[R], path: str | Path) -> R:
-        """The result in a file. Raises Error for a file that holds none, or one of another kind."""
+        """Load a result from a file. Raises Error for a file that holds none, or one of another kind."""
         with reading(path, "a saved result"):
             found = _read_npz(expand(path)) if Path(path).suffix == ".npz" else _read_json(path)
             kind, hints = found.pop("kind"), get_type_hints(cls)
-            newer = {f.name for f in fields(cls) if f.default_factory is not MISSING}   # files of before lack them
+            newer = {f.name for f in fields(cls) if f.default_factory is not MISSING}   # older files lack these fields
             if kind != cls.__name__ or not hints.keys() - newer <= found.keys() <= hints.keys():
                 raise Error(f"{path}: holds a result of the kind {short(kind)}, or of another version, not "
                             f"{cls.__name__}")
@@ -96,11 +96,15 @@ class Result:
 
 def _read_npz(path: Path) -> dict[str, Any]:
     arrays = read_npz(path)
+    if "result" not in arrays:
+        raise ValueError("it holds saved tensors" if "about" in arrays else "it holds other arrays")
     return json.loads(str(arrays.pop("result"))) | arrays
 
 
 def _read_json(path: str | Path) -> dict[str, Any]:
     found = read_json(path, "a saved result")
+    if not isinstance(found, dict) or not {"kind", "arrays"} <= found.keys():
+        raise ValueError("it holds other JSON")
     for name, kind in found.pop("arrays").items():
         dtype = np.dtype(kind)
         if dtype.kind not in "fiubU":
@@ -110,7 +114,7 @@ def _read_json(path: str | Path) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of the type that a field has."""
+    """Return whether a value has the type of a field."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -126,9 +130,9 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def model_hash(model: Model) -> str:
-    """SHA-256 in hexadecimal of the bytes that a model was loaded from; of a split one, that of its parts' hashes.
+    """SHA-256, in hexadecimal, of the file that a model was loaded from; for a split model, that of its parts' hashes.
 
-    Raises Error when the file was written to since then.
+    Raises Error if the file was written to since then.
     """
     hashes = [file.sha256() for file in model.files]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -139,7 +143,7 @@ def about(
 ) -> dict[str, Any]:
     """All that is needed to repeat a run: command, settings, model, prompts with their tokens, versions.
 
-    A prompt is a text or ids, or a list of prompts.
+    Each of `prompts` is a text, ids, or a list of prompts.
     """
     return {
         "command": command,
@@ -160,7 +164,7 @@ def _prompt(model: Model, prompt: Any) -> Any:
 
 
 def describe(value: Any) -> Any:
-    """An action, or what one holds, as settings: arrays by shape and hash, runs by their tokens, functions by name."""
+    """An action, or a field of one, as settings: arrays by shape and hash, runs by tokens, functions by name."""
     if isinstance(value, tinymia.Action):
         given = {f.name: getattr(value, f.name) for f in fields(value)}
         return {"action": type(value).__name__, **{k: describe(v) for k, v in given.items()}}
@@ -175,10 +179,10 @@ def describe(value: Any) -> Any:
 
 
 def resume(path: str | Path | None, about: dict[str, Any], cls: type[R], inputs: Any = ()) -> R | None:
-    """What an earlier run, stopped or done, left in a file; None where there is no file.
+    """Load the result of an earlier run of the same command, complete or not; None if there is no such file.
 
-    inputs: what the run is given, such as actions; files among it are not to be written onto. Raises Error for these,
-    and when the file holds another run, and says in what it differs. Versions and the model's path may differ.
+    inputs: what the run is given, such as actions; the file must not be one of these. Raises Error for that, and if the
+    file holds the result of another run; the message says where they differ. Versions and the model's path may differ.
     """
     if path is None:
         return None
@@ -196,7 +200,7 @@ def resume(path: str | Path | None, about: dict[str, Any], cls: type[R], inputs:
 
 
 def files_in(value: Any) -> list[str | Path]:
-    """The files that a run reads: names among its arguments, and the sources of actions."""
+    """The files that a run reads: paths among its arguments, and the sources of actions."""
     if isinstance(value, (str, Path)):
         return [value]
     if isinstance(value, tinymia.Action):
@@ -207,7 +211,7 @@ def files_in(value: Any) -> list[str | Path]:
 
 
 def _flat(value: Any, name: str) -> dict[str, Any]:
-    """The leaves of nested dictionaries by their path: {"settings layer": 3}."""
+    """The leaves of nested dictionaries by their path, such as {"settings layer": 3}."""
     if not isinstance(value, dict):
         return {name: value}
     return {k: v for key, part in value.items() for k, v in _flat(part, f"{name} {key}").items()}

@@ -1,9 +1,9 @@
-"""Where lines leave for the terminal: stdout and stderr while the command runs.
+"""stdout and stderr while the command runs: everything that is printed goes through these streams.
 
-Whatever a file says may hold control characters and escape sequences. All that is printed is cleaned here, on its way
-out; only the colours and the bar that the lab itself draws on a terminal go through. Generated text is cleaned for a
-terminal, and goes as it is into a file or a pipe. A stream that is closed, or missing, takes what it is given and
-drops it; stderr does the same when it cannot be written, since a note is no reason to stop.
+Texts from files may hold control characters and escape sequences, which a terminal would obey. They are removed here;
+only the colours and the bar that the lab itself draws on a terminal stay. Generated text is cleaned for a terminal, and
+written unchanged to a file or a pipe. A stream that is closed or missing drops what it is given; so does stderr if it
+cannot be written, since a lost note is no reason to stop.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 from tinymia_files import printable
 
-KEEP = "\n\t\u200c\u200d"   # line ends, tabs, and the joiners that scripts and emoji are written with
-OURS = re.compile(          # colours of cells, bold, and the bar that renews its line
+KEEP = "\n\t\u200c\u200d"   # line ends, tabs, and the joiners that some scripts and emoji need
+OURS = re.compile(          # our own sequences: colours of cells, bold, and the bar that overwrites its line
     r"(\x1b\[48;(?:2;\d{1,3};\d{1,3};\d{1,3}|5;\d{1,3});(?:30|97)m|\x1b\[[01]m|\A\r|\r\Z|\x1b\[K\Z)")
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether a stream, which may be missing, closed, or some object with a write method, is a terminal."""
+    """Return whether a stream is a terminal. It may be missing, closed, or any object with a write method."""
     try:
         return bool(stream.isatty())
     except (AttributeError, ValueError, OSError):
@@ -31,7 +31,7 @@ def is_terminal(stream: Any) -> bool:
 
 
 def json_safe(text: str) -> str:
-    """A line of JSON in which what a terminal must not get is written as \\u0000: the same data."""
+    """The same JSON, with characters that a terminal must not get written as \\u escapes."""
     def escape(c: str) -> str:
         half = c.encode("utf-16-be", "surrogatepass")
         return "".join(f"\\u{half[i]:02x}{half[i + 1]:02x}" for i in range(0, len(half), 2))
@@ -40,22 +40,22 @@ def json_safe(text: str) -> str:
 
 
 def print_json(text: str) -> None:
-    """Print a line of JSON."""
+    """Print a line of JSON, with control characters escaped."""
     print(json_safe(text))
 
 
 def print_generated(text: str, end: str = "") -> None:
-    """Print what a model wrote: cleaned for a terminal, as it is for a file or a pipe."""
+    """Print text that a model generated: cleaned for a terminal, unchanged for a file or a pipe."""
     out = sys.stdout
     (out.as_it_is if isinstance(out, Stream) else out.write)(text)
     print(end=end, flush=True)
 
 
 class Stream:
-    """A text stream that cleans what goes through it, around one that may lack nearly everything."""
+    """A text stream that cleans what is written to it, around another one, which may lack nearly every method."""
 
     def __init__(self, inner: Any, forgiving: bool = False):
-        """forgiving: what cannot be written is dropped."""
+        """Wrap a stream; forgiving: drop what cannot be written, instead of raising."""
         missing = inner is None or getattr(inner, "closed", False) is True or not hasattr(inner, "write")
         self.inner: Any = None if missing else inner
         self.forgiving = forgiving
@@ -65,25 +65,28 @@ class Stream:
         return getattr(self.inner, name)
 
     def isatty(self) -> bool:
+        """Return whether the inner stream is a terminal."""
         return self.terminal
 
     def write(self, text: str) -> int:
-        parts = OURS.split(text) if self.terminal else [text]       # every second one is ours
+        """Write a text without the characters that a terminal must not get. Returns the length of the text."""
+        parts = OURS.split(text) if self.terminal else [text]       # every second part is one of our own sequences
         self._send("".join(part if i % 2 else printable(part, KEEP) for i, part in enumerate(parts)))
         return len(text)
 
     def as_it_is(self, text: str) -> int:
-        """Write without cleaning, unless this is a terminal."""
+        """Write a text unchanged, unless this is a terminal. Returns the length of the text."""
         if self.terminal:
             return self.write(text)
         self._send(text)
         return len(text)
 
     def flush(self) -> None:
+        """Flush the inner stream."""
         self._send(None)
 
     def drop(self) -> None:
-        """Take no more. The descriptor leads nowhere from now on, or Python's own flush at the end would fail again."""
+        """Drop everything from now on. The descriptor leads to nothing, or Python's last flush would fail again."""
         with suppress(OSError, ValueError, AttributeError):
             number, nowhere = self.inner.fileno(), os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, number)
@@ -99,9 +102,9 @@ class Stream:
                 self.inner.write(text)
             elif hasattr(self.inner, "flush"):
                 self.inner.flush()
-        except UnicodeError:        # an encoding that lacks letters
+        except UnicodeError:        # an encoding that lacks some letters
             self.inner.write((text or "").encode("ascii", "backslashreplace").decode())
-        except ValueError:          # closed meanwhile
+        except ValueError:          # the stream was closed meanwhile
             self.inner = None
         except OSError:
             if not self.forgiving:
@@ -111,10 +114,10 @@ class Stream:
 
 @contextmanager
 def streams() -> Iterator[None]:
-    """Print through such streams in the block.
+    """Replace stdout and stderr by such streams in the block.
 
-    Descriptors 0 to 2 that are closed are opened on nothing first: else the next file that is opened, say one to save
-    in, would get the number, and with it what a library prints.
+    First, descriptors 0 to 2 that are closed are opened on nothing. Otherwise the next file to be opened, such as a
+    result, would get one of these numbers, and libraries would print into it.
     """
     with suppress(OSError):
         while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
