@@ -181,9 +181,9 @@ def silu(x: np.ndarray, pool: Pool | None = None) -> np.ndarray:
 
 @inline
 def _gelu(x):
-    """GELU of a number, by its approximation with tanh."""
+    """GELU of a number, by its approximation with tanh; ggml's compiled code has a fused multiply-add here."""
     inner = np.float32(0.79788456080286535587989211986876) * x
-    inner = inner * (np.float32(1) + np.float32(0.044715) * x * x)
+    inner = inner * first(fma(f32x1(np.float32(0.044715) * x), x, np.float32(1)))
     return np.float32(0.5) * x * (np.float32(1) + np.float32(math.tanh(inner)))
 
 

@@ -62,8 +62,7 @@ NAMES: dict[tuple[str, str], tuple[str, ...]] = {
 CUT = {"Qcur": "Qcur_pre", "Kcur": "Kcur_pre", "Vcur": "Vcur"}     # as they are cut into heads, or flat before that
 # What has no name there, by its operation and the tensor of ours that came last.
 UNNAMED = {
-    ("GET_ROWS", ""): "inp_embd", ("MUL_MAT", "kqv_merged"): "kqv_out", ("MUL_MAT", "result_norm"): "result_output_pre",
-    ("ADD", "kqv_out"): "ffn_inp",
+    ("GET_ROWS", ""): "inp_embd", ("MUL_MAT", "result_norm"): "result_output_pre", ("ADD", "kqv_out"): "ffn_inp",
     **{("SCALE", base): f"{base}_scaled" for base in ("kqv_out", "ffn_out")},
     **{("SCALE", base): "Qcur_scaled" for base in ("Qcur", "Qcur_normed", "Qcur_pre")},
 }
@@ -110,13 +109,14 @@ class Names:
         self.n_layer, norm = model.config.n_layer, model.weights.blk[0].attn_q_norm
         self.cut = ("MUL_MAT", "ADD", "CONT") if norm is not None and norm.ndim > 1 else ("RESHAPE", "VIEW")
         self.before = set[str]()  # names of what a bias or a scale makes into the tensor that is ours
-        self.scaled = set[str]()  # layers whose Wo has a scale: its product comes as another tensor
+        self.last_of_wo = dict[str, str]()      # by layer: the operation that gives kqv_out: product, scale or bias
         self.both = set[str]()    # layers where gate and up are one matrix
         for il, block in enumerate(model.weights.blk):
             for base, w in (("ffn_gate", block.ffn_gate), ("ffn_up", block.ffn_up)):
                 steps = [base, *[f"{base}_b"] * (w.bias is not None), *[f"{base}_s"] * (w.weight.scale is not None)]
                 self.before |= {f"{step}-{il}" for step in steps[:-1]}
-            self.scaled |= {str(il)} if block.attn_output.weight.scale is not None else set()
+            weight, bias = block.attn_output
+            self.last_of_wo[str(il)] = "ADD" if bias is not None else "MUL_MAT" if weight.scale is None else "MUL"
             self.both |= {str(il)} if block.ffn_gate.weight.name.startswith(f"blk.{il}.ffn_up") else set()
 
     def ours(self, name: str, op: str) -> list[str]:
@@ -129,8 +129,10 @@ class Names:
             return self.first([f"ffn_gate-{layer}"]) + self.first([f"ffn_up-{layer}"])
         if base.startswith("node_"):
             last, dash, layer = self.last.rpartition("-")
-            wanted = "MUL_MAT" if op == "MUL" and layer in self.scaled else "" if layer in self.scaled else op
-            our = UNNAMED.get((wanted if last == "kqv_merged" else op, last or layer))
+            if last == "kqv_merged":
+                our = "kqv_out" if op == self.last_of_wo[layer] else None
+            else:
+                our = UNNAMED.get((op, last or layer))
             return self.first([our + dash + layer * bool(dash)]) if our else []
         found = [exact + dash + layer if dash else exact for exact in NAMES.get((base, op), NAMES.get((base, ""), ()))]
         if base in CUT and op in self.cut:
