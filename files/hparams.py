@@ -136,7 +136,7 @@ def read_hparams(
         layers=layers,
         norms=tuple(arch.norms.split()),
         act=arch.act,
-        freqs=_freqs(arch, tensors, n_ctx > n_original),
+        freqs=_freqs(arch, tensors, n_ctx > n_original) if ropes else None,
         d_scale=n_embd // n_head if n_layer == arch.wide_scale else d_head,
         attention_scale=r.factor("attention.scale"),
         scale_queries=arch.scale_queries,
