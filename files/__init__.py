@@ -3,8 +3,8 @@
     gguf.py        the index of a GGUF file, and its tensors as views of the mapped file;
                    split.py: models in several files
     config.py      the shape of a model; architectures.py: what sets architectures apart, as a table
-    hparams.py     reads that shape from the metadata, rope.py what of it is about positions; unused.py: tensors and
-                   keys that do not change the numbers
+    hparams.py     reads that shape from the metadata, key by key (metadata.py); rope.py what of it is about positions;
+                   unused.py: tensors and keys that do not change the numbers
     tokenizer.py   text to ids and back: spm.py by sentencepiece, bpe.py by tokenizers, vocab.py for both
     tensors.py     saved activations: raw float32, .npy, .npz
     disk.py        how files are read, text and JSON of any kind; outputs.py: how files are written

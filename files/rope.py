@@ -12,7 +12,7 @@ from .errors import GGUFError, short
 
 if TYPE_CHECKING:
     from .gguf import Tensor
-    from .hparams import Reader
+    from .metadata import Reader
 
 f32 = np.float32
 

@@ -11,7 +11,7 @@ import tinymia
 from tinymia_files import ARCHITECTURES
 
 EVERY = pytest.mark.parametrize("arch, name", architectures.EVERY, ids=" ".join)
-# n_ff is 101: ggml sums the rest of a row of float32 in an order of its own; Llama with such a width is no nearer to it.
+# n_ff is 101: ggml sums the rest of a row of float32 in an order of its own; so it does for Llama with such a width.
 UNEVEN = {("qwen2", "no biases"), ("gemma2", "linear scaling")}
 
 
