@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -216,8 +216,9 @@ class Tokenizer:
 
     def stops(self, stop: str | Sequence[str] | None) -> tuple[list[str], set[int]]:
         """The stop texts as a list, and the ids of control tokens among them, which appear in no text. Raises Error."""
-        many = hasattr(stop, "__iter__") and not isinstance(stop, (str, bytes))
-        texts, ids = list(stop) if many else [] if stop is None else [stop], set[int]()     # type: ignore[arg-type]
+        many = isinstance(stop, Iterable) and not isinstance(stop, (str, bytes))
+        texts: list[Any] = [] if stop is None else [*stop] if many else [stop]
+        ids = set[int]()
         for text in texts:
             if not isinstance(text, str):
                 raise Error(f"stop texts {short(stop)}: they must be a text, or a list of texts")

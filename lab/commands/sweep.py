@@ -44,7 +44,7 @@ from ..measure.patching import (
 from ..measure.selection import chosen
 from ..measure.sinks import tell_sink
 from ..pictures.heatmap import Heatmap
-from ..pictures.terminal import screen, signed, table, visible
+from ..pictures.terminal import fixed, screen, signed, table, visible
 from ..runs.executors import spread
 from ..runs.progress import keeping
 from ..runs.result import Result, about, resume
@@ -168,7 +168,7 @@ def picture(found: Sweep) -> Heatmap:
     kind = "position" if s["tensor"] in BY_POSITION else "head"
     how = "corrupt into clean (noising)" if s["noising"] else "clean into corrupt (denoising)"
     where = ", last position" if s["at"] == "last" else ""
-    texts = [[f"{v:.0f}" if metric == "rank" else f"{v:.2f}" for v in row] for row in found.values]
+    texts = [[f"{v:.0f}" if metric == "rank" else fixed(v) for v in row] for row in found.values]
     diverging = metric == "logit-difference"
     most = float(np.nanmax(np.abs(found.values), initial=1.0))
     limits = {"logit-difference": (-most, most), "probability": (0.0, 1.0)}.get(metric)

@@ -71,6 +71,12 @@ def signed(value: float, digits: int = 4) -> str:
     return text if float(text) else text.replace("-", "+")
 
 
+def fixed(value: float, digits: int = 2) -> str:
+    """A number with so many decimal places; zero, also after rounding, is 0.00, never -0.00."""
+    text = f"{value:.{digits}f}"
+    return text if float(text) else text.replace("-", "")
+
+
 def table(rows: Sequence[Sequence[Any]]) -> str:
     """A table of left-aligned columns; each row is one line, even if a cell holds line ends."""
     text = [[printable(str(cell)) for cell in row] for row in rows]

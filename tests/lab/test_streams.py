@@ -17,7 +17,7 @@ import tinymia
 from tinymia_files import note, printable
 from tinymia_lab.pictures.heatmap import Heatmap
 from tinymia_lab.pictures.page import write_page
-from tinymia_lab.pictures.terminal import screen, signed, table
+from tinymia_lab.pictures.terminal import fixed, screen, signed, table
 from tinymia_lab.runs.progress import Progress
 from tinymia_lab.runs.streams import Stream, is_terminal, json_safe
 
@@ -236,6 +236,7 @@ def test_no_minus_zero():
     heatmap = Heatmap(np.array([[-0.004, 0.5]]), ["0"], ["0", "1"], "t", "head", "layer", "u", diverging=True)
     assert [heatmap.text(0, j) for j in (0, 1)] == ["0.00", "0.50"]
     assert (signed(-1e-9), signed(-0.5), signed(0.0, 3), signed(2)) == ("+0.0000", "-0.5000", "+0.000", "+2.0000")
+    assert (fixed(-0.004), fixed(-0.006), fixed(0.0), fixed(12.345, 1)) == ("0.00", "-0.01", "0.00", "12.3")
 
 
 def test_a_hostile_name_in_an_error_is_clean(capsys):
