@@ -99,7 +99,8 @@ class Patch(Edit):
         """The source's rows for these rows. Raises ActionError if a whole tensor has another number of rows."""
         source = _read(self.source)
         if self.at is None and len(source) != len(x):
-            raise ActionError(f"patch of {self.name}: {len(source)} rows for {len(x)} positions: say from and to")
+            raise ActionError(f"patch of {self.name}: {len(source)} rows for {len(x)} positions: say which row goes "
+                              f"where: FROM TO, such as -1 -1 (in Python src= and at=)")
         return source if len(source) == 1 else source[which]
 
 

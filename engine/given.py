@@ -133,11 +133,14 @@ def _single(given: Any) -> bool:
 
 def _one(value: Any, what: str, given: Any, where: str) -> int:
     try:
-        if not isinstance(value, (bool, np.bool_)) and abs(number := operator.index(value)) < 2**62:
-            return number
+        number = operator.index(value)
     except TypeError:
-        pass
-    _refuse(given, what, where)
+        number = None
+    if number is None or isinstance(value, (bool, np.bool_)):
+        _refuse(given, what, where)
+    if abs(number) >= 2**62:
+        raise Error(f"{where}{PLURAL[what]} {short(given)}: {short(number)} is out of range of any model")
+    return number
 
 
 def _refuse(given: Any, what: str, where: str) -> NoReturn:

@@ -70,7 +70,9 @@ def read_row(source: Any, row: int | None, name: str, dims: Sequence[str], model
     for rows in read_sources(source, name, dims, model, asked):
         i = 0 if row is None and len(rows) == 1 else row
         if i is None or not -len(rows) <= whole(i, f"{name}: the row") < len(rows):
-            raise Error(f"{name}: one vector is needed and the source has {len(rows)} rows: which? (not {row})")
+            raise Error(f"{name}: one vector is needed, and the source has {len(rows)} rows, 0 to {len(rows) - 1}: " + (
+                f"there is no row {row}" if row is not None else
+                "choose one (Add: row=I, --add: --from-token-idx I), or give one row alone"))
         found.append(rows[i])
     return mean(found, name)
 

@@ -57,7 +57,8 @@ def reading(path: object, what: str, kind: type[FileError] = FileError) -> Itera
     except RecursionError as e:
         raise kind(f"{path}: not {what}: lists in lists in lists without end") from e
     except Exception as e:
-        raise kind(f"{path}: not {what}: {short(str(e) or type(e).__name__)}") from e
+        why = f"it has no {short(e.args[0])}" if isinstance(e, KeyError) and e.args else str(e) or type(e).__name__
+        raise kind(f"{path}: not {what}: {why if len(why) <= 120 else why[:117] + '...'}") from e
 
 
 def note(text: str, end: str = "\n") -> None:

@@ -80,6 +80,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     arrays = {}
     with zipfile.ZipFile(path) as z:
         for info in z.infolist():
+            if info.flag_bits & 1:
+                raise ValueError("it is encrypted with a password")
             if info.file_size > 1100 * info.compress_size + 4096:  # deflate compresses by a factor of 1032 at most
                 raise ValueError(f"{info.filename} claims {info.file_size} bytes, more than it has room for")
             with z.open(info) as f:
@@ -113,7 +115,9 @@ def read_tensor(path: str | Path, name: str, model: dict[str, Any]) -> tuple[np.
     """
     arrays, about = read_tensors(path)
     if about.get("model", model) != model:
-        raise FileError(f"{path}: saved from another model, {about['model']}; this one is {model}")
+        theirs, ours = (", ".join(f"{k} {short(v)}" for k, v in one.items()) if isinstance(one, dict) else short(one)
+                        for one in (about["model"], model))
+        raise FileError(f"{path}: saved from another model ({theirs}); this one is {ours}")
     if name not in arrays and len(arrays) != 1:
         raise FileError(f"{path}: holds no {name}; it holds {short(', '.join(arrays))}")
     held = name if name in arrays else next(iter(arrays))

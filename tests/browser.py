@@ -24,7 +24,7 @@ class Browser:
     def __init__(self, width=1100, height=900, dark=False):
         found = next(filter(None, map(shutil.which, NAMES)), None)
         if found is None:
-            pytest.skip("pages are looked at where there is a Chromium")
+            pytest.skip("needs Chromium, under one of these names: " + ", ".join(NAMES))
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         theirs_in, self.out = os.pipe()
         self.inn, theirs_out = os.pipe()

@@ -2,10 +2,13 @@
 import contextlib
 import os
 import sys
+from copy import copy
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import Pictures
 from tiny import write_gguf
 
 import tinymia
@@ -31,10 +34,56 @@ def real_model():
     return "smollm2"
 
 
+# Models that several tests use, by their place here, each with its state when it was loaded.
+SHARED_MODELS = []
+CONTAINERS = dict, set, list
+
+
+def state(model):
+    """What a test could change in a model, by name: attributes of it and of its parts, and its vectors of weights.
+
+    Matrices are mapped read-only. Names that a test adds are seen, other than those that a cached_property makes;
+    containers are compared by what they hold.
+    """
+    parts = {type(part).__name__: part for part in (model, model.ops, model.tokenizer, model.weights)}
+    parts |= {f"layer {il}": block for il, block in enumerate(model.weights.blk)}
+    return {f"{which}.{name}": x.tobytes() if isinstance(x, np.ndarray) else copy(x) if isinstance(x, CONTAINERS) else x
+            for which, part in parts.items() for name, x in vars(part).items()
+            if not isinstance(getattr(type(part), name, None), cached_property)}
+
+
+def share(model):
+    """Note the state of a model that several tests will use."""
+    SHARED_MODELS.append((model, state(model)))
+    return model
+
+
+@pytest.fixture(autouse=True)
+def shared_models_stay_as_they_are():
+    """A test leaves nothing in a shared model: what passes would otherwise depend on the order of the tests."""
+    yield
+    for model, was in SHARED_MODELS:
+        now = state(model)
+        changed = [name for name in now.keys() | was.keys() if now.get(name) != was.get(name)]
+        assert not changed, f"this test left something in {model}: {changed}"
+
+
 @pytest.fixture(scope="session")
-def copycat():
-    """The bundled model, on one thread."""
-    return tinymia.load(threads=1)
+def copycat_in():
+    """copycat_in(numerics): the bundled model on one thread, loaded once for each numerics. Read-only."""
+    return cache(lambda numerics: share(tinymia.load(threads=1, numerics=numerics)))
+
+
+@pytest.fixture(scope="session")
+def copycat(copycat_in):
+    """The bundled model, with ggml's numerics. Read-only."""
+    return copycat_in("ggml")
+
+
+@pytest.fixture(scope="session")
+def copycat_f32(copycat_in):
+    """The bundled model, in float32 throughout: what holds exactly can be asked of it. Read-only."""
+    return copycat_in("f32")
 
 
 @pytest.fixture(scope="session")
@@ -53,15 +102,13 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def load(tiny):
-    """load(numerics=..., **how to write it): the model, loaded once for each numerics."""
-    import tinymia
-
+    """load(numerics=..., **how to write it): the model, loaded once for each numerics. Read-only."""
     made = {}
 
     def make(numerics="ggml", threads=1, **how):
         key = repr((numerics, threads, sorted(how.items())))
         if key not in made:
-            made[key] = tinymia.load(tiny(**how), threads=threads, numerics=numerics)
+            made[key] = share(tinymia.load(tiny(**how), threads=threads, numerics=numerics))
         return made[key]
 
     return make
@@ -81,6 +128,13 @@ def stories():
 @pytest.fixture(scope="session")
 def llama_vocab():
     return shared("models/llama2-vocab.gguf")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """drawn(path): what a PNG shows that was written by this process, in this test (pictures.py)."""
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'tinymia[lab]'")
+    return Pictures(monkeypatch)
 
 
 def prompt(n, n_vocab=384, seed=0):

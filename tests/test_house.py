@@ -4,7 +4,10 @@ import ast
 from functools import cache
 from pathlib import Path
 
+import conftest
 import pytest
+
+import tinymia
 
 ROOT = Path(__file__).parent.parent
 LIMITS = {"kernels": 250, "lab": 250}
@@ -113,3 +116,48 @@ def test_the_story_is_in_the_first_half_of_a_short_file():
                    if isinstance(node, ast.FunctionDef) and node.name == "forward")
     assert len(lines) <= 850 and forward.lineno < len(lines) / 2
     assert forward.end_lineno - forward.lineno + 1 <= 60
+
+
+@pytest.mark.parametrize("leave", [
+    lambda model: setattr(model, "generate", model.generate), lambda model: setattr(model.ops, "alone", True),
+    lambda model: model.tokenizer.end.add(5), lambda model: model.about.clear(),
+    lambda model: model.weights.blk[1].attn_norm.fill(1), lambda model: model.weights.output_norm.fill(1),
+], ids=["a method", "an op", "a token", "a dictionary", "a layer's weights", "the last norm"])
+def test_what_a_test_leaves_in_a_shared_model_is_seen(tiny, leave):
+    model = tinymia.load(tiny(), threads=1)
+    was = conftest.state(model)
+    model.run("the fox")
+    assert conftest.state(model) == was
+    leave(model)
+    assert conftest.state(model) != was
+
+
+def nodes(kind):
+    """(place, node) of everything of this kind in the tests."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, kind):
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", node
+
+
+def test_a_skipped_test_says_what_it_needs():
+    """In words that begin with "needs": what is missing, and how to get it where one can."""
+    mute = []
+    for place, call in nodes(ast.Call):
+        kind = ast.unparse(call.func)
+        if kind in ("pytest.skip", "pytest.importorskip", "pytest.mark.skip", "pytest.mark.skipif"):
+            said = call.args[:1] if kind == "pytest.skip" else [k.value for k in call.keywords if k.arg == "reason"]
+            if not said or (isinstance(said[0], ast.Constant) and not said[0].value.startswith("needs ")):
+                mute.append(place)
+    assert not mute
+
+
+def test_an_expected_error_is_expected_with_its_message():
+    """By match=, or by looking at what `as` gives: any other error would pass otherwise. Ctrl-C has no message."""
+    bare = []
+    for place, node in nodes(ast.With):
+        for call in [item.context_expr for item in node.items if not item.optional_vars]:
+            if (isinstance(call, ast.Call) and ast.unparse(call.func) == "pytest.raises"
+                    and not call.keywords and ast.unparse(call.args[0]) != "KeyboardInterrupt"):
+                bare.append(place)
+    assert not bare

@@ -1,10 +1,10 @@
-"""`--pairs`: one command over many pairs of prompts, with mean and standard error. One prompt alone is an anecdote.
+"""`--pairs`: one command over many pairs of prompts, with mean and standard error, because one prompt proves little.
 
     found = over_pairs(model, "sweep", "capitals", tensor="kqv")
     found.mean, found.error                                     # [n_quantity, n_row, n_column]
 
-Each pair is measured by the command's own function. pair_sets.py says how positions of different prompts are lined up.
-A sweep's logit difference is told for each pair between its own two ends, 0 corrupt and 1 clean, and then averaged.
+Each pair is measured by the command's own function. pair_sets.py says how positions of different prompts are aligned.
+A sweep's logit difference is scaled per pair, to 0 for its corrupt and 1 for its clean run, and then averaged.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Options = Mapping[str, Any]
 
 
 class Kind(NamedTuple):
-    """What a command measures of a pair, and how that is laid out."""
+    """A command that can run over pairs: what it measures, and in which rows and columns."""
 
     measure: Callable[[Model, Pair, Options], np.ndarray]           # [n_quantity, n_row, n_column]
     layout: Callable[[Model, Options], tuple[str, list[str], str, list[str]]]   # y, rows, x, columns
@@ -51,7 +51,7 @@ class Kind(NamedTuple):
 
 
 class Work(NamedTuple):
-    """All that a worker needs for one pair."""
+    """The input of a worker for one pair."""
 
     command: str
     number: int         # of the pair, from 1
@@ -60,15 +60,17 @@ class Work(NamedTuple):
 
 
 def numbers(n: int) -> list[str]:
+    """The labels 0 to n - 1."""
     return [str(i) for i in range(n)]
 
 
 def by_head(model: Model, options: Options) -> tuple[str, list[str], str, list[str]]:
-    """Layers by heads."""
+    """The layout of results by layer and head: name and labels of the rows, name and labels of the columns."""
     return "layer", numbers(model.config.n_layer), "head", numbers(model.config.n_head)
 
 
 def of_sweep(model: Model, pair: Pair, options: Options) -> np.ndarray:
+    """Measure a pair by `sweep`."""
     found = sweep(model, pair.clean, pair.corrupt, pair.answer, pair.against, **options)
     grids = np.stack([getattr(found, name.replace("-", "_")) for name in PATCHED])
     return by_role(grids, pair) if options.get("tensor", "l_out") in BY_POSITION else grids
@@ -82,7 +84,7 @@ def of_sweep_layout(model: Model, options: Options) -> tuple[str, list[str], str
 
 
 def of_attribute(model: Model, pair: Pair, options: Options) -> np.ndarray:
-    """Cells that add up to the logit difference after the clean prompt."""
+    """The parts whose sum is the logit difference after the clean prompt."""
     found = attribute(model, pair.clean, pair.answer, pair.against)
     n_layer, n_head = found.heads.shape
     grid = np.full((n_layer + 2, n_head + 2), np.nan)
@@ -99,12 +101,13 @@ def of_attribute_layout(model: Model, options: Options) -> tuple[str, list[str],
 
 
 def of_ablate(model: Model, pair: Pair, options: Options) -> np.ndarray:
+    """Measure a pair by `ablate`."""
     how = {**options, "other": pair.corrupt} if options.get("mode") == "resample" else options
     return ablate(model, pair.clean, pair.answer, pair.against, **how).effects
 
 
 def of_attend(model: Model, pair: Pair, options: Options) -> np.ndarray:
-    """What the last position gives to the tokens that differ, and to the first one; and the scores of `attend`."""
+    """The weight of the last position on the tokens that differ, and on the first one; and two scores of `attend`."""
     differ = [i for i, (a, b) in enumerate(zip(pair.clean, pair.corrupt)) if a != b]
     found: list[np.ndarray] = []
 
@@ -116,6 +119,7 @@ def of_attend(model: Model, pair: Pair, options: Options) -> np.ndarray:
 
 
 def of_lens(model: Model, pair: Pair, options: Options) -> np.ndarray:
+    """Measure a pair by `lens`."""
     run, grids = model.run(pair.clean, keep=["l_out"], logits="last"), []
     for il in range(model.config.n_layer):
         logits = model.unembed(rms_norm(run[f"l_out-{il}"], model.config.eps))         # [n_tok, n_vocab]
@@ -133,7 +137,7 @@ def always(options: Options) -> bool:
 
 
 def when_resampled(options: Options) -> bool:
-    """Whether the corrupt prompt's heads are put into the clean run at all positions."""
+    """Return whether the corrupt prompt's heads are put into the clean run at all positions: then they must align."""
     return options.get("mode") == "resample" and options.get("at") is None
 
 
@@ -160,7 +164,7 @@ assert tuple(KINDS["sweep"].quantities) == PATCHED and tuple(KINDS["ablate"].qua
 
 
 def measure_pair(model: Model, work: Work) -> tuple[np.ndarray, list[float]]:
-    """A pair's grids, and what the model makes of its prompts. Raises Error, which names the pair."""
+    """Measure a pair: its grids, and the logits of its two prompts. Raises Error, which names the pair."""
     pair = work.pair
     try:
         clean, corrupt = (model.run(ids, logits="last").logits[-1] for ids in (pair.clean, pair.corrupt))
@@ -176,14 +180,14 @@ def over_pairs(
     prompts: Sequence[tuple[Any, Any]] | None = None, executor: Executor | None = None, out: str | Path | None = None,
     options: Options | None = None, **more: Any,
 ) -> PairsResult:
-    """A command ("sweep", "attribute", "ablate", "attend" or "lens") over pairs, with mean and standard error.
+    """Run a command ("sweep", "attribute", "ablate", "attend" or "lens") over pairs, with mean and standard error.
 
     pairs: the name of a file of the lab, a path, or a list of dictionaries with clean, corrupt, answer and against.
-    quantity: the one that is shown; all are kept. prompts: (clean, corrupt) of each pair, as texts or ids, where not
-    the texts themselves are run, such as in a chat. Further arguments go to the command: tensor, noising, at, layers of
-    a sweep; mode, prompts (as options={"prompts": ...}), pool, at, layers, heads of an ablation. An executor's workers
-    get a pair at a time. `out`, a .npz or .json file, keeps what is done of a stopped run, and the same call goes on
-    from there. Raises Error, which names the pair.
+    quantity: the one that is shown; all are kept. prompts: (clean, corrupt) per pair, as texts or ids, if something
+    else than the texts themselves is run, such as a chat. Further arguments go to the command: tensor, noising, at,
+    layers of a sweep; mode, prompts (as options={"prompts": ...}), pool, at, layers, heads of an ablation. An
+    executor's workers get a pair at a time. `out`, a .npz or .json file, keeps the result, and a stopped run continues
+    from it. Raises Error, which names the pair.
     """
     if command not in KINDS:
         raise Error(f"command {command!r}: those that take pairs are {', '.join(KINDS)}")
@@ -212,6 +216,6 @@ def over_pairs(
         for i, (grids, ends) in zip(todo, spread(model, measure_pair, work, executor)):
             found.values[i] = grids
             found.corrupt[i], found.probability[i], found.rank[i] = ends[1:]
-            found.clean[i] = ends[0]    # last: a pair that is not NaN here is done
+            found.clean[i] = ends[0]    # set last: a pair that is not NaN here is done
             bar.step()
     return found

@@ -1,4 +1,4 @@
-"""What a command found over pairs of prompts: every pair's numbers, their mean and its standard error."""
+"""The result of a command over pairs of prompts: the numbers of every pair, their mean and its standard error."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..pictures.heatmap import Heatmap
 from ..pictures.terminal import screen, signed, table, visible
 from ..runs.result import Result
 
-TOP = 12    # cells in the table
+TOP = 12    # the most cells in the table
 
 
 @dataclass
 class PairsResult(Result):
-    """Quantities of a command in rows and columns, for each pair. A pair that is not done is NaN everywhere."""
+    """The quantities of a command in rows and columns, per pair; NaN for a pair that is not done."""
 
     command: str
     quantities: list[str]           # [n_quantity]
     units: list[str]                # [n_quantity]
     quantity: str                   # the one that is shown
-    y: str                          # what the rows are
-    x: str                          # what the columns are
+    y: str                          # name of the rows, such as layer
+    x: str                          # name of the columns
     rows: list[str]                 # [n_row]
     columns: list[str]              # [n_column]
     pairs: list[dict[str, str]]     # clean, corrupt, answer, against: texts, and tokens as the model has them
@@ -36,24 +36,24 @@ class PairsResult(Result):
 
     @property
     def n(self) -> np.ndarray:
-        """In how many pairs a cell is there: int [n_quantity, n_row, n_column]."""
+        """The number of pairs that have a cell: int [n_quantity, n_row, n_column]."""
         return np.isfinite(self.values).sum(0)
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean over the pairs: float64 [n_quantity, n_row, n_column], NaN where no pair has the cell."""
+        """The mean over the pairs: float64 [n_quantity, n_row, n_column], NaN where no pair has the cell."""
         return np.where(self.n > 0, np.nansum(self.values, 0) / np.maximum(self.n, 1), np.nan)
 
     @property
     def error(self) -> np.ndarray:
-        """Standard error of the mean, s / sqrt(n): float64 [n_quantity, n_row, n_column], NaN for fewer than two."""
+        """The standard error of the mean, s / sqrt(n): float64 [n_quantity, n_row, n_column], NaN for one pair."""
         n = self.n
         squares = np.nansum((self.values - self.mean) ** 2, 0)
         return np.where(n > 1, np.sqrt(squares / np.maximum(n - 1, 1) / np.maximum(n, 1)), np.nan)
 
 
 def picture(found: PairsResult, of: np.ndarray, what: str, diverging: bool) -> Heatmap:
-    """A map of the shown quantity; columns that no pair has are left out."""
+    """A heatmap of the shown quantity, without columns that no pair has."""
     q = found.quantities.index(found.quantity)
     mean, error, n = found.mean[q], found.error[q], found.n[q]
     kept = np.flatnonzero(n.any(0)).tolist()
@@ -65,7 +65,7 @@ def picture(found: PairsResult, of: np.ndarray, what: str, diverging: bool) -> H
 
 
 def pictures(found: PairsResult) -> list[Heatmap]:
-    """Mean and standard error of the quantity that is shown."""
+    """The heatmaps of mean and standard error of the shown quantity."""
     q = found.quantities.index(found.quantity)
     signs = bool((found.mean[q][found.n[q] > 0] < 0).any())
     maps = [picture(found, found.mean, "mean", signs)]
@@ -73,7 +73,7 @@ def pictures(found: PairsResult) -> list[Heatmap]:
 
 
 def right(found: PairsResult) -> str:
-    """In how many pairs the model knows the answer."""
+    """A sentence on the number of pairs in which the model knows the answer."""
     n, done = len(found.pairs), np.isfinite(found.clean)
     best, preferred, other = ((values & done).sum() for values in
                               (found.rank == 0, found.clean > 0, found.corrupt < 0))
@@ -86,7 +86,7 @@ def right(found: PairsResult) -> str:
 
 
 def largest(found: PairsResult) -> str:
-    """The cells of the largest mean, in size."""
+    """A table of the cells with the largest means in size."""
     q = found.quantities.index(found.quantity)
     mean, error, n = found.mean[q], found.error[q], found.n[q]
     order = np.argsort(-np.nan_to_num(np.abs(mean), nan=-1), axis=None, kind="stable")[:TOP]
@@ -99,12 +99,12 @@ def largest(found: PairsResult) -> str:
 
 
 def text(found: PairsResult) -> str:
-    """What the terminal shows."""
+    """The text that the terminal shows."""
     return "\n\n".join([right(found), *(h.terminal(*screen()) for h in pictures(found)), largest(found)])
 
 
 def pairs_table(found: PairsResult) -> str:
-    """A line for each pair: what the model makes of it."""
+    """A table with a line per pair: how the model answers its prompts."""
     lines = [["pair", "clean", "answer", "against", "probability", "rank", "logit difference"]]
     for i, pair in enumerate(found.pairs):
         lines.append([str(i + 1), visible(pair["clean"]), visible(pair["answer"]), visible(pair["against"]),
@@ -113,6 +113,6 @@ def pairs_table(found: PairsResult) -> str:
 
 
 def check_quantity(quantity: str, known: list[str]) -> None:
-    """Raise Error for a quantity that the command does not have."""
+    """Raise Error for a quantity that the command does not measure."""
     if quantity not in known:
         raise Error(f"quantity {quantity!r}: it must be one of {', '.join(known)}")

@@ -12,7 +12,7 @@ import numpy as np
 from tinymia_files import dumps
 
 from ..pictures.colours import rgb
-from ..pictures.page import page
+from ..pictures.page import page, table_html
 from ..pictures.terminal import signed, visible
 from . import attend, lens
 from .attribute_result import Attribution, kinds, pictures, title
@@ -58,7 +58,7 @@ def _texts(found: Report) -> str:
                     "</pre></figure>" for name, output in zip(names, found.outputs))
     short = [name.split()[0] for name in names] if len(names) > 1 else ["probability"]
     rows = [[visible(piece), *(f"{p:.2%}" for p in row)] for piece, *row in found.comes]
-    return f"<div class=pair>{texts}</div>{_table(['next token', *short], rows)}"
+    return f"<div class=pair>{texts}</div>{table_html(['next token', *short], rows)}"
 
 
 def _tokens(found: Report) -> str:
@@ -138,9 +138,3 @@ def _named(fragments: Sequence[str]) -> str:
     if len(fragments) == 1:
         return fragments[0]
     return "".join(f"<h3>{name}</h3>{part}" for name, part in zip((WITHOUT, WITH), fragments))
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["<tr>" + "".join(f"<th scope=col>{escape(cell)}" for cell in head)]
-    lines += ["<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
-    return f"<div class=scroll><table class=plain>{''.join(lines)}</table></div>"

@@ -1,8 +1,8 @@
 """`tinymia story`: from two prompts to the heads that carry their difference, in one chain and on one page.
 
-What the model answers to both; a sweep, that shows at which token and after which layer the difference sits; the layer
-in which it moves to the last token; the heads that move it, by what they write (attribution), look at (pattern), carry
-(patch) and are needed for (ablation). Each is a command of its own; here one leads to the next.
+It shows the model's answers to both; by a sweep, the token and the layers at which the difference sits, and the layer
+in which it moves to the last token; then the heads that move it: what they write (attribution), look at (pattern),
+carry (patch) and are needed for (ablation). Each step is also a separate command; here one leads to the next.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def story(
     model: Model, clean: str | Sequence[int], corrupt: str | Sequence[int], answer: str | int | None = None,
     against: str | int | None = None, *, others: Sequence[str | Sequence[int]] = (), heads: int = 3,
 ) -> Story:
-    """The chain from two prompts of as many tokens to the heads that carry their difference.
+    """Find the heads that carry the difference between two prompts with equally many tokens.
 
-    answer, against: as in `sweep`. others: further prompts on which the first head is silenced. heads: how many are
-    told of. Raises Error.
+    answer, against: as in `sweep`. others: further prompts on which the first head is silenced. heads: the number of
+    heads to describe. Raises Error.
     """
     if whole(heads, "heads") < 1:
-        raise Error(f"{heads} heads to tell of: it must be 1 or more")
+        raise Error(f"{heads} heads to describe: it must be 1 or more")
     best = [int(model.run(prompt, logits="last").logits[-1].argmax()) for prompt in (clean, corrupt)]
     if best[0] == best[1] and (answer is None or against is None):
         raise Error(f"after both prompts the best token is {model.piece(best[0])!r}, which tells no story: say what "
@@ -67,14 +67,16 @@ def story(
 
 
 def carriers(moved: np.ndarray, written: np.ndarray, n: int) -> list[tuple[int, int]]:
-    """The n heads (layer, head) that carry the most of the difference: by what their output alone brings along,
-    in size; of heads that bring the same, those that write more come first."""
+    """The n heads (layer, head) that carry the most of the difference, the most important first.
+
+    They are ordered by the size of the effect of their output alone; of equal ones, those that write more come first.
+    """
     order = np.lexsort((-np.abs(written).ravel(), -np.abs(moved).ravel().round(3)))
     return [(int(i) // moved.shape[1], int(i) % moved.shape[1]) for i in order[:n]]
 
 
 def silence(model: Model, prompt: str | Sequence[int], il: int, head: int) -> list[object]:
-    """A head's output made zero: [prompt, best piece, its probability, best piece then, the first one's share then]."""
+    """Silence a head: [prompt, best piece, its probability, best piece without, probability of the first without]."""
     plain, then = (softmax(model.run(prompt, actions=steps, logits="last").logits[-1:])[0]
                    for steps in ([], [tinymia.Ablate(f"kqv_merged-{il}", heads=[head])]))
     best = int(plain.argmax())
@@ -92,7 +94,7 @@ tinymia story --clean "Egypt -> Cairo, France ->" --corrupt "Egypt -> Cairo, Nor
 
 
 def add_flags(p: Parser) -> None:
-    """The two prompts and their answers, and how much is told."""
+    """Add the flags of the two prompts and their answers, and of the number of heads."""
     p.add_argument("--clean", required=True, metavar="TEXT", help="the prompt with the answer")
     p.add_argument("--corrupt", required=True, metavar="TEXT", help="as many tokens, another answer")
     chat_flags(p)
@@ -100,11 +102,11 @@ def add_flags(p: Parser) -> None:
     p.add_argument("--against", metavar="TEXT", help="or #id; default: the corrupt run's best token")
     p.add_argument("--other", action="append", default=[], metavar="TEXT",
                    help="a further prompt on which the first head is silenced; more than once")
-    p.add_argument("--heads", type=least(1), default=3, metavar="N", help="heads that are told of (default 3)")
+    p.add_argument("--heads", type=least(1), default=3, metavar="N", help="heads to describe (default 3)")
 
 
 def run(args: Namespace, model: Model, out: Path | None) -> Story:
-    """The story that the flags ask for; sweep, attribute and ablate keep its numbers in files."""
+    """Run the story that the flags describe; sweep, attribute and ablate can save its numbers in files."""
     tell_unknown(model, [args.clean, args.corrupt, *args.other])
     clean, corrupt, *others = (in_chat(args, model, text) for text in (args.clean, args.corrupt, *args.other))
     tell_sink(model, clean, corrupt)

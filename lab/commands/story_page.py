@@ -1,4 +1,4 @@
-"""The page of `tinymia story`: each bright cell is a link to what explains it."""
+"""The page of `tinymia story`: each bright cell is a link to its explanation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from tinymia_files import dumps
 
 from ..pictures.heatmap import Heatmap
-from ..pictures.page import page, write_page
+from ..pictures.page import page, table_html, write_page
 from ..pictures.terminal import signed, visible
 from .story_result import BRIGHT, Story, about_head, answers, honest, name, pictures, stretches, where
 
@@ -24,11 +24,11 @@ td a{color:inherit}.plain td:last-child:nth-child(4){text-align:left}
 p,li{max-width:45rem}:target{outline:3px solid var(--mark);outline-offset:2px}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1rem}
 </style>"""
-WRITES = 3      # heads that a layer's line names
+WRITES = 3      # the number of heads named per layer
 
 
 def story_page(found: Story) -> str:
-    """One HTML document."""
+    """Make the page as one HTML document."""
     sweep_map, *head_maps = pictures(found)
     sections = [
         ("answers", "1. The answers", f"<p>{escape(answers(found))}</p>{_comes(found)}"),
@@ -59,12 +59,13 @@ def _comes(found: Story) -> str:
     for which, best in zip(("clean", "corrupt"), found.comes):
         rows = [[visible(str(piece)), f"{p:.2%}"] for piece, p in best]
         text = escape(found.about["prompts"][which]["text"])
-        shown.append(f"<figure><figcaption>{text}</figcaption>{_table(['next token', 'probability'], rows)}</figure>")
+        table = table_html(["next token", "probability"], rows)
+        shown.append(f"<figure><figcaption>{text}</figcaption>{table}</figure>")
     return f"<div class=pair>{''.join(shown)}</div>"
 
 
 def _where(found: Story, sweep_map: Heatmap) -> str:
-    """The sentences of the sweep, each an anchor, and its map."""
+    """The sentences of the sweep, each with an anchor, and its map."""
     last = len(found.pieces) - 1
     stretch = {at: f"#token-{at}" for _, _, at in stretches(found) if at is not None}
     links = []
@@ -81,7 +82,7 @@ def _where(found: Story, sweep_map: Heatmap) -> str:
 
 
 def _layers(found: Story) -> str:
-    """A line for each layer: what attention and the FFN write for the answer, and the heads that write the most."""
+    """A line per layer: what attention and the FFN write for the answer, and the heads that write the most."""
     head = ["layer", "heads together", "FFN", "the heads that write the most"]
     lines = ["<tr>" + "".join(f"<th scope=col>{cell}" for cell in head)]
     told = [tuple(one) for one in found.heads]
@@ -97,7 +98,7 @@ def _layers(found: Story) -> str:
 
 
 def _heads(found: Story, maps: Sequence[Heatmap]) -> str:
-    """A part for each head that is told of: sentences and what it looks at; then the three maps of all heads."""
+    """A part per described head: sentences and what it looks at; then the three maps of all heads."""
     shown = []
     for i, head in enumerate(found.heads):
         looks = Heatmap(np.stack([found.patterns[i], found.other_patterns[i]]), ["first prompt", "second prompt"],
@@ -112,11 +113,5 @@ def _heads(found: Story, maps: Sequence[Heatmap]) -> str:
         links = [[f"#head-{i}-{j}" if (i, j) in told else "" for j in range(len(one.columns))]
                  for i in range(len(one.rows))]
         shown.append(replace(one, links=links).html())
-    return ("<p>Told first are the heads whose output alone, copied at the last token from the first run into the "
+    return ("<p>First come the heads whose output alone, copied at the last token from the first run into the "
             f"second, moves the answer the most.</p>{''.join(shown)}")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["<tr>" + "".join(f"<th scope=col>{escape(cell)}" for cell in head)]
-    lines += ["<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
-    return f"<div class=scroll><table class=plain>{''.join(lines)}</table></div>"

@@ -1,4 +1,4 @@
-"""What `tinymia story` found, and its words: full sentences whose numbers come from the run."""
+"""The result of `tinymia story`, and its text: full sentences whose numbers come from the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .attribute_result import Attribution
 from .sweep import Sweep
 from .sweep import picture as sweep_picture
 
-BRIGHT = 0.5    # of the way from the corrupt answer to the clean one
+BRIGHT = 0.5    # a cell counts from here on: half of the way from the corrupt answer to the clean one
 
 
 @dataclass
@@ -29,15 +29,15 @@ class Story(Result):
     moved: Sweep                        # kqv at the last position, by layer and head
     attribution: Attribution            # of the answer against the other one, after the clean prompt
     ablation: Ablation                  # of each head, after the clean prompt
-    heads: list[list[int]]              # [layer, head] of the heads that are told of, the most important first
+    heads: list[list[int]]              # [layer, head] of the described heads, the most important first
     patterns: np.ndarray                # float32 [n_head_told, n_tok]: what the last position looks at, clean prompt
-    other_patterns: np.ndarray          # ... corrupt prompt
+    other_patterns: np.ndarray          # the same for the corrupt prompt
     without: list[list[object]]         # first head silenced: [prompt, best piece, its probability, best piece without,
                                         # probability of the first piece without]
 
 
 def stretches(found: Story) -> list[tuple[int, int, int | None]]:
-    """Layers in a row whose brightest cell is the same token: (first layer, last layer, position or None)."""
+    """Successive layers whose brightest cell is at the same token: (first layer, last layer, position or None)."""
     grid, made = found.sweep.logit_difference, list[tuple[int, int, int | None]]()
     for il, row in enumerate(grid):
         best = int(np.nanargmax(row))
@@ -55,12 +55,12 @@ def said(piece: object) -> str:
 
 
 def name(head: list[int]) -> str:
-    """23.4"""
+    """The name of a head, such as 23.4."""
     return f"{head[0]}.{head[1]}"
 
 
 def answers(found: Story) -> str:
-    """What the model says to both prompts."""
+    """Sentences on the model's answers to both prompts."""
     lines = []
     for which, (best, *_) in zip(("clean", "corrupt"), found.comes):
         text = found.about["prompts"][which]["text"]
@@ -73,7 +73,7 @@ def answers(found: Story) -> str:
 
 
 def where(found: Story) -> list[str]:
-    """Where the difference sits, a sentence for each stretch of layers, and where it moves."""
+    """Sentences on where the difference sits, one per stretch of layers, and on where it moves."""
     grid, lines, made = found.sweep.logit_difference, [], stretches(found)
     for first, last, at in made:
         layers = f"After layer {first}" if first == last else f"After layers {first} to {last}"
@@ -100,7 +100,7 @@ def where(found: Story) -> list[str]:
 
 
 def about_head(found: Story, i: int) -> str:
-    """What one head does, in a few sentences."""
+    """Sentences on one head: attention, attribution, patch, ablation."""
     il, head = found.heads[i]
     k = int(found.patterns[i].argmax())
     other = int(found.other_patterns[i].argmax())
@@ -120,7 +120,7 @@ def about_head(found: Story, i: int) -> str:
 
 
 def honest(found: Story) -> list[str]:
-    """What the ablation of the first head does not show, or does: one sentence per prompt, and what follows."""
+    """Sentences on whether the first head is needed: one per prompt, and a conclusion."""
     first, lines, kept = name(found.heads[0]), [], 0
     for prompt, best, p, after, q in found.without:
         same = best == after
@@ -142,7 +142,7 @@ def honest(found: Story) -> list[str]:
 
 
 def table_of_heads(found: Story) -> str:
-    """The numbers of the heads that are told of."""
+    """A table with the numbers of the described heads."""
     rows = [["head", "attribution", "patch", "ablation", "looks at", "with"]]
     for i, (il, head) in enumerate(found.heads):
         k = int(found.patterns[i].argmax())
@@ -153,7 +153,7 @@ def table_of_heads(found: Story) -> str:
 
 
 def pictures(found: Story) -> list[Heatmap]:
-    """The sweep, and what each head writes, moves and is needed for."""
+    """The heatmaps: the sweep, and what each head writes, moves and is needed for."""
     maps = [sweep_picture(found.sweep)]
     for values, what, unit in (
         (found.attribution.heads, "attribution: what each head writes", "logits"),
@@ -167,12 +167,12 @@ def pictures(found: Story) -> list[Heatmap]:
 
 
 def found_unit(found: Story) -> str:
-    """What a sweep's number means."""
+    """The meaning of the numbers of a sweep, as a unit."""
     return f"logit difference of {said(found.sweep.answer_piece)}, 0 corrupt to 1 clean"
 
 
 def text(found: Story) -> str:
-    """What the terminal shows."""
+    """The text that the terminal shows."""
     parts = [f"1. The answers. {answers(found)}", "2. Where the difference sits. " + " ".join(where(found)),
              pictures(found)[0].terminal(*screen()), "3. The heads that move it.", table_of_heads(found)]
     parts.append(about_head(found, 0))

@@ -55,8 +55,8 @@ pattern, at each layer and head.
   tinymia sweep --clean "Egypt -> Cairo, France ->" --corrupt "Egypt -> Cairo, Norway ->" -o sweep.png
   tinymia sweep --clean ... --corrupt ... --tensor kqv --noising --metric kl --answer Paris --against Oslo
 """
-UNITS = {"logit-difference": "logit difference, 0 corrupt to 1 clean", "probability": "probability of {}",
-         "kl": "KL divergence from the clean run (nats)", "rank": "rank of {}"}
+UNITS = {"logit-difference": "logit of {0} minus logit of {1}, from 0 (as corrupt) to 1 (as clean)",
+         "probability": "probability of {0}", "kl": "KL divergence from the clean run (nats)", "rank": "rank of {0}"}
 
 
 @dataclass
@@ -173,8 +173,9 @@ def picture(found: Sweep) -> Heatmap:
     most = float(np.nanmax(np.abs(found.values), initial=1.0))
     limits = {"logit-difference": (-most, most), "probability": (0.0, 1.0)}.get(metric)
     hovers = [[hover(found, i, j) for j in range(len(found.columns))] for i in range(len(found.layers))]
+    unit = UNITS[metric].format(visible(found.answer_piece), visible(found.against_piece))
     return Heatmap(found.values, [str(il) for il in found.layers], found.columns,
-                   f"{s['tensor']}{where}, {how}", kind, "layer", UNITS[metric].format(visible(found.answer_piece)),
+                   f"{s['tensor']}{where}, {how}", kind, "layer", unit,
                    texts, hovers, diverging=diverging, limits=limits, upward=True)
 
 

@@ -62,7 +62,7 @@ def verify_self(
     what = (f"DIFFERENT: f32 is further than {tolerance:g} from float64, first at {over[0]['name']} "
             f"({over[0]['f32']['nmse']:.2g})" if over else
             f"equal: f32 is the model's own function (worst NMSE {out['f32']['worst']:.2g})")
-    out["verdict"] = (f"{what}; ggml's rounding of activations moves the logits by KL {kl['mean']:.2g} nats a token, "
+    out["verdict"] = (f"{what}; ggml's rounding of activations moves the logits by KL {kl['mean']:.2g} nats per token, "
                       f"and the best token at {greedy['of'] - greedy['equal']} of {greedy['of']} positions")
     return out
 

@@ -1,6 +1,6 @@
-"""Every tensor of tinymia beside llama.cpp's: `tinymia verify -m MODEL -p PROMPT`, its flags and what it prints.
+"""`tinymia verify`: the comparison of every tensor with llama.cpp's; its flags, its result and its text.
 
-The comparison itself is llama_comparison.py; the one with float64, --self, is self_comparison.py.
+The comparison itself is in llama_comparison.py, the one with float64 (--self) in self_comparison.py.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def text(found: Verified) -> str:
 
 def logits_line(out: dict[str, Any]) -> str:
     kl, greedy = out["kl"], out["greedy"]
-    return (f"logits: KL divergence {kl['mean']:.2g} nats a token (at most {kl['max']:.2g}); the best token is the "
+    return (f"logits: KL divergence {kl['mean']:.2g} nats per token (at most {kl['max']:.2g}); the best token is the "
             f"same at {greedy['equal']} of {greedy['of']} positions")
 
 

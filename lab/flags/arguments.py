@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tinymia
 from tinymia import Error, Model
@@ -29,6 +30,7 @@ from ..pictures.drawing import need_matplotlib
 from ..pictures.heatmap import Heatmap
 from ..pictures.heatmap_png import draw_png
 from ..pictures.page import page, write_page
+from ..pictures.terminal import visible
 from ..runs.result import Result, dumps
 from ..runs.streams import print_json
 from .action_flags import Input, Output
@@ -164,6 +166,13 @@ def prompt_ids(args: argparse.Namespace, model: Model, others: Sequence[str] = (
     return prompt
 
 
+def caption(about: Mapping[str, Any], pictures: Sequence[Heatmap]) -> list[str]:
+    """The lines above a picture: the model, and those of the result's single prompts that no title quotes."""
+    prompts = {name: visible(prompt["text"]) for name, prompt in about["prompts"].items() if isinstance(prompt, dict)}
+    missing = [name for name, text in prompts.items() if not any(text in picture.title for picture in pictures)]
+    return [Path(about["model"]["path"]).name, *(f"{name}: {prompts[name]}" for name in missing)]
+
+
 def emit(args: argparse.Namespace, result: Result, text: str, picture: Heatmap | Sequence[Heatmap] | None = None,
          writers: Mapping[str, Writer] | None = None, kept: Path | None = None) -> int:
     """Print the text, or with --json the result, and write every file of -o. Returns the exit status, 0.
@@ -172,8 +181,9 @@ def emit(args: argparse.Namespace, result: Result, text: str, picture: Heatmap |
     """
     pictures = [picture] if isinstance(picture, Heatmap) else list(picture or ())
     title = " ".join(["tinymia", result.about["command"], result.about["model"]["name"]])
+    above = caption(result.about, pictures)
     draw: dict[str, Writer] = {
-        ".npz": result.save, ".json": result.save, ".png": lambda path: draw_png(path, pictures),
+        ".npz": result.save, ".json": result.save, ".png": lambda path: draw_png(path, pictures, above),
         ".html": lambda path: write_page(path, page(title, [p.html() for p in pictures])),
         **(writers or {}),
     }

@@ -1,4 +1,4 @@
-"""--pairs, wherever a command can be repeated over pairs of prompts."""
+"""The flag --pairs, for commands that can be repeated over pairs of prompts."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ COMMON = ("model", "threads", "numerics", "out", "json", "debug", "chat", "syste
 
 
 def pair_flags(p: argparse._ActionsContainer, quantities: Sequence[str] = ()) -> None:
-    """--pairs; and --quantity where there are several and no other flag chooses among them."""
+    """Add --pairs, and --quantity if there are several quantities and no other flag chooses one."""
     p.add_argument("--pairs", type=Input, metavar="FILE",
-                   help="repeat it over pairs of prompts, and give mean and standard error: a JSON list of objects "
+                   help="run over pairs of prompts, and give mean and standard error: a JSON list of objects "
                         f"with clean, corrupt, answer, against; or by name: {', '.join(names())}")
     if quantities:
         p.add_argument("--quantity", choices=tuple(quantities), default=quantities[0],
@@ -32,7 +32,7 @@ def pair_flags(p: argparse._ActionsContainer, quantities: Sequence[str] = ()) ->
 
 
 def with_pairs(argv: Sequence[str]) -> bool:
-    """Whether --pairs is among the words of a command line."""
+    """Return whether --pairs is among the words of a command line."""
     return any(word == "--pairs" or word.startswith("--pairs=") for word in argv)
 
 
@@ -48,7 +48,7 @@ def check_pair_flags(p: Parser, args: argparse.Namespace, options: Sequence[str]
 
 
 def run_pairs(command: str, args: argparse.Namespace, model: Model, out: Path | None, options: Sequence[str]) -> Any:
-    """The command over the pairs of --pairs: a PairsResult."""
+    """Run the command over the pairs of --pairs. Returns a PairsResult."""
     texts = read_pairs(args.pairs)
     tell_unknown(model, [pair[key] for pair in texts for key in ("clean", "corrupt")])
     prompts = [(in_chat(args, model, pair["clean"]), in_chat(args, model, pair["corrupt"])) for pair in texts]
@@ -58,5 +58,5 @@ def run_pairs(command: str, args: argparse.Namespace, model: Model, out: Path | 
     elif given.get("mode") == "mean":
         given["prompts"] = [corrupt for _, corrupt in prompts]
     quantity = getattr(args, "metric", None) or getattr(args, "quantity", None)
-    found = importlib.import_module("tinymia_lab.commands.over_pairs")     # it stands on the commands, as this does not
+    found = importlib.import_module("tinymia_lab.commands.over_pairs")     # late: it imports the commands
     return found.over_pairs(model, command, texts, quantity, prompts=prompts, out=out, options=given)

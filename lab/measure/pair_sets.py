@@ -1,4 +1,4 @@
-"""Pairs of prompts of one relation, over which a result is averaged: their files, their tokens, what lines them up.
+"""Pairs of prompts of one relation, over which a result is averaged: their files, their tokens, their alignment.
 
 A file of pairs is JSON: a list of objects with exactly these four texts,
 
@@ -6,15 +6,15 @@ A file of pairs is JSON: a list of objects with exactly these four texts,
      ...]
 
 answer is the token (its text, or #id) that the clean prompt asks for, against the one that the corrupt prompt asks for.
-Files in pairs/ go by their names: capitals, past-tense and others; those whose names begin with copycat- have the words
-of the bundled model.
+Files in pairs/ are used by their names: capitals, past-tense and others; those whose names begin with copycat- use only
+words that the bundled model knows.
 
-Prompts of different lengths have no position in common, so their positions are lined up by what they are for the pair.
+Position numbers mean nothing across prompts of different lengths, so positions are grouped by their role in the pair.
 These are the groups of Meng et al. (2022), where the subject of a fact is what differs between the two prompts:
 
     before          tokens before the first one that differs
-    first changed   the first token that differs, where several do
-    between         what stands between the first and the last token that differ
+    first changed   the first token that differs, if several do
+    between         tokens between the first and the last one that differ
     last changed    the last token that differs, or the only one
     after           tokens after it, up to the last but one
     last            the last token of the prompt, where the answer is read
@@ -46,7 +46,7 @@ Texts = dict[str, Any]      # by KEYS
 
 
 class Pair(NamedTuple):
-    """A pair as a model sees it."""
+    """A pair of prompts as tokens of a model."""
 
     clean: tuple[int, ...]      # token ids
     corrupt: tuple[int, ...]
@@ -67,13 +67,15 @@ class Pair(NamedTuple):
 
 
 def names() -> list[str]:
-    """The files of pairs that come with the lab."""
+    """The names of the files of pairs that come with the lab."""
     return sorted(path.stem for path in HERE.glob("*.json"))
 
 
 def read_pairs(pairs: str | Path | Sequence[Mapping[str, Any]]) -> list[Texts]:
-    """The pairs of a file, of one that comes with the lab by its name, or of a list in Python. Raises Error, which
-    counts pairs from 1."""
+    """Read the pairs of a file, given by path or by name, or of a list in Python.
+
+    Raises Error, which counts pairs from 1.
+    """
     if not isinstance(pairs, (str, Path)):
         return _checked(pairs, "pairs", Error)
     path = HERE / f"{pairs}.json" if str(pairs) in names() else expand(pairs)
@@ -109,7 +111,7 @@ def _checked(pairs: Any, where: str, error: type[Error]) -> list[Texts]:
 
 
 def cut_pairs(model: Model, pairs: Sequence[Texts], prompts: Sequence[tuple[Any, Any]], aligned: bool) -> list[Pair]:
-    """The tokens of pairs, whose prompts (clean, corrupt) are texts or, in a chat, ids.
+    """Make the tokens of pairs, whose prompts (clean, corrupt) are texts or, for chats, ids.
 
     aligned: both prompts of a pair must have the same number of tokens. Raises Error, which names the pair.
     """
@@ -133,7 +135,7 @@ def cut_pairs(model: Model, pairs: Sequence[Texts], prompts: Sequence[tuple[Any,
 
 
 def by_role(x: np.ndarray, pair: Pair) -> np.ndarray:
-    """Means over the positions of each group: [..., n_tok] -> float64 [..., len(ROLES)], NaN where there is none."""
+    """The means over the positions of each group: [..., n_tok] -> float64 [..., len(ROLES)], NaN for an empty group."""
     found, groups = np.full((*x.shape[:-1], len(ROLES)), np.nan), pair.roles()
     for i, role in enumerate(ROLES):
         if role in groups:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from tinymia_files import printable
 
 from .colours import ink, stops
 from .drawing import drawable, write_png
@@ -27,6 +30,7 @@ WIDEST = 5000           # the greatest width of a grid with texts; wider ones ha
 SMALL = 1600            # the width of a grid without texts, unless cells would be under two pixels
 TOP, RIGHT = 60, 76     # room for the title, and for the scale of colours
 TITLE = 900             # the least room for titles, at 7 per letter; longer ones are cut
+CAPTION = 16            # the height of a line above all heatmaps
 MOST = 6000             # the most cells (not pixels) with texts
 
 
@@ -41,9 +45,9 @@ class Layout:
     bottom: float   # room for the labels of columns
 
 
-def draw_png(path: str | Path, heatmaps: Sequence[Heatmap]) -> None:
-    """Write heatmaps as a PNG, one below another. Raises Error without matplotlib."""
-    write_png(path, lambda: _figure(heatmaps))
+def draw_png(path: str | Path, heatmaps: Sequence[Heatmap], caption: Sequence[str] = ()) -> None:
+    """Write heatmaps as a PNG, one below another, under lines of caption. Raises Error without matplotlib."""
+    write_png(path, lambda: _figure(heatmaps, [printable(line) for line in caption]))
 
 
 def paint_cells(axes: Axes, h: Heatmap) -> None:
@@ -71,13 +75,24 @@ def _layout(h: Heatmap) -> Layout:
     return Layout(texts, max(wide, 120), max(high, 60), left + 24, bottom + 24)
 
 
-def _figure(heatmaps: Sequence[Heatmap]) -> Figure:
+def _unit(h: Heatmap, at: Layout) -> list[str]:
+    """The meaning of the colours, in up to three lines under the title."""
+    return wrap(f"colour: {h.unit}", max(48, int(at.wide) // 7))[:3]
+
+
+def _figure(heatmaps: Sequence[Heatmap], caption: Sequence[str]) -> Figure:
     from matplotlib.figure import Figure
 
     layouts = [_layout(h) for h in heatmaps]
-    width = max(at.left + max(at.wide, min(TITLE, 7 * len(h.title))) + RIGHT for at, h in zip(layouts, heatmaps))
-    height = sum(TOP + at.high + at.bottom for at in layouts)
+    lines = [max(map(len, (h.title, *_unit(h, at), *caption))) for h, at in zip(heatmaps, layouts)]
+    width = max(at.left + max(at.wide, min(TITLE, 7 * line)) + RIGHT for at, line in zip(layouts, lines))
+    height = sum(TOP + at.high + at.bottom for at in layouts) + CAPTION * len(caption)
     figure, top = Figure((width / DPI, height / DPI), dpi=DPI), height
+    room = int(width - 2 * CAPTION) // 7
+    for line in caption:
+        top -= CAPTION
+        line = line if len(line) <= room else line[: room - 1] + "…"
+        figure.text(CAPTION / width, top / height, line, fontsize=9, parse_math=False)
     for h, at in zip(heatmaps, layouts):
         top -= TOP + at.high
         _draw_one(figure, h, at, [at.left / width, top / height, at.wide / width, at.high / height], width)
@@ -107,6 +122,6 @@ def _draw_one(figure: Figure, h: Heatmap, at: Layout, box: list[float], width: f
     axes.set_ylabel(h.y, fontsize=9)
     room = int(width - RIGHT - at.left) // 7
     title = h.title if len(h.title) <= room else h.title[: room - 1] + "…"
-    axes.set_title(f"{title}\ncolour: {h.unit}", fontsize=9, loc="left", parse_math=False)
+    axes.set_title("\n".join([title, *_unit(h, at)]), fontsize=9, loc="left", parse_math=False)
     bar = figure.add_axes((box[0] + box[2] + 14 / width, box[1], 12 / width, box[3]))
     figure.colorbar(colour_scale(h), cax=bar).ax.tick_params(labelsize=8)

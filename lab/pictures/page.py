@@ -80,6 +80,13 @@ def page(title: str, sections: Sequence[str]) -> str:
     )
 
 
+def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain table of texts as an HTML fragment."""
+    lines = ["<tr>" + "".join(f"<th scope=col>{escape(cell)}" for cell in head)]
+    lines += ["<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
+    return f"<div class=scroll><table class=plain>{''.join(lines)}</table></div>"
+
+
 def write_page(path: str | Path, html: str) -> None:
     """Write a page to a file, completely or not at all. Raises Error."""
     write_atomic(path, lambda f: f.write(printable(html, KEEP).encode("utf-8", "replace")))

@@ -82,6 +82,8 @@ class Result:
     def load(cls: type[R], path: str | Path) -> R:
         """Load a result from a file. Raises Error for a file that holds none, or one of another kind."""
         with reading(path, "a saved result"):
+            if Path(path).suffix not in (".npz", ".json"):
+                raise Error(f"{path}: not a saved result, which is an .npz or a .json file")
             found = _read_npz(expand(path)) if Path(path).suffix == ".npz" else _read_json(path)
             kind, hints = found.pop("kind"), get_type_hints(cls)
             newer = {f.name for f in fields(cls) if f.default_factory is not MISSING}   # older files lack these fields
@@ -194,8 +196,8 @@ def resume(path: str | Path | None, about: dict[str, Any], cls: type[R], inputs:
                 for one in (found.about, plain(about)))
     for key in [*new, *old]:
         if old.get(key) != new.get(key):
-            raise Error(f"{path}: holds another run: its {key} is {short(old.get(key))}, not {short(new.get(key))}; "
-                        "remove the file, or name another")
+            raise Error(f"{path}: holds another run: its {key.removeprefix('prompts ')} is {short(old.get(key))}, not "
+                        f"{short(new.get(key))}; remove the file, or name another")
     return found
 
 

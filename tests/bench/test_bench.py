@@ -60,7 +60,7 @@ def test_quick_mode_measures_every_part(tmp_path):
                         "long 80", "long 80 memory"]
     assert [cells[0] for cells in table(p.stdout)] == measures
     assert p.stdout == (tmp_path / "out.md").read_text("utf-8")
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out.png").exists()                # what it shows is tested below
     assert all(x > 0 for row in found["rows"] for x in row["ours"] + row["theirs"])
     for row in found["rows"] if LIVE else []:
         assert row["theirs"] and row["ratio"] == [a / b for a, b in zip(row["ours"], row["theirs"])]
@@ -88,6 +88,22 @@ def test_rows_and_their_goals():
     memory = Row("memory", "m", 1, "MB", [838.0], [], Goal("ours", "≤", 837.0))
     assert memory.met is False and "**no**" in report.line(memory)
     assert Row("decode", "m", 1, "tok/s", [1.0], [], Goal("ratio", "≥", 1.0)).met is None
+
+
+def test_the_chart_has_a_pair_of_bars_for_each_model_and_the_ceiling_of_the_memory(drawn, tmp_path):
+    rows = [Row("decode", name, 2, "tok/s", ours, [20.0, 20.0], bandwidth=[40e9, 40e9], bytes_read=10**9)
+            for name, ours in (("small.gguf", [30.0, 32.0]), ("large.gguf", [10.0, 10.0]))]
+    report.chart(tmp_path / "x.png", {"bandwidth": {2: 40e9}, "cpu": "a CPU", "date": "2026-11-25T01:02"}, rows)
+    picture = drawn(tmp_path / "x.png")
+    (axes,) = picture.figure.axes
+    assert {"small.gguf", "large.gguf", "2 threads, 40 GB/s", "tokens a second", "Decoding, a CPU, 2026-11-25",
+            "tinymia", "llama.cpp", "memory ceiling", "31", "20", "10"} <= {*picture.words}
+    blue, grey, white = ([*bytes.fromhex(c[1:])] for c in (report.BLUE, report.GREY, "#ffffff"))
+    for y, ours in ((0, 31), (1, 10)):                    # the first model stands on top, ours above theirs
+        assert picture.pixel(axes, ours - 1, y - 0.25) == blue and picture.pixel(axes, 19, y + 0.25) == grey
+    assert picture.pixel(axes, 12.5, 0.75) == white
+    assert picture.pixel(axes, 40, 0.3) == picture.pixel(axes, 40, 1) == [0] * 3
+    assert axes.transData.transform((0, 0))[1] > axes.transData.transform((0, 1))[1]
 
 
 @pytest.mark.parametrize("tied", [False, True])

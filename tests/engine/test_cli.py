@@ -302,10 +302,17 @@ def test_when(cli, model):
     fails(cli("-p", PROMPT, "--scale", "l_out-1", "-1", "--when", "never"), "never")
 
 
-def test_draw(cli, tmp_path):
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'tinymia[lab]'")
+def test_draw(drawn, cli, model, tmp_path):
+    from matplotlib import colormaps
+
     assert cli("-p", PROMPT, "-d", tmp_path / "a.png")[0] == 0
-    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    picture, run = drawn(tmp_path / "a.png"), model.run(PROMPT, keep=["kq_soft_max"])
+    (panels,), n = picture.maps, len(run.tokens)
+    pieces = [model.piece(i).replace(" ", "▁") for i in run.tokens]
+    assert panels.rows == pieces * 2 and panels.columns == pieces * 4
+    for il, head, i, j in ((0, 0, 2, 1), (1, 3, 2, 0), (1, 2, 1, 2)):
+        want = colormaps["inferno"](float(run[f"kq_soft_max-{il}"][head, i, j]) ** 0.5, bytes=True)[:3]
+        assert panels.colour(n * il + i, n * head + j) == list(want)
     status, _, err = cli("-p", PROMPT, "--draw", tmp_path / "absent" / "a.png")
     fails((status, "", err), "absent")
 
@@ -420,7 +427,7 @@ def environment(**more):
 
 def test_stdout_on_a_full_device(tiny):
     if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
+        pytest.skip("needs /dev/full, which Linux has")
     with open("/dev/full", "wb") as full:
         code, _, err = command("-m", tiny(), "-p", "the", "-n", "2", stdout=full, stderr=subprocess.PIPE,
                                capture_output=False)
@@ -454,7 +461,7 @@ def test_cache_directories(tiny, tmp_path, state):
     cache = tmp_path / "cache"
     if state == "read-only":
         if hasattr(os, "getuid") and os.getuid() == 0:
-            pytest.skip("root may write everywhere")
+            pytest.skip("needs a user other than root, who may write everywhere")
         cache.mkdir(mode=0o555)
     elif state == "a file":
         cache.write_text("")

@@ -47,7 +47,7 @@ def test_greedy(load, wtype, numerics):
     want = greedy(model, IDS, 10)
     if 2 in want:
         want = want[:want.index(2) + 1]
-    assert gen.tokens == want and gen.prompt_tokens == IDS and gen.stop_reason in ("length", "eos")
+    assert gen.tokens == want and gen.prompt_tokens == IDS and gen.stop_reason == ("eos" if 2 in want else "length")
     assert gen.text == said(model, [t for t in gen.tokens if t != 2])
 
 
@@ -89,7 +89,7 @@ def test_stop_texts(model):
     gen = model.generate([1], n=len(ids), stop=["fox hunt", "over the"], actions=choosing(ids),
                          on_text=(heard := []).append)
     assert gen.text == text == "".join(heard) and gen.stop_reason == "length"  # a start of a stop text is not lost
-    with pytest.raises(tinymia.Error):
+    with pytest.raises(tinymia.Error, match="an empty stop text would end every text at once"):
         model.generate(IDS, n=3, stop=[""])
 
 
@@ -102,12 +102,13 @@ def test_stop_text_across_tokens(model):
 
 
 def test_the_contexts_end(load):
-    """n_ctx positions and one more token, which nobody has to read."""
+    """Tokens fill the n_ctx positions, and one more comes after them: it is chosen, and needs no pass of its own."""
     model = load(n_ctx=16)
     gen = model.generate(prompt(12), n=50, actions=choosing([300] * 50))
-    assert gen.stop_reason == "context" and len(gen.tokens) in (4, 5)
-    assert model.generate(prompt(12), n=4, actions=choosing([300] * 4)).stop_reason == "length"
-    assert len(model.generate(prompt(16), n=3, actions=choosing([300] * 3)).tokens) <= 1
+    assert gen.stop_reason == "context" and gen.tokens == [300] * 5
+    assert model.generate(prompt(12), n=5, actions=choosing([300] * 5)).stop_reason == "length"
+    gen = model.generate(prompt(16), n=3, actions=choosing([300] * 3))
+    assert gen.stop_reason == "context" and gen.tokens == [300]
     with pytest.raises(tinymia.Error, match="16"):
         model.generate(prompt(17), n=3)
 
@@ -121,7 +122,7 @@ def test_ctrl_c(model):
             raise KeyboardInterrupt
 
     gen = model.generate(IDS, n=50, actions=choosing([300] * 50), on_text=press)
-    assert gen.stop_reason == "interrupted" and 2 <= len(gen.tokens) <= 4
+    assert gen.stop_reason == "interrupted" and gen.tokens == [300] * 3 and gen.text == said(model, [300] * 3)
 
 
 def test_streamed_text_is_the_text(load):
@@ -200,8 +201,9 @@ def test_repeat_penalty():
 
 
 def test_repeat_penalty_breaks_a_loop(model):
-    loops = model.generate(IDS, n=40).tokens
-    assert len(set(model.generate(IDS, n=40, repeat_penalty=1e6).tokens)) >= len(set(loops))
+    """Tokens of the prompt count as seen: with a penalty as large as this one, every token is a new one."""
+    plain = model.generate(IDS, n=40).tokens
+    assert len({*IDS, *plain}) < 46 and len({*IDS, *model.generate(IDS, n=40, repeat_penalty=1e6).tokens}) == 46
 
 
 @pytest.mark.parametrize("how", [dict(temp=-1.0), dict(temp=math.nan), dict(temp=math.inf), dict(top_k=-1),
@@ -210,9 +212,9 @@ def test_repeat_penalty_breaks_a_loop(model):
                                  dict(repeat_penalty=-1.0),
                                  dict(seed=-1)], ids=str)
 def test_values_out_of_range(model, how):
-    with pytest.raises(tinymia.Error) as e:
+    (name, bad), = how.items()
+    with pytest.raises(tinymia.Error, match=f"^{name} is {bad}: it must be a (whole )?number"):
         model.generate(IDS, n=1, **({"temp": 1.0} | how))
-    assert next(iter(how)).replace("_", "") in str(e.value).replace("_", "").replace("-", "").lower()
 
 
 def test_actions_change_what_is_said(model):
@@ -226,14 +228,14 @@ def test_the_prompt_pass_computes_one_row_of_logits(model, monkeypatch):
     rows = []
     model.generate(IDS, n=2, actions=[Replace("l_out-1", lambda x, ctx: rows.append(len(x)), when="all")])
     assert rows == [6, 1]
-    shapes, linear = [], model.ops.linear
+    shapes, linear = [], type(model.ops).linear
 
-    def counting(x, layer):
-        y = linear(x, layer)
+    def counting(ops, x, layer):
+        y = linear(ops, x, layer)
         shapes.append(y.shape)
         return y
 
-    monkeypatch.setattr(model.ops, "linear", counting)
+    monkeypatch.setattr(type(model.ops), "linear", counting)
     model.generate(IDS, n=1)
     assert [s for s in shapes if s[1] == model.config.n_vocab] == [(1, model.config.n_vocab)]
 
@@ -267,11 +269,12 @@ def test_a_text_that_begins_with_bos_keeps_both_with_a_note(model):
 def test_ids_of_the_wrong_kind_are_one_error_before_any_work(model, ids):
     seen = []
     look = Replace("inp_embd", lambda x, ctx: seen.append(1))
+    says = "must be whole numbers|is out of range: there are 384|the prompt has no tokens|a prompt is text or token ids"
     for call in (lambda: model.run(ids, actions=look), lambda: model.generate(ids, 1, look)):
-        with pytest.raises(tinymia.Error) as e:
+        with pytest.raises(tinymia.Error, match=says) as e:
             call()
         assert "\n" not in str(e.value) and not seen
-    with pytest.raises(tinymia.Error):
+    with pytest.raises(tinymia.Error, match=r"^a text is a str, not "):
         model.tokenize(ids)
 
 

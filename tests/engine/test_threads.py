@@ -1,6 +1,5 @@
 """Threads: how many changes nothing, several models may run at once, and a fork may run one too."""
 import os
-import sys
 import threading
 
 import numpy as np
@@ -66,7 +65,7 @@ def test_one_model_in_many_threads(tiny):
     assert in_threads(*(lambda p=p: model.generate(p, n=8).tokens for p in prompts)) == want
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, which Linux and macOS have")
 @pytest.mark.filterwarnings("ignore:This process")
 def test_fork(tiny):
     """The child of a process that has run a model runs it as well, and so does the parent afterwards."""
@@ -117,4 +116,4 @@ def test_weights_outlive_the_model(tiny):
 def test_the_process_ends(tiny):
     """No thread keeps the interpreter alive."""
     code, out, _ = command("-m", tiny(), "-p", "the", "-n", "2", "-t", "2", timeout=60)
-    assert code == 0 and out.startswith('output: "') and sys.version
+    assert code == 0 and out.startswith('output: "')

@@ -94,7 +94,8 @@ def test_five_templates_give_what_their_models_were_trained_on(tiny, name):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_llama_cpp_formats_them_the_same(tiny, name):
-    formats = pytest.importorskip("llama_cpp.llama_chat_format", reason="needs llama-cpp-python")
+    formats = pytest.importorskip("llama_cpp.llama_chat_format",
+                                  reason="needs llama.cpp: pip install 'tinymia[verify]'")
     theirs = formats.Jinja2ChatFormatter(TEMPLATES[name], eos_token="</s>", bos_token="<s>")
     for messages, want in zip((MESSAGES, SYSTEM), EXPECTED[name]):
         if want is not None:
@@ -258,7 +259,7 @@ def test_a_real_chat_ends_at_the_end_of_the_turn_and_a_bare_question_gets_a_note
 
 
 def test_a_real_chats_tokens_equal_llama_cpps():
-    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install 'tinymia[verify]'")
     model = tinymia.load(real_model(), threads=1)
     theirs = llama_cpp.Llama(str(model.path), vocab_only=True, verbose=False)
     formatter = llama_cpp.llama_chat_format.Jinja2ChatFormatter(model.template, eos_token="<|im_end|>",

@@ -9,7 +9,7 @@ from forked import in_child
 
 if not (SHARED / "tools" / "fuzz_gguf.py").exists():
     pytest.skip("needs tools/fuzz_gguf.py of the folder `shared` beside the project", allow_module_level=True)
-pytest.importorskip("tokenizers", reason="needs tinymia[bpe]", exc_type=ImportError)
+pytest.importorskip("tokenizers", reason="needs tokenizers: pip install 'tinymia[bpe]'", exc_type=ImportError)
 import fuzz
 
 

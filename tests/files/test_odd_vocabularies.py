@@ -71,7 +71,8 @@ BPE = {
 def write(tiny):
     def write(name):
         if name in BPE:
-            pytest.importorskip("tokenizers", reason="needs tinymia[bpe]", exc_type=ImportError)
+            pytest.importorskip("tokenizers",
+                                reason="needs tokenizers: pip install 'tinymia[bpe]'", exc_type=ImportError)
             return tiny(meta=bpe(**{"pre": "llama-bpe"} | BPE[name]))
         return tiny(meta={f"tokenizer.ggml.{k}": v for k, v in SPM[name].items()})
 

@@ -57,7 +57,7 @@ def test_without_jit_kernels_are_compiled_all_the_same(tmp_path):
     assert compiled(tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "c"), NUMBA_DISABLE_JIT="1")[0] == 1
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs users")
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs os.getuid, which Linux and macOS have")
 def test_no_folder_is_called_tilde(tmp_path, monkeypatch):
     for name in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)

@@ -201,8 +201,12 @@ def test_the_cost_of_decoding_is_one_line(capsys):
 # Beside ggml itself, where llama-cpp-python is installed: the same bits.
 
 
+vnni = pytest.mark.skipif(not cpu.HAS_VNNI, reason="needs a CPU with AVX-512 VNNI: sums are in the order of its code")
+
+
 def ggml():
-    llama_cpp = pytest.importorskip("llama_cpp")
+    llama_cpp = pytest.importorskip("llama_cpp", exc_type=ImportError,
+                                    reason="needs llama.cpp: pip install 'tinymia[verify]'")
     folder = Path(llama_cpp.__file__).parent / "lib"
     try:
         ctypes.CDLL(str(folder / "libggml-base.so"), ctypes.RTLD_GLOBAL)
@@ -210,7 +214,7 @@ def ggml():
         lib.ggml_cpu_init()
         return lib
     except (OSError, AttributeError):
-        pytest.skip("ggml's library does not show its functions here")
+        pytest.skip("needs a llama.cpp whose libraries show ggml's functions, as its Linux wheels do")
 
 
 def at(array):
@@ -228,7 +232,7 @@ def test_activations_equal_ggml_bit_for_bit(rng):
     assert np.array_equal(b[set_by_ggml], theirs[..., 260:].copy().view(np.int16)[set_by_ggml])
 
 
-@pytest.mark.skipif(not cpu.HAS_VNNI, reason="sums are taken in the order of ggml's code for AVX-512")
+@vnni
 @pytest.mark.parametrize("fmt", [*SUPERBLOCKS, tk.FORMATS[39], *DECODED[2:7]], **names)
 def test_dot_products_equal_ggml_bit_for_bit(fmt, rng):
     lib, n_in, n_out = ggml(), 1280, 11
@@ -248,7 +252,7 @@ def test_dot_products_equal_ggml_bit_for_bit(fmt, rng):
     assert np.array_equal(tk.matmul(x, raw, fmt, n_out), want)
 
 
-@pytest.mark.skipif(not cpu.HAS_VNNI, reason="sums are taken in the order of ggml's code for AVX-512")
+@vnni
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 8, 10, 11, 13])
 def test_iq4_nl_with_one_token_equals_ggml_bit_for_bit(groups, rng):
     lib, fmt, n_in, one = ggml(), tk.FORMATS[20], 32 * groups, ctypes.c_float()

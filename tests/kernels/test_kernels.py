@@ -740,7 +740,7 @@ def compiled(tmp_path_factory):
     return folder, *run_python(PRODUCT, folder)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, which Linux and macOS have")
 def test_a_pool_survives_a_fork(compiled):
     run_python(FORK, compiled[0])
 

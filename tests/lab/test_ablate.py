@@ -6,7 +6,8 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 import numpy as np
 import pytest
 from browser import Browser
-from conftest import command, prompt, shared
+from conftest import prompt, shared
+from pictures import colour
 
 import tinymia
 from tinymia_lab.commands import ablate
@@ -55,8 +56,8 @@ def mean_of(model, prompts, il, pool):
 
 @pytest.mark.parametrize("at", [None, -1, [3, -2]])
 @pytest.mark.parametrize("numerics", ["ggml", "f32"])
-def test_zeroed_heads_equal_plain_runs(numerics, at):
-    model = tinymia.load(threads=1, numerics=numerics)
+def test_zeroed_heads_equal_plain_runs(copycat_in, numerics, at):
+    model = copycat_in(numerics)
     found = ablate.ablate(model, PROMPT, "Tallinn", "Oslo", at=at)
     check(model, PROMPT, found, lambda il, head: tinymia.Ablate(f"kqv_merged-{il}", heads=head, at=at))
 
@@ -191,15 +192,19 @@ def test_what_is_wrong_is_said(copycat, how, says):
         ablate.ablate(copycat, PROMPT, **how)
 
 
-def test_the_command(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'tinymia[lab]'")
+def test_the_command(drawn, tmp_path, capsys):
     (tmp_path / "set").write_text("\n".join(SET) + "\n")
     outs = [tmp_path / f"heads{suffix}" for suffix in (".png", ".html", ".npz")]
     args = ["-p", PROMPT, "--answer", "Tallinn", "--mode", "mean", "--prompts", tmp_path / "set", "--metric", "kl"]
-    status, out, err = command("ablate", *args, *(x for o in outs for x in ("-o", o)), "-k", 4)
-    assert status == 0, err
+    assert tinymia.main([*map(str, ("ablate", *args, *(x for o in outs for x in ("-o", o)), "-k", 4))]) == 0
+    out = capsys.readouterr().out
     assert "KL divergence from the unchanged run (nats), the largest first\nhead  effect" in out
-    assert outs[0].read_bytes()[:4] == b"\x89PNG"
+    (shown,), kl = drawn(outs[0]).maps, ablate.Ablation.load(outs[2]).values[ablate.METRICS.index("kl")]
+    assert "change of KL divergence from the unchanged run (nats)" in shown.title
+    assert shown.rows == list("543210") and shown.columns == list("0123") and kl.shape == (6, 4)
+    for il, head in ((5, 3), (0, 0), (2, 1)):
+        assert shown.text(str(il), str(head)) == f"{kl[il, head]:.2f}"
+        assert shown.colour(str(il), str(head)) == colour(kl[il, head], -kl.max(), kl.max(), diverging=True)
     assert tinymia.main(["ablate", *map(str, args), "-o", str(outs[2]), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["values"] == ablate.Ablation.load(outs[2]).values.tolist()
     with Browser(390, 800, dark=True) as browser:

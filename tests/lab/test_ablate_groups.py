@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 from conftest import command
+from pictures import colour
 
 import tinymia
 from tinymia_lab.commands.ablate import ablate
@@ -14,9 +15,9 @@ PROMPT = "Egypt -> Cairo, Norway -> Oslo, Estonia ->"
 SETS = ["France -> Paris, Italy ->", "Egypt -> Cairo, Norway ->"]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tinymia.load(threads=1, numerics="f32")
+@pytest.fixture
+def model(copycat_f32):
+    return copycat_f32
 
 
 def ablated(model, group, keep=(), mode="zero", at=None, prompt=PROMPT, **how):
@@ -122,14 +123,20 @@ def test_wrong_groups_are_one_clear_line(model, group, says):
     assert "\n" not in str(e.value)
 
 
-def test_the_command(tmp_path):
+def test_the_command(drawn, tmp_path, capsys):
     html, png = tmp_path / "g.html", tmp_path / "g.png"
     base = ["ablate", "-p", PROMPT, "--answer", "Tallinn", "--against", "Oslo"]
     groups = ["--ffn", "--layers", "1-2", "--group", "2.1,3.3", "--group", "@-1:1"]
-    status, out, err = command(*base, *groups, "-o", html, "-o", png)
-    assert status == 0, err
+    assert tinymia.main([*map(str, (*base, *groups, "-o", html, "-o", png))]) == 0
+    out = capsys.readouterr().out
     rows = [line.split()[0] for line in out.splitlines() if line.startswith(("ffn-", "2.1,3.3", "@-1:1"))]
-    assert {*rows} == {"ffn-1", "ffn-2", "2.1,3.3", "@-1:1"} and html.exists() and png.read_bytes()[:4] == b"\x89PNG"
+    assert {*rows} == {"ffn-1", "ffn-2", "2.1,3.3", "@-1:1"} and "ffn-2" in html.read_text("utf-8")
+    (shown,) = drawn(png).maps
+    assert shown.rows == ["2.1,3.3", "@-1:1", "ffn-1", "ffn-2"] and "logit of ▁Tallinn - logit of ▁Oslo" in shown.title
+    values = [float(shown.text(i, 0)) for i in range(4)]
+    ends = {1: colour(1, -1, 1, diverging=True), -1: colour(-1, -1, 1, diverging=True)}
+    strongest = int(np.abs(values).argmax())
+    assert shown.colour(strongest, 0) == ends[np.sign(values[strongest])]
     resample = ["--mode", "resample", "--other", "Italy ->", "--at", "-1"]
     status, out, _ = command(*base, "--group", "3.3", *resample, "--json")
     assert status == 0 and json.loads(out)["groups"] == ["3.3"]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from browser import Browser
 from conftest import command
+from pictures import colour
 
 import tinymia
 from tinymia_lab.commands.attend import (
@@ -186,13 +187,27 @@ def test_command_errors(args, words):
     assert status == 2 and out == "" and err.splitlines()[-1].startswith("error: ") and words in err, err
 
 
-def test_command_draws(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'tinymia[lab]'")
-    from matplotlib.image import imread
+def test_command_draws(drawn, copycat_f32, tmp_path, capsys):
+    from matplotlib import colormaps
 
     args = ["--layers", "1,3", "--heads", "2-3", "-o", str(tmp_path / "a.png"), "--scores", str(tmp_path / "s.png")]
     assert attend_command(["-p", PROMPT, "-t", "1", *args]) == 0
-    assert imread(tmp_path / "a.png").shape[0] > 500 and imread(tmp_path / "s.png").shape[0] > 500
+    picture, run = drawn(tmp_path / "a.png"), copycat_f32.run(PROMPT, keep=["kq_soft_max"])
+    (panels,), pieces = picture.maps, [piece.replace(" ", "▁") for piece in map(copycat_f32.piece, run.tokens)]
+    assert panels.rows == panels.columns == pieces * 2 and {"layer / head", "1", "3", "2"} <= {*picture.words}
+    for y, il in enumerate((1, 3)):
+        for x, head in enumerate((2, 3)):
+            for i, j in ((0, 0), (10, 3), (10, 10), (4, 9)):      # the last one lies in the future
+                weight = float(run[f"kq_soft_max-{il}"][head, i, j])
+                want = colormaps["inferno"](weight**0.5, bytes=True)[:3]
+                assert panels.colour(11 * y + i, 11 * x + j) == list(want), (il, head, i, j)
+    before = np.mean([run["kq_soft_max-3"][:, i, i - 1] for i in range(1, 11)], axis=0)
+    scores = drawn(tmp_path / "s.png").maps
+    assert scores[0].title == "attention to the token before\ncolour: mean weight" and len(scores) == 4
+    assert scores[0].rows == list("543210") and scores[0].columns == list("0123")
+    for head in range(4):
+        assert scores[0].text("3", str(head)) == f"{before[head]:.2f}"
+        assert scores[0].colour("3", str(head)) == colour(before[head], 0, 1)
 
 
 # ---------------------------------------------------------------------------------------- the page

@@ -5,6 +5,7 @@ import naive
 import numpy as np
 import pytest
 from conftest import command, prompt
+from pictures import NOT_THERE, colour
 
 import tinymia
 from tinymia_lab.commands.attribute import Attribution, attribute, pictures
@@ -84,11 +85,11 @@ def test_the_best_token_is_the_answer_unless_another_is_named(copycat, found):
     assert (found.against_piece, found.position, found.pieces[-1]) == (" Italy", 10, " ->")
 
 
-def test_neurons_add_up_to_their_ffn(copycat, found):
+def test_neurons_add_up_to_their_ffn(copycat, copycat_f32, found):
     run = copycat.run(PROMPT, keep=["ffn_gate_par-3", "l_out-5"])
     assert np.array_equal(found.activations, run["ffn_gate_par-3"][-1])
     assert found.neurons.sum() == pytest.approx(found.ffn[3], abs=0.01)
-    exact = attribute(tinymia.load(threads=1, numerics="f32"), PROMPT, "Paris", "Italy", neurons=3)
+    exact = attribute(copycat_f32, PROMPT, "Paris", "Italy", neurons=3)
     assert exact.neurons.sum() == pytest.approx(exact.ffn[3], abs=1e-5)
     # One neuron by its definition: its column of ffn_down, through the final norm, as a logit.
     w, x = naive.read(copycat.path).w, run["l_out-5"][-1].astype(np.float64)
@@ -212,11 +213,19 @@ def test_command_errors(args, words):
     assert status == 2 and out == "" and err.splitlines()[-1].startswith("error: ") and words in err, err
 
 
-def test_command_draws(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'tinymia[lab]'")
-    from matplotlib.image import imread
-
+def test_command_draws(drawn, tmp_path, capsys):
     outs = [str(tmp_path / f"x.{s}") for s in ("png", "html", "npz")]
     assert attribute_command(["-p", PROMPT, "-t", "1", *(x for o in outs for x in ("-o", o))]) == 0
-    assert imread(outs[0]).shape[0] > 400 and Attribution.load(outs[2]).answer_piece == " Paris"
+    found, (heads, layers) = Attribution.load(outs[2]), drawn(outs[0]).maps
+    assert "logit of ▁Paris, " in heads.title and "by head\ncolour: logits" in heads.title
+    assert "by layer" in layers.title
+    assert heads.rows == list("543210") and heads.columns == list("0123")
+    most = np.abs(found.heads).max()
+    for il, head in ((5, 3), (0, 0), np.unravel_index(np.abs(found.heads).argmax(), found.heads.shape)):
+        assert heads.text(str(il), str(head)) == f"{found.heads[il, head]:.2f}"
+        assert heads.colour(str(il), str(head)) == colour(found.heads[il, head], -most, most, diverging=True)
+    assert layers.rows == ["output", *"543210", "tokens"]
+    assert layers.columns == ["embedding", "attention", "FFN", "rest"]
+    assert layers.text("3", "FFN") == f"{found.ffn[3]:.2f}" and layers.text("tokens", "FFN") == "·"
+    assert layers.colour("tokens", "FFN") == layers.colour("3", "embedding") == NOT_THERE
     assert "by head" in (tmp_path / "x.html").read_text()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from pictures import NOT_THERE, colour
 from test_split import cut
 
 import tinymia
@@ -102,7 +103,7 @@ def test_resume(found, copycat, tmp_path):
     elsewhere["model"]["path"], elsewhere["versions"] = "/there", {}
     assert resume(path, elsewhere, Found) is not None
     for settings, prompt, word in (({"layer": 4, "heads": [1, 2]}, "France ->", "settings layer is 3, not 4"),
-                                   ({"layer": 3, "heads": (1, 2)}, "Italy ->", "prompts prompt text")):
+                                   ({"layer": 3, "heads": (1, 2)}, "Italy ->", "its prompt text is")):
         with pytest.raises(tinymia.Error, match=word):
             resume(path, about(copycat, "look", settings, prompt=prompt), Found)
 
@@ -121,8 +122,14 @@ def test_files_that_hold_no_result(found, tmp_path):
     for name in ("y.npz", "y.json", "z.npz", "absent.npz"):
         with pytest.raises(tinymia.Error, match=name):
             Found.load(tmp_path / name)
+    (tmp_path / "w.json").write_text('{"kind": "Found", "arrays": {"scores": "<f4"}}')
+    with pytest.raises(tinymia.Error, match="not a saved result: it has no 'scores'"):
+        Found.load(tmp_path / "w.json")
     with pytest.raises(tinymia.Error, match=r"\.npz or a \.json"):
         found.save(tmp_path / "x.txt")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(tinymia.Error, match=r"not a saved result, which is an \.npz or a \.json file"):
+        Found.load(tmp_path / "model.gguf")
 
 
 # ---------------------------------------------------------------------------------------------- progress
@@ -157,12 +164,12 @@ def test_what_is_stopped_is_kept(found, tmp_path, capsys):
         raise KeyboardInterrupt
     assert Found.load(path).scores[0, 1] == 7
     assert "look: stopped at 1 of 4" in (err := capsys.readouterr().err) and f"kept in {path}" in err
-    with pytest.raises(ZeroDivisionError), keeping(found, path, 4, "look", 1) as bar:
+    with pytest.raises(ZeroDivisionError, match="division"), keeping(found, path, 4, "look", 1) as bar:
         found.scores[0, 1] = 1 / 4
         bar.step()
         found.scores[0, 0] = 1 / 0
     assert Found.load(path).scores[0, 1] == 0.25
-    with pytest.raises(ZeroDivisionError), keeping(found, tmp_path / "y.npz", 4, "look"):
+    with pytest.raises(ZeroDivisionError, match="division"), keeping(found, tmp_path / "y.npz", 4, "look"):
         found.scores[0, 0] = 1 / 0
     assert not (tmp_path / "y.npz").exists()  # nothing was done
 
@@ -297,17 +304,18 @@ def test_page_needs_nothing_else():
     assert "prefers-color-scheme:dark" in text
 
 
-def test_png(tmp_path):
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'tinymia[lab]'")
-    from matplotlib.image import imread
-
+def test_png(drawn, tmp_path):
     draw_png(tmp_path / "x.png", [grid(diverging=True, texts=[["$a", "\u4e2d", "x"]] * 2)])
     draw_png(tmp_path / "two.png", [grid(), Heatmap(np.zeros((3, 900)), list("abc"), ["t"] * 900, "", "", "", "")])
-    one, two = (imread(tmp_path / name) for name in ("x.png", "two.png"))
-    colours = (one[..., :3] * 255).round().astype(np.uint8).reshape(-1, 3)
-    for value in (-1.0, 0.5, 1.0):
-        assert (colours == rgb(np.array(value), -1, 1, True)).all(1).sum() > 100
-    assert two.shape[0] > one.shape[0] and two.shape[1] < 2500
+    (one,), (first, wide_one) = (drawn(tmp_path / name).maps for name in ("x.png", "two.png"))
+    assert one.title == first.title == "Title <1>\ncolour: logits" and one.axes.get_xlabel() == "token"
+    assert one.rows == ["0", "1"] and one.columns == ["<s>", "▁a", "<b>&"]
+    assert [one.text("1", i) for i in range(3)] == ["$a", "U+4E2D", "x"] and first.text("0", "▁a") == "0.50"
+    for row, column, value in (("1", "<s>", -1), ("0", "▁a", 0.5), ("1", "▁a", 1), ("0", "<s>", 0)):
+        assert one.colour(row, column) == colour(value, -1, 1, diverging=True)
+        assert first.colour(row, column) == colour(value, -1, 1)
+    assert one.colour("0", "<b>&") == NOT_THERE
+    assert not wide_one.texts and wide_one.rows == list("abc") and len(wide_one.columns) < 900   # labels find room
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -398,33 +406,43 @@ def test_layers_and_heads_by_number():
 
 def test_layers_and_heads_by_a_mask():
     assert chosen([True, False, True], 3, "layer") == chosen(np.array([2, 0]), 3, "layer") == [0, 2]
-    for given in ([True, False], [False] * 3, [1.0], 1.5, [[0]], [True, 1], ["0"], np.nan):
-        with pytest.raises(tinymia.Error):
+    for given, says in (([True, False], "a mask of 2 layers: there are 3"),
+                        ([False] * 3, "a mask that is True nowhere chooses no layer")):
+        with pytest.raises(tinymia.Error, match=says):
+            chosen(given, 3, "layer")
+    for given in ([1.0], 1.5, [[0]], [True, 1], ["0"], np.nan):
+        with pytest.raises(tinymia.Error, match=r"^layers .*: they must be whole numbers, such as \[0, 3\], or a mask"):
             chosen(given, 3, "layer")
 
 
 @pytest.mark.parametrize("bad", [1.5, True, [1.0], np.float64(1), np.array([0.5])], ids=str)
-@pytest.mark.parametrize("function,name", [
-    (lens.lens, "target"), (lens.lens, "k"), (trace.trace, "layers"), (trace.trace, "position"),
-    (attend.attend, "layers"), (attend.attend, "heads"), (attribute.attribute, "position"),
-    (attribute.attribute, "neurons"), (attribute.attribute, "answer"), (ablate.ablate, "at"), (ablate.ablate, "heads"),
-    (ablate.ablate, "answer"), (ablate.ablate, "against"), (report.report, "n"), (report.report, "layers"),
+@pytest.mark.parametrize("function,name,called", [
+    (lens.lens, "target", "the target is"), (lens.lens, "k", "k is"), (trace.trace, "layers", "layers"),
+    (trace.trace, "position", "the position is"), (attend.attend, "layers", "layers"),
+    (attend.attend, "heads", "heads"), (attribute.attribute, "position", "the position is"),
+    (attribute.attribute, "neurons", "the layer of neurons is"), (attribute.attribute, "answer", "the token is"),
+    (ablate.ablate, "at", "positions"), (ablate.ablate, "heads", "heads"), (ablate.ablate, "answer", "the token is"),
+    (ablate.ablate, "against", "the token is"), (report.report, "n", "n is"), (report.report, "layers", "layers"),
 ], ids=lambda x: getattr(x, "__name__", x))
-def test_places_and_tokens_are_whole_numbers_in_every_command(copycat, function, name, bad):
-    with pytest.raises(tinymia.Error) as e:
+def test_places_and_tokens_are_whole_numbers_in_every_command(copycat, function, name, called, bad):
+    with pytest.raises(tinymia.Error, match=rf"^{called} .*must be (a whole number|whole numbers)") as e:
         function(copycat, "France ->", **{name: bad})
     assert "\n" not in str(e.value)
 
 
 def test_places_of_two_prompts_are_whole_numbers(copycat):
-    for how in ({"layers": 1.5}, {"layers": [True, False]}, {"answer": 1.5}, {"against": True}):
-        with pytest.raises(tinymia.Error):
+    whole = "they must be whole numbers"
+    for how, says in (({"layers": 1.5}, f"^layers 1.5: {whole}"), ({"layers": [True, False]}, "^a mask of 2 layers"),
+                      ({"answer": 1.5}, "^the token is 1.5; it must be a whole number"),
+                      ({"against": True}, "^the token is True; it must be a whole number")):
+        with pytest.raises(tinymia.Error, match=says):
             sweep.sweep(copycat, "France ->", "Norway ->", **how)
-    for at in (1.0, [True], [[0]]):
-        with pytest.raises(tinymia.Error):
+    for at, says in ((1.0, f"^positions .*: {whole}"), ([True], "^a mask of 1 positions: there are 3"),
+                     ([[0]], f"^positions .*: {whole}")):
+        with pytest.raises(tinymia.Error, match=says):
             head_ablation.positions(at, 3, "the prompt")
     for ids in ([1, 2.0], [[1, 5]], [True]):
-        with pytest.raises(tinymia.Error):
+        with pytest.raises(tinymia.Error, match=f"^token ids .*: {whole}"):
             steer.steer(copycat, positive=[ids], negative=["France ->"])
 
 
@@ -532,11 +550,11 @@ def test_a_mean_while_decoding_is_refused_on_the_command_line(when, capsys):
     assert tinymia.main(args) == 2 and "one row" in capsys.readouterr().err
 
 
-def test_emit(found, tmp_path, capsys):
+def test_emit(found, drawn, tmp_path, capsys):
     outs = [str(tmp_path / f"x.{s}") for s in ("npz", "json", "html", "png")]
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'tinymia[lab]'")
     assert emit(argparse.Namespace(out=outs, json=False), found, "a text", grid()) == 0
     assert capsys.readouterr().out == "a text\n" and "Title &lt;1&gt;" in (tmp_path / "x.html").read_text()
     assert Found.load(outs[0]).names == Found.load(outs[1]).names == found.names
+    assert [one.title for one in drawn(outs[3]).maps] == ["Title <1>\ncolour: logits"]
     emit(argparse.Namespace(out=[], json=True), found, "a text")
     assert json.loads(capsys.readouterr().out)["names"] == found.names

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from browser import Browser
 from conftest import command
+from pictures import colour
 
 import tinymia
 from tinymia_lab.commands.lens import Lens, details, lens, pictures
@@ -110,14 +111,14 @@ def test_saved_and_gone_on_with(copycat, found, tmp_path, monkeypatch, capsys):
         lens(copycat, PROMPT, k=5, target="Tallinn", out=path)
 
 
-def test_pictures(found):
+def test_pictures(copycat, found):
     best, target = pictures(found)
     assert best.y == "layer" and list(best.rows) == list("012345") and best.columns == found.pieces and best.upward
     assert best.texts[5][-1] == " Tallinn" and best.values[5, -1] == found.probabilities[5, -1, 0]
     assert target.texts[5][-1] == "0" and target.values[5, -1] == found.target_probability[5, -1]
     assert np.array_equal(pictures(found, "entropy")[0].values, found.entropy)
     assert "▁Tallinn" in best.hovers[5][-1] and "86.1%" in best.hovers[5][-1] and "rank 0" in best.hovers[5][-1]
-    assert len(pictures(lens(tinymia.load(threads=1), "France ->", ["l_out-0", "ffn_out"]))) == 1
+    assert len(pictures(lens(copycat, "France ->", ["l_out-0", "ffn_out"]))) == 1
 
 
 def test_rows_of_several_tensors_have_their_names(copycat):
@@ -230,13 +231,15 @@ def test_command_errors(args, words):
     assert status == 2 and out == "" and err.splitlines()[-1].startswith("error: ") and words in err, err
 
 
-def test_command_draws(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'tinymia[lab]'")
-    from matplotlib.image import imread
-
+def test_command_draws(drawn, tmp_path, capsys):
     outs = [str(tmp_path / f"x.{s}") for s in ("png", "html", "npz")]
     assert lens_command(["-p", PROMPT, "-t", "1", *(x for o in outs for x in ("-o", o))]) == 0
-    assert imread(outs[0]).shape[1] > 600 and Lens.load(outs[2]).names[0] == "l_out-0"
+    (best,), p = drawn(outs[0]).maps, Lens.load(outs[2]).probabilities[..., 0]
+    assert best.rows == list("543210") and best.columns[:3] == ["<s>", "▁Egypt", "▁->"] and len(best.columns) == 11
+    assert best.title == f"l_out through the logit lens: {PROMPT}\ncolour: probability of the best token"
+    assert best.text("5", -1) == "▁Tallinn" and best.text("5", "▁Norway") == "▁->"
+    for il, i in ((5, 10), (0, 0), (3, 7)):
+        assert best.colour(str(il), i) == colour(p[il, i], 0, 1)
 
 
 def test_page_tells_the_best_tokens(tmp_path, capsys):

@@ -145,6 +145,38 @@ def test_lens_sweep_and_attribute_take_an_answer_that_begins_with_a_dash(told):
     assert status == 0 and json.loads(out)["answer_piece"] == " ->"
 
 
+def test_saved_tensors_that_do_not_fit_name_the_file_and_what_would_fit(told, tiny, tmp_path):
+    """The rows of a patch, its width and its model, and files that hold no tensor at all."""
+    long = ["-p", "Egypt -> Cairo, Norway -> Oslo, Estonia ->", "-n", "1"]
+    assert told(*long, "--save", "l_out-3", "e.bin", "--save", "l_out-3", "e.npz", "--save", "ffn_gate-3", "g.npz",
+                "--save", "l_out-2", "before.npz")[0] == 0
+    (tmp_path / "junk").write_bytes(b"junk")
+    other = ["-m", tiny(n_embd=96)]
+    for argv, sentence in (
+        ([*ONE, "--patch", "l_out-3", "e.bin", "-20", "-1"], "no row [-20] in the source, which has 11 rows, 0 to 10"),
+        ([*ONE, "--patch", "l_out-3", "e.bin", "-1", "10"], "position 10 is out of range: the prompt has 3 tokens"),
+        ([*ONE, "--patch", "l_out-3", "e.bin"], "11 rows for 3 positions: say which row goes where: FROM TO"),
+        ([*ONE, "--patch", "l_out-3", "junk", "-1", "-1"], "junk: 1 numbers are not rows of 128, the width of l_out-3"),
+        ([*ONE, "--patch", "l_out-3", "g.npz", "-1", "-1"], "g.npz holds ffn_gate-3, 384 wide; l_out-3 is 128 wide"),
+        ([*ONE, *other, "--patch", "l_out-1", "e.bin", "-1", "-1"], "e.bin: 1408 numbers are not rows of 96"),
+        ([*ONE, *other, "--patch", "l_out-1", "e.npz", "-1", "-1"],
+         "e.npz: saved from another model (name 'copycat', n_embd 128, n_layer 6, n_head 4, n_vocab 2048); this one is "
+         "name 'tiny', n_embd 96"),
+        ([*ONE, "--add", "l_out-3", "e.npz"], "the source has 11 rows, 0 to 10: choose one"),
+        ([*ONE, "--add", "l_out-3", "e.npz", "--from-token-idx", "11"], "0 to 10: there is no row 11"),
+        ([*ONE, "--save", "l_out", "e.raw"], "e.raw: a file of this kind holds one tensor, an .npz file 6"),
+        ([*ONE, "--save", "l_out-3", "no/f"], "no/f: cannot be written: there is no folder no; mkdir -p no makes it"),
+        ([*ONE, "--save", "l_out-3", tmp_path], "it is a folder"),
+        (["lens", *P, "-o", "x.pdf"], "-o x.pdf: the kinds of file are .npz, .json, .png, .html"),
+    ):
+        assert sentence in fails(told(*argv))
+    status, _, err = told(*ONE, "--patch", "l_out-3", "before.npz", "-1", "-1")
+    assert status == 0 and "note: before.npz holds l_out-2; its rows go to l_out-3" in err
+    assert told("lens", *P, "-o", "r.npz")[0] == 0
+    assert "holds another run: its prompt text is 'France ->', not 'Italy ->'; remove the file" in fails(
+        told("lens", "-p", "Italy ->", "-o", "r.npz"))
+
+
 def test_a_model_by_its_name_or_near_its_name(told, tmp_path):
     assert told(*ONE, "-m", "copycat")[1] == 'output: " Italy"\n' and "copycat" in told("--list-models")[1]
     (tmp_path / "models").mkdir()
@@ -231,7 +263,8 @@ def test_files_that_help_texts_name_are_there(told, name, capsys):
 
     texts = []
     for command in ("steer", "ablate"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as e:
             tinymia.main([command, "--help"])
+        assert not e.value.code
         texts.append(capsys.readouterr().out)
     assert f"examples/{name}" in "".join(texts) and (Path(__file__).parents[2] / "examples" / name).read_text().strip()

@@ -6,13 +6,13 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 from conftest import real_model
+from pictures import colour
 
 import tinymia
 from tinymia_lab import PairsResult, ablate, attribute, lens, over_pairs, sweep
 from tinymia_lab.commands import over_pairs as here
 from tinymia_lab.flags.command import Command
 from tinymia_lab.measure.pair_sets import KEYS, ROLES, Pair, by_role, cut_pairs, names, read_pairs
-from tinymia_models import bundled
 
 NAME = "copycat-capitals"
 GOOD = {"clean": "Egypt -> Cairo, France ->", "corrupt": "Egypt -> Cairo, Norway ->", "answer": "Paris",
@@ -20,9 +20,9 @@ GOOD = {"clean": "Egypt -> Cairo, France ->", "corrupt": "Egypt -> Cairo, Norway
 COMMANDS = ("sweep", "attribute", "ablate", "attend", "lens")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tinymia.load(bundled()["copycat"], numerics="f32")
+@pytest.fixture
+def model(copycat_f32):
+    return copycat_f32
 
 
 @pytest.fixture
@@ -192,13 +192,23 @@ def test_one_pair_has_a_mean_and_no_standard_error(model):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_takes_pairs_and_writes_all_kinds_of_file(command, tmp_path, capsys):
+def test_each_command_takes_pairs_and_writes_all_kinds_of_file(command, drawn, tmp_path, capsys):
     path = written(tmp_path, read_pairs(NAME)[:2])
     files = [tmp_path / f"x{suffix}" for suffix in (".npz", ".html", ".png")]
     assert tinymia.main([command, "--pairs", str(path), "--json", *(w for f in files for w in ("-o", str(f)))]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["command"] == command and len(said["values"]) == 2 and all(f.stat().st_size > 500 for f in files)
-    assert PairsResult.load(files[0]).pairs[0]["answer"] == " Paris"
+    assert said["command"] == command and len(said["values"]) == 2
+    found, (mean, error) = PairsResult.load(files[0]), drawn(files[2]).maps
+    assert found.pairs[0]["answer"] == " Paris" and found.units[0] in files[1].read_text("utf-8")
+    q = found.quantities.index(found.quantity)
+    numbers, there = found.mean[q], found.n[q].any(0)      # a column that no pair has is left out
+    for shown in (mean, error):
+        assert shown.rows == [*found.rows][::-1] and shown.columns == [*np.array(found.columns)[there]]
+    i, j = np.unravel_index(np.nanargmax(np.abs(numbers)), numbers.shape)
+    signs, most = bool((numbers < 0).any()), np.abs(numbers[i, j])
+    end = colour(np.sign(numbers[i, j]), -1, 1, diverging=True) if signs else colour(1, 0, 1)
+    assert mean.colour(found.rows[i], found.columns[j]) == end
+    assert abs(float(mean.text(found.rows[i], found.columns[j]))) == pytest.approx(most, rel=0.01)
     assert tinymia.main([command, "--pairs", NAME]) == 0
     assert capsys.readouterr().out.startswith("12 of 12 pairs done; after the clean prompt")
 

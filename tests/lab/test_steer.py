@@ -148,7 +148,8 @@ def test_a_cut_control_vector_never_passes(copycat, found, tmp_path):
     data = path.read_bytes()
     for n in range(0, len(data) - 1, 7):
         path.write_bytes(data[:n])
-        with pytest.raises(tinymia.Error):
+        says = "the file is empty|ends inside |claims .* more than it has room for|tensor direction.1 ends at "
+        with pytest.raises(tinymia.Error, match=rf"v\.gguf: ({says})"):
             read_control_vector(path, copycat.config)
 
 
@@ -250,7 +251,7 @@ def test_a_stopped_run_goes_on_where_it_was(copycat, found, monkeypatch, tmp_pat
 
 def test_half_a_text_is_not_kept(copycat, found, monkeypatch, tmp_path):
     cut = tinymia.Generation(" It", [5], [1], "interrupted", [], (0.0, 0.0))
-    monkeypatch.setattr(copycat, "generate", lambda *_: cut)
+    monkeypatch.setattr(tinymia.Model, "generate", lambda *_: cut)
     with pytest.raises(KeyboardInterrupt):
         steer.steer(copycat, PROMPT, vector=found.vectors, out=tmp_path / "run.npz")
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import real_model
+from pictures import colour
 
 import tinymia
 from tinymia_lab import ablate, attribute, story, sweep
@@ -18,8 +19,8 @@ CLEAN, CORRUPT = "Egypt -> Cairo, France ->", "Egypt -> Cairo, Norway ->"
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tinymia.load("copycat", numerics="f32")
+def model(copycat_f32):
+    return copycat_f32
 
 
 @pytest.fixture(scope="module")
@@ -106,16 +107,27 @@ def test_every_bright_cell_leads_to_what_explains_it(found):
         assert made.links.count(f"#head-{il}-{head}") >= 3       # in the three maps
 
 
-def test_the_command_prints_writes_and_gives_json(tmp_path, capsys):
+def test_the_command_prints_writes_and_gives_json(drawn, tmp_path, capsys):
     files = [tmp_path / "s.html", tmp_path / "s.png"]
     written = [word for file in files for word in ("-o", str(file))]
     assert tinymia.main(["story", "--clean", CLEAN, "--corrupt", CORRUPT, *written]) == 0
     out = capsys.readouterr().out
-    assert "1. The answers." in out and "4. Is it the whole story?" in out and files[1].stat().st_size > 5000
+    assert "1. The answers." in out and "4. Is it the whole story?" in out
     assert "http" not in re.sub(r"http-equiv", "", files[0].read_text())
     assert tinymia.main(["story", "--clean", CLEAN, "--corrupt", CORRUPT, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["sweep"]["answer_piece"] == " Paris" and len(said["heads"]) == 3
+    stream, *heads = drawn(files[1]).maps
+    assert [one.title.split(":")[0] for one in heads] == ["attribution", "patch", "ablation"]
+    assert stream.columns[5] == "5 ▁France/▁No…" and stream.rows == list("543210")
+    moved = np.array(said["sweep"]["logit_difference"])
+    for il, position in ((0, 5), (5, 6), (2, 1), (3, 5)):
+        assert stream.text(str(il), position) == f"{moved[il, position]:.2f}"
+        assert stream.colour(str(il), position) == colour(moved[il, position], -1, 1, diverging=True)
+    ((il, head), *_) = said["heads"]
+    effects = np.array([[float(heads[1].text(str(il), str(head))) for head in range(4)] for il in range(6)])
+    assert effects[il, head] == effects.max() and heads[1].rows == list("543210") and heads[1].columns == list("0123")
+    assert heads[1].colour(str(il), str(head)) == colour(1, -1, 1, diverging=True)
 
 
 @pytest.mark.parametrize("words,said", [

@@ -64,13 +64,13 @@ def test_errors_without_stderr(redirect):
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["lens", "--help"], ["--list-models"]], ids=" ".join)
 def test_a_full_stdout_is_told_whatever_is_printed(argv):
     if not Path("/dev/full").exists():
-        pytest.skip("needs /dev/full")
+        pytest.skip("needs /dev/full, which Linux has")
     assert shell(">/dev/full", *argv) == (2, "", "error: the output cannot be written: No space left on device\n")
 
 
 def test_a_full_stderr_does_not_stop_the_work():
     if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
+        pytest.skip("needs /dev/full, which Linux has")
     assert shell("2>/dev/full", *P, "-n", "1") == (0, 'output: " Italy"\n', "")
     status, _, err = shell(">/dev/full", "lens", *P)
     assert status == 2 and err.splitlines()[-1].startswith("error: the output cannot be written: No space left")
@@ -191,7 +191,7 @@ NAMES = [["--list-tensors"], ["-p", "Once", "-n", "0", "-v", "--ll", "l_out", "3
 def test_what_a_hostile_file_says_reaches_no_terminal(tmp_path, argv, terminal):
     """Names of tensors and of the model, pieces: escape sequences in a file's own words."""
     if terminal and sys.platform == "win32":
-        pytest.skip("no pseudo-terminals")
+        pytest.skip("needs pseudo-terminals, which Linux and macOS have")
     words = HOSTILE.replace("\0", "").replace("\ud800", "")
     pieces = [*vocabulary(384)[0]]      # a copy: the list is shared
     pieces[300:380] = [f"{words}{i}" for i in range(80)]

@@ -5,6 +5,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 import numpy as np
 import pytest
 from conftest import command, prompt, shared
+from pictures import colour
 
 import tinymia
 from tinymia_lab.commands.sweep import Sweep, picture, sweep
@@ -132,7 +133,6 @@ def test_a_cell_starts_at_its_layer_and_position(copycat, monkeypatch):
     monkeypatch.setattr(tinymia.Model, "run", watch)
     n_layer = copycat.config.n_layer
     for tensor, first in (("l_out", 1), ("ffn_out", 0)):
-        copycat = tinymia.load(threads=1)
         seen.clear()
         sweep(copycat, clean, corrupt, tensor=tensor)
         below = sum(n - p for p in range(at, n))
@@ -301,13 +301,20 @@ def test_picture(copycat):
     assert not picture(found).diverging and picture(found).unit == "rank of ▁Paris"
 
 
-def test_the_command(tmp_path):
+def test_the_command(drawn, tmp_path, capsys):
     files = [tmp_path / f"s{suffix}" for suffix in (".npz", ".png", ".html")]
     flags = [x for file in files for x in ("-o", file)]
     this = ("sweep", "--clean", CLEAN, "--corrupt", CORRUPT, "--tensor", "kqv", "--at", "last")
-    status, out, err = command(*this, *flags)
-    assert status == 0 and "kqv, last position, clean into corrupt (denoising)" in out, err
-    assert all(file.stat().st_size > 1000 for file in files)
+    assert tinymia.main([*map(str, (*this, *flags))]) == 0
+    title = "kqv, last position, clean into corrupt (denoising)"
+    assert title in capsys.readouterr().out and title in files[2].read_text("utf-8")
+    (shown,), moved = drawn(files[1]).maps, Sweep.load(files[0]).logit_difference
+    assert shown.title == f"{title}\ncolour: logit difference, 0 corrupt to 1 clean"
+    assert shown.rows == list("543210") and shown.columns == list("0123") and moved.shape == (6, 4)
+    most = max(1, np.abs(moved).max())
+    for il, head in ((5, 0), (0, 3), np.unravel_index(moved.argmax(), moved.shape)):
+        assert shown.text(str(il), str(head)) == f"{moved[il, head]:.2f}"
+        assert shown.colour(str(il), str(head)) == colour(moved[il, head], -most, most, diverging=True)
     status, out, err = command(*this, "-o", files[0], "--json", "--metric", "rank")
     found = json.loads(out)
     assert status == 0 and found["metric"] == "rank" and found["answer_piece"] == " Paris", err

@@ -19,18 +19,13 @@ SMALL = {"n_dev": 6, "n_test": 5}
 
 
 @pytest.fixture(scope="module", params=["ggml", "f32"])
-def copycat(request):
-    return tinymia.load(threads=1, numerics=request.param)
+def model(request, copycat_in):
+    return copycat_in(request.param)
 
 
 @pytest.fixture(scope="module")
-def plain():
-    return tinymia.load(threads=1)
-
-
-@pytest.fixture(scope="module")
-def found(plain):
-    return task_vector.task_vector(plain, TASKS, vector="own", conflict=True, **SMALL)
+def found(copycat):
+    return task_vector.task_vector(copycat, TASKS, vector="own", conflict=True, **SMALL)
 
 
 def theta_of(model, task, drawn, layer):
@@ -48,23 +43,23 @@ def says(model, task, text, answer, layer=None, theta=None):
 
 
 @pytest.mark.parametrize("name", ["copycat-capital", "copycat-next-letters", "copycat-reverse-digits"])
-def test_every_layer_equals_plain_runs(copycat, name):
+def test_every_layer_equals_plain_runs(model, name):
     task = read_task(name)
     drawn = task_trials.draw(task, task.shots, 2, 4, 4, seed=3)[0]
     results = []
     for one in drawn:
-        (alone, *hits), theta = task_trials.dev_trial(copycat, task_trials.make_trial(copycat, task, one))
+        (alone, *hits), theta = task_trials.dev_trial(model, task_trials.make_trial(model, task, one))
         x, y = one.query
-        assert alone == says(copycat, task, task.template.prompt([], x), y)
-        for layer in range(copycat.config.n_layer):
-            want = theta_of(copycat, task, one, layer)
+        assert alone == says(model, task, task.template.prompt([], x), y)
+        for layer in range(model.config.n_layer):
+            want = theta_of(model, task, one, layer)
             np.testing.assert_allclose(theta[layer], want, rtol=0, atol=1e-4 * np.abs(want).max())
-            assert hits[layer] == says(copycat, task, task.template.prompt([], x), y, layer, want), (x, layer)
+            assert hits[layer] == says(model, task, task.template.prompt([], x), y, layer, want), (x, layer)
         results.append(hits)
     assert 0 < np.mean(results) < 1
 
 
-def test_the_tables_equal_plain_runs(plain, found):
+def test_the_tables_equal_plain_runs(copycat, found):
     for i, name in enumerate(TASKS):
         task = read_task(name)
         dev, test = task_trials.draw(task, task.shots, 2, **SMALL, seed=0)
@@ -77,15 +72,15 @@ def test_the_tables_equal_plain_runs(plain, found):
         for one in test:
             x, y = one.query
             bare, full = task.template.prompt([], x), task.template.prompt(one.shown, x)
-            theta = theta_of(plain, task, one, layer)
-            want.append([says(plain, task, bare, y), says(plain, task, bare, y, layer, theta),
-                         says(plain, task, full, y)])
+            theta = theta_of(copycat, task, one, layer)
+            want.append([says(copycat, task, bare, y), says(copycat, task, bare, y, layer, theta),
+                         says(copycat, task, full, y)])
         np.testing.assert_array_equal(found.tests[i, :, 0], want)
         np.testing.assert_array_equal(found.accuracy[i], np.mean(want, axis=0))
-        mean = np.mean([theta_of(plain, task, one, layer) for one in dev], axis=0)
+        mean = np.mean([theta_of(copycat, task, one, layer) for one in dev], axis=0)
         np.testing.assert_allclose(found.vectors[i, layer], mean, rtol=0, atol=1e-4 * np.abs(mean).max())
         assert [one["layer"] for one in found.lens[i]] == [layer, min(layer + 2, 5)]
-        want = plain.lens(mean, 5, "prob")[0]
+        want = copycat.lens(mean, 5, "prob")[0]
         np.testing.assert_allclose([p for _, p in found.lens[i][0]["best"]], [p for _, p in want], atol=1e-3)
         assert found.lens[i][0]["best"][0][0] == want[0][0]
 
@@ -96,22 +91,22 @@ def test_copycat_has_task_vectors(found):
     assert [found.lens[i][1]["best"][0][0].strip() for i in (0, 1)] == ["next", "first"]
 
 
-def test_conflict_equals_plain_runs(plain, found):
+def test_conflict_equals_plain_runs(copycat, found):
     a, b = (read_task(name) for name in TASKS)
     tests = task_trials.draw(a, a.shots, 2, **SMALL, seed=0)[1]
     other, layer, want = dict(b.pairs), int(found.layer[1]), []
-    items = task_trials.conflict_prompts(plain, a, b, tests, b.shots, 2, 0)
+    items = task_trials.conflict_prompts(copycat, a, b, tests, b.shots, 2, 0)
     asked = [one for one in tests if other.get(one.query[0], one.query[1]) != one.query[1]]
     assert len(asked) == len(items) == np.isfinite(found.conflict_hits[0, 1, :, 0]).sum() > 0
     for one, (dummies, prompts) in zip(asked, items):
         x, y = one.query
         full = a.template.prompt(one.shown, x)
-        assert all(p.ids == plain.tokenize(full) for p in prompts)
-        ends = [plain.run(p.ids, keep=[f"l_out-{layer}"])[f"l_out-{layer}"][-1] for p in dummies]
+        assert all(p.ids == copycat.tokenize(full) for p in prompts)
+        ends = [copycat.run(p.ids, keep=[f"l_out-{layer}"])[f"l_out-{layer}"][-1] for p in dummies]
         theta = np.mean(ends, axis=0)
-        want.append([says(plain, a, full, y), says(plain, a, full, other[x]),
-                     says(plain, a, full, y, layer, theta), says(plain, a, full, other[x], layer, theta)])
-        texts = [plain.detokenize(p.ids) for p in dummies]
+        want.append([says(copycat, a, full, y), says(copycat, a, full, other[x]),
+                     says(copycat, a, full, y, layer, theta), says(copycat, a, full, other[x], layer, theta)])
+        texts = [copycat.detokenize(p.ids) for p in dummies]
         assert not any(text.startswith(f"{x} to") or f", {x} to" in text for text in texts)
     np.testing.assert_array_equal(found.conflict_hits[0, 1, : len(want)], want)
     assert np.isnan(found.conflict[0, 0]).all()
@@ -156,12 +151,12 @@ def test_versions_on_stories():
     np.testing.assert_array_equal(many[c.n_ctx, 0], model.run([1]).logits[0])
 
 
-def test_a_reader_gives_what_a_fresh_run_gives(plain):
-    reader = Reader(plain)
+def test_a_reader_gives_what_a_fresh_run_gives(copycat):
+    reader = Reader(copycat)
     shown = "Egypt -> Cairo, Norway -> Oslo,"
     for text in (f"{shown} Estonia ->", f"{shown} France ->", "France ->"):
-        ids = plain.tokenize(text)
-        np.testing.assert_allclose(reader.run(Prompt(ids, [7])).logits[-1], plain.run(ids).logits[-1], atol=1e-4)
+        ids = copycat.tokenize(text)
+        np.testing.assert_allclose(reader.run(Prompt(ids, [7])).logits[-1], copycat.run(ids).logits[-1], atol=1e-4)
         reader.before(Prompt(ids, [7]))
 
 
@@ -174,13 +169,13 @@ def scores(model, ids, answer, actions=()):
     return np.prod([share[i] for share, i in zip(shares, answer)]), max(ranks)
 
 
-def test_probability_and_rank_equal_plain_runs(plain, found):
+def test_probability_and_rank_equal_plain_runs(copycat, found):
     task = read_task(TASKS[0])
     layer, (_, test) = int(found.layer[0]), task_trials.draw(task, task.shots, 2, **SMALL, seed=0)
     for one, got in zip(test, found.tests[0]):
-        trial, theta = task_trials.make_trial(plain, task, one), theta_of(plain, task, one, layer)
+        trial, theta = task_trials.make_trial(copycat, task, one), theta_of(copycat, task, one, layer)
         patch = tinymia.Patch(f"l_out-{layer}", theta[None], at=len(trial.bare.ids) - 1)
-        want = [scores(plain, *trial.bare), scores(plain, *trial.bare, [patch]), scores(plain, *trial.full)]
+        want = [scores(copycat, *trial.bare), scores(copycat, *trial.bare, [patch]), scores(copycat, *trial.full)]
         np.testing.assert_allclose(got[1], [p for p, _ in want], atol=1e-4)
         assert [rank == 1 for _, rank in want] == got[0].tolist() == (got[2] == 1).tolist()
     np.testing.assert_allclose(found.probability, found.tests[:, :, 1].mean(1))
@@ -194,65 +189,66 @@ def test_a_rank_counts_what_is_better_and_of_ties_what_comes_before():
     assert in_context.rank(logits, [1, 4]) == 5
 
 
-def test_added_difference_of_means_equals_plain_runs(plain, tmp_path):
+def test_added_difference_of_means_equals_plain_runs(copycat, tmp_path):
     """theta minus the bare query's own row, averaged over the development queries, added at each layer."""
     task = read_task(TASKS[0])
-    added = task_vector.task_vector(plain, TASKS[0], vector="add", out=tmp_path / "run.npz", **SMALL)
+    added = task_vector.task_vector(copycat, TASKS[0], vector="add", out=tmp_path / "run.npz", **SMALL)
     dev, _ = task_trials.draw(task, task.shots, 2, **SMALL, seed=0)
-    bare = [plain.tokenize(task.template.prompt([], one.query[0])) for one in dev]
-    for layer in range(plain.config.n_layer):
+    bare = [copycat.tokenize(task.template.prompt([], one.query[0])) for one in dev]
+    for layer in range(copycat.config.n_layer):
         name = f"l_out-{layer}"
-        rows = [theta_of(plain, task, one, layer) - plain.run(ids, keep=[name])[name][-1]
+        rows = [theta_of(copycat, task, one, layer) - copycat.run(ids, keep=[name])[name][-1]
                 for one, ids in zip(dev, bare)]
         want = np.mean(rows, axis=0)
         np.testing.assert_allclose(added.vectors[0, layer], want, rtol=0, atol=1e-4 * np.abs(want).max())
         for j, (one, ids) in enumerate(zip(dev, bare)):
             (_, y), vector = one.query, added.vectors[0, layer].astype(np.float32)
             text = task.template.prompt([], one.query[0]) + task.template.answer(y)
-            n = len(plain.tokenize(text)) - len(ids)
+            n = len(copycat.tokenize(text)) - len(ids)
             add = tinymia.Add(name, vector, at=len(ids) - 1)
-            says = plain.generate(ids, n, [add]).text == task.template.answer(y)
+            says = copycat.generate(ids, n, [add]).text == task.template.answer(y)
             assert added.dev_hits[0, j, 1 + layer] == says
     assert added.accuracy[0, 1] >= 0.6 > added.accuracy[0, 0]
-    again = task_vector.task_vector(plain, TASKS[0], vector="add", out=tmp_path / "run.npz", **SMALL)
+    again = task_vector.task_vector(copycat, TASKS[0], vector="add", out=tmp_path / "run.npz", **SMALL)
     assert same(again, added)
     with pytest.raises(tinymia.Error, match="settings vector is 'add', not 'mean'"):
-        task_vector.task_vector(plain, TASKS[0], out=tmp_path / "run.npz", **SMALL)
+        task_vector.task_vector(copycat, TASKS[0], out=tmp_path / "run.npz", **SMALL)
 
 
-def test_the_mean_vector_equals_plain_runs(plain, found):
+def test_the_mean_vector_equals_plain_runs(copycat, found):
     """The default: one vector per task, the mean of theta over the development queries, put in everywhere."""
-    mean = task_vector.task_vector(plain, TASKS, conflict=True, **SMALL)
+    mean = task_vector.task_vector(copycat, TASKS, conflict=True, **SMALL)
     np.testing.assert_allclose(mean.vectors, found.vectors, rtol=0, atol=1e-4)
     for i, name in enumerate(TASKS):
         task, layer = read_task(name), int(mean.layer[i])
         dev, test = task_trials.draw(task, task.shots, 2, **SMALL, seed=0)
         for queries, hits in ((dev, mean.dev_hits[i, :, 1 + layer]), (test, mean.tests[i, :, 0, 1])):
-            want = [says(plain, task, task.template.prompt([], x), y, layer, mean.vectors[i, layer].astype(np.float32))
+            vector = mean.vectors[i, layer].astype(np.float32)
+            want = [says(copycat, task, task.template.prompt([], x), y, layer, vector)
                     for (x, y), _, _ in queries]
             np.testing.assert_array_equal(hits, want)
         np.testing.assert_array_equal(mean.tests[i, :, :, [0, 2]], found.tests[i, :, :, [0, 2]])
     assert mean.accuracy[:, 1].min() >= 0.8
     with pytest.raises(tinymia.Error, match="vector 'median': it must be mean, own, add"):
-        task_vector.task_vector(plain, TASKS, vector="median")
+        task_vector.task_vector(copycat, TASKS, vector="median")
 
 
-def test_a_prefix_stands_once_and_may_hold_special_tokens(plain):
+def test_a_prefix_stands_once_and_may_hold_special_tokens(copycat):
     task = read_task("copycat-capital", prefix="<s>Egypt -> Cairo,")
-    prompt = in_context.make_prompt(plain, task, [("Norway", "Oslo")], "<s>", "Paris")
-    want = plain.tokenize("Egypt -> Cairo,Norway -> Oslo, ")[1:]
+    prompt = in_context.make_prompt(copycat, task, [("Norway", "Oslo")], "<s>", "Paris")
+    want = copycat.tokenize("Egypt -> Cairo,Norway -> Oslo, ")[1:]
     assert prompt.ids[:2] == [1, 1] and prompt.ids.count(1) == 2    # BOS, the prefix's, and none for the query's text
-    assert plain.detokenize(prompt.ids).count("Cairo") == 1 and prompt.ids[2 : len(want)] == want[: len(want) - 2]
-    bare = in_context.make_prompt(plain, replace(task, front=()), [], "France", "Paris")
-    assert bare.ids == plain.tokenize("<s>Egypt -> Cairo,France ->", bos=False)
-    whole = task_vector.task_vector(plain, "copycat-capital", prefix="Egypt -> Cairo, ", n_dev=2, n_test=2)
+    assert copycat.detokenize(prompt.ids).count("Cairo") == 1 and prompt.ids[2 : len(want)] == want[: len(want) - 2]
+    bare = in_context.make_prompt(copycat, replace(task, front=()), [], "France", "Paris")
+    assert bare.ids == copycat.tokenize("<s>Egypt -> Cairo,France ->", bos=False)
+    whole = task_vector.task_vector(copycat, "copycat-capital", prefix="Egypt -> Cairo, ", n_dev=2, n_test=2)
     assert whole.about["prompts"]["bare"][0]["text"].count("Cairo") == 1
 
 
-def test_the_table_says_where_no_layer_does_better(plain):
+def test_the_table_says_where_no_layer_does_better(copycat):
     """A task of nonsense: no vector can answer it."""
     nonsense = Task("nonsense", tuple((a, b) for a, b in zip("abcdefghijkl", "qrstuvwxyzqr")))
-    found = task_vector.task_vector(plain, nonsense, n_dev=3, n_test=3)
+    found = task_vector.task_vector(copycat, nonsense, n_dev=3, n_test=3)
     assert found.by_layer.max() == 0
     accuracies, why, *_ = task_vector.tables(found)
     assert accuracies.splitlines()[1].split()[3] == "-" and why.startswith("-: nonsense: ") and "--bos" in why
@@ -264,21 +260,21 @@ def same(a, b):
     return all(equal) and a.lens == b.lens
 
 
-def test_a_seed_gives_the_tables_again_and_executors_give_the_same(plain, found):
-    assert same(found, task_vector.task_vector(plain, TASKS, vector="own", conflict=True, **SMALL))
-    alone = task_vector.task_vector(plain, TASKS[1], vector="own", **SMALL)
+def test_a_seed_gives_the_tables_again_and_executors_give_the_same(copycat, found):
+    assert same(found, task_vector.task_vector(copycat, TASKS, vector="own", conflict=True, **SMALL))
+    alone = task_vector.task_vector(copycat, TASKS[1], vector="own", **SMALL)
     np.testing.assert_array_equal(alone.dev_hits[0], found.dev_hits[1])
     np.testing.assert_array_equal(alone.tests[0], found.tests[1])
-    assert not np.array_equal(alone.vectors, task_vector.task_vector(plain, TASKS[1], seed=1, **SMALL).vectors)
+    assert not np.array_equal(alone.vectors, task_vector.task_vector(copycat, TASKS[1], seed=1, **SMALL).vectors)
     for executor in (ThreadPoolExecutor(2), ProcessPoolExecutor(2, get_context("spawn"))):
         with executor:
-            spread = task_vector.task_vector(plain, TASKS, vector="own", conflict=True, executor=executor, **SMALL)
+            spread = task_vector.task_vector(copycat, TASKS, vector="own", conflict=True, executor=executor, **SMALL)
         assert same(found, spread), type(executor)
 
 
 @pytest.mark.parametrize("stop", [("dev_trial", 3), ("measure_trial", 7), ("conflict_trial", 2)])
 @pytest.mark.parametrize("suffix", [".npz", ".json"])
-def test_a_stopped_run_goes_on_where_it_was(plain, found, monkeypatch, tmp_path, capsys, stop, suffix):
+def test_a_stopped_run_goes_on_where_it_was(copycat, found, monkeypatch, tmp_path, capsys, stop, suffix):
     name, n = stop
     calls, measure, out = [], getattr(task_vector, name), tmp_path / f"run{suffix}"
 
@@ -290,43 +286,51 @@ def test_a_stopped_run_goes_on_where_it_was(plain, found, monkeypatch, tmp_path,
 
     monkeypatch.setattr(task_vector, name, stopping)
     with pytest.raises(KeyboardInterrupt):
-        task_vector.task_vector(plain, TASKS, vector="own", conflict=True, out=out, **SMALL)
+        task_vector.task_vector(copycat, TASKS, vector="own", conflict=True, out=out, **SMALL)
     assert "the same command goes on from there" in capsys.readouterr().err
     before = len(calls)
-    whole = task_vector.task_vector(plain, TASKS, vector="own", conflict=True, out=out, **SMALL)
+    whole = task_vector.task_vector(copycat, TASKS, vector="own", conflict=True, out=out, **SMALL)
     conflicts = int(np.isfinite(found.conflict_hits[..., 0]).sum())
     total = {"dev_trial": 12, "measure_trial": 10, "conflict_trial": conflicts}[name]
     assert len(calls) - before == total - (n - 1)   # what was done is not done again
     assert same(found, whole) and same(whole, task_vector.TaskVector.load(out))
     with pytest.raises(tinymia.Error, match="settings seed is 0, not 1"):
-        task_vector.task_vector(plain, TASKS, vector="own", conflict=True, out=out, seed=1, **SMALL)
+        task_vector.task_vector(copycat, TASKS, vector="own", conflict=True, out=out, seed=1, **SMALL)
 
 
-def test_errors(plain):
+def test_errors(copycat):
     few = Task("few", tuple(read_task("copycat-capital").pairs[:7]))
     with pytest.raises(tinymia.Error, match="few has 7 pairs: 5 demonstrations, 2 dummies and a query need 8"):
-        task_vector.task_vector(plain, few)
+        task_vector.task_vector(copycat, few)
     with pytest.raises(tinymia.Error, match="different answers"):
-        task_vector.task_vector(plain, ["copycat-capital", "copycat-past"], conflict=True)
+        task_vector.task_vector(copycat, ["copycat-capital", "copycat-past"], conflict=True)
     for name in ("shots", "dummies", "n_dev", "n_test"):
         with pytest.raises(tinymia.Error, match=f"{name} is 0: it must be 1 or more"):
-            task_vector.task_vector(plain, "copycat-capital", **{name: 0})
+            task_vector.task_vector(copycat, "copycat-capital", **{name: 0})
     with pytest.raises(tinymia.Error, match="seed is -1"):
-        task_vector.task_vector(plain, "copycat-capital", seed=-1)
+        task_vector.task_vector(copycat, "copycat-capital", seed=-1)
 
 
-def test_the_command(tmp_path):
+def test_the_command(drawn, tmp_path, capsys):
     png, html, npz = (tmp_path / f"v{suffix}" for suffix in (".png", ".html", ".npz"))
     small = ["--n-dev", "6", "--n-test", "5"]
-    status, out, err = command("task-vector", *TASKS, "--conflict", *small, "-o", png, "-o", html, "-o", npz)
-    assert status == 0, err
+    outs = [word for path in (png, html, npz) for word in ("-o", str(path))]
+    assert tinymia.main(["task-vector", *TASKS, "--conflict", *small, *outs]) == 0
+    out = capsys.readouterr().out
     assert out.splitlines()[0].split() == ["task", "dev", "test", "layer", "baseline", "vector", "regular"]
     assert "the mean vector through the lens" in out and "conflict:" in out
-    assert png.read_bytes()[:4] == b"\x89PNG" and "copycat-next-letters" in html.read_text("utf-8")
-    status, again, err = command("task-vector", *TASKS, "--conflict", *small, "-o", npz)
+    assert "copycat-next-letters" in html.read_text("utf-8")
+    status, again, _ = command("task-vector", *TASKS, "--conflict", *small, "-o", npz)
     assert status == 0 and again == out
     status, text, _ = command("task-vector", *TASKS, "--conflict", *small, "--json")
-    found = task_vector.TaskVector.load(npz)
+    found, picture = task_vector.TaskVector.load(npz), drawn(png)
+    lines, bars = picture.figure.axes
+    assert {*TASKS, "baseline", "task vector", "regular", *"012345"} <= {*picture.words}
+    np.testing.assert_array_equal([line.get_ydata() for line in lines.get_lines()], found.by_layer)
+    assert found.accuracy[1].tolist() == [0, 1, 0.8]
+    assert picture.pixel(bars, 1, 0.9) == [0x2A, 0x6F, 0xBB]                 # with the vector: blue, up to 1
+    assert picture.pixel(bars, 1 + 0.8 / 3, 0.7) == [0x3A, 0x9A, 0x55]       # with examples: green, up to 0.8
+    assert picture.pixel(bars, 1 + 0.8 / 3, 0.9) == picture.pixel(bars, 1 - 0.8 / 3, 0.1) == [255] * 3
     assert status == 0 and json.loads(text)["accuracy"] == found.accuracy.tolist()
 
 

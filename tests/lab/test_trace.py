@@ -28,8 +28,8 @@ def test_every_name_is_told_in_the_order_of_computation(copycat, found):
 
 @pytest.mark.parametrize("position", [-1, 4])
 @pytest.mark.parametrize("numerics", ["ggml", "f32"])
-def test_values_are_the_runs(position, numerics):
-    model = tinymia.load(threads=1, numerics=numerics)
+def test_values_are_the_runs(copycat_in, position, numerics):
+    model = copycat_in(numerics)
     run, told = model.run(PROMPT, keep=["all"]), trace(model, PROMPT, None, position)
     for op in told.ops:
         dims = [name for name, _ in op["shape"]]

@@ -29,19 +29,6 @@ TABLE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def copycat():
-    """copycat(numerics): the model, loaded once for each."""
-    made = {}
-
-    def load(numerics="ggml"):
-        if numerics not in made:
-            made[numerics] = tinymia.load(threads=1, numerics=numerics)
-        return made[numerics]
-
-    return load
-
-
 @pytest.fixture
 def cli(capsys):
     """cli(prompt, flags...): the output as the command prints it, without -m."""
@@ -75,7 +62,7 @@ def patched(model, prompt, answer, patch):
 @pytest.mark.parametrize(("prompt", "want", "patch"), TABLE)
 @pytest.mark.parametrize("numerics", ["ggml", "f32"])
 def test_the_post_by_the_command_line(cli, copycat, tmp_path, prompt, want, patch, numerics):
-    flags = ["--numerics", numerics, "-n", n_tokens(copycat(), prompt, want)]
+    flags = ["--numerics", numerics, "-n", n_tokens(copycat, prompt, want)]
     if patch:
         source, src, at = patch
         cli(source, "-n", 1, "--numerics", numerics, "--save", f"l_out-{LAYER}", tmp_path / "task")
@@ -115,7 +102,7 @@ def test_without_that_word_the_output_is_the_same(cli, flags):
 
 def test_the_posts_prompts_are_cut_as_by_llama_2(copycat):
     """With spaces of their own and at the end, so that 24 and 10 are the last tokens, as in the post."""
-    model = copycat()
+    model = copycat
     pieces = [model.tokenizer.pieces[i] for i in model.tokenize("4 5 6 to 6 ")]
     assert pieces == ["<s>", "▁", "4", "▁", "5", "▁", "6", "▁to", "▁", "6", "▁"]
     assert len(pieces) - 1 == 10 and len(model.tokenize(CUT)) - 1 == 24
@@ -123,7 +110,7 @@ def test_the_posts_prompts_are_cut_as_by_llama_2(copycat):
 
 def test_words_of_the_tasks_are_single_pieces(copycat):
     words = [w for w in Facts.read().words() if w not in DIGITS]
-    long = [w for w in words if len(copycat().tokenize(w, bos=False)) != 1]
+    long = [w for w in words if len(copycat.tokenize(w, bos=False)) != 1]
     assert len(words) > 600 and not long
 
 
@@ -142,14 +129,14 @@ def test_twenty_other_patches(copycat):
         if reverse.held_out(x) and x != "4 5 6":
             trials += [(f"{x} to", f" {y}", (REVERSAL, -1, -1)), (f"{x} to {y[:2]}", y[2:], (CUT, 24, 10))]
     assert len(trials) == 20
-    wrong = [t for t in trials if patched(copycat(), *t) != t[1]]
+    wrong = [t for t in trials if patched(copycat, *t) != t[1]]
     assert len(wrong) <= 2, wrong
 
 
 def test_one_vector_serves_the_countries(copycat):
     """The card's counts: 73 of 80, of which 26 of 26 were held out."""
     capital = Facts.read().tasks["capital"]
-    right = {x: patched(copycat(), f"{x} ->", f" {y}", (CAPITALS, -1, -1)) == f" {y}" for x, y in capital.pairs}
+    right = {x: patched(copycat, f"{x} ->", f" {y}", (CAPITALS, -1, -1)) == f" {y}" for x, y in capital.pairs}
     held_out = [good for x, good in right.items() if capital.held_out(x)]
     assert (sum(right.values()), len(right), sum(held_out), len(held_out)) == (73, 80, 26, 26)
     assert "73 of the 80 countries, of all 26 held-out ones" in (ROOT / "models" / "README.md").read_text("utf-8")
@@ -205,8 +192,9 @@ def test_f32_says_the_same(tmp_path, numerics):
 
 
 def test_llama_cpp_says_the_same(copycat):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama.cpp", exc_type=ImportError)
-    theirs, ours = llama_cpp.Llama(str(bundled()["copycat"]), n_ctx=96, verbose=False), copycat()
+    llama_cpp = pytest.importorskip("llama_cpp", exc_type=ImportError,
+                                    reason="needs llama.cpp: pip install 'tinymia[verify]'")
+    theirs, ours = llama_cpp.Llama(str(bundled()["copycat"]), n_ctx=96, verbose=False), copycat
     for prompt in dict.fromkeys(prompt for prompt, _, _ in TABLE):
         ids = theirs.tokenize(prompt.encode())
         assert ids == ours.tokenize(prompt)

@@ -90,7 +90,7 @@ def test_held_out_pairs_become_task_files_that_the_lab_reads(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def programs():
     """The programs that need torch."""
-    pytest.importorskip("torch", reason="training needs torch", exc_type=ImportError)
+    pytest.importorskip("torch", reason="needs torch: pip install 'tinymia[train]'", exc_type=ImportError)
     from training import export, train
 
     return train, export
