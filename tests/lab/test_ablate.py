@@ -200,7 +200,7 @@ def test_the_command(drawn, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "KL divergence from the unchanged run (nats), the largest first\nhead  effect" in out
     (shown,), kl = drawn(outs[0]).maps, ablate.Ablation.load(outs[2]).values[ablate.METRICS.index("kl")]
-    assert "change of KL divergence from the unchanged run (nats)" in shown.title
+    assert "change of KL divergence from the unchanged run (nats)" in " ".join(shown.title.split())
     assert shown.rows == list("543210") and shown.columns == list("0123") and kl.shape == (6, 4)
     for il, head in ((5, 3), (0, 0), (2, 1)):
         assert shown.text(str(il), str(head)) == f"{kl[il, head]:.2f}"

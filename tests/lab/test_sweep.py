@@ -309,7 +309,8 @@ def test_the_command(drawn, tmp_path, capsys):
     title = "kqv, last position, clean into corrupt (denoising)"
     assert title in capsys.readouterr().out and title in files[2].read_text("utf-8")
     (shown,), moved = drawn(files[1]).maps, Sweep.load(files[0]).logit_difference
-    assert shown.title == f"{title}\ncolour: logit difference, 0 corrupt to 1 clean"
+    assert " ".join(shown.title.split()) == (
+        f"{title} colour: logit of ▁Paris minus logit of ▁Oslo, from 0 (as corrupt) to 1 (as clean)")
     assert shown.rows == list("543210") and shown.columns == list("0123") and moved.shape == (6, 4)
     most = max(1, np.abs(moved).max())
     for il, head in ((5, 0), (0, 3), np.unravel_index(moved.argmax(), moved.shape)):
