@@ -269,7 +269,8 @@ def test_a_text_that_begins_with_bos_keeps_both_with_a_note(model):
 def test_ids_of_the_wrong_kind_are_one_error_before_any_work(model, ids):
     seen = []
     look = Replace("inp_embd", lambda x, ctx: seen.append(1))
-    says = "must be whole numbers|is out of range( of any model|: there are 384)|the prompt has no tokens|a prompt is text or token ids"
+    says = ("must be whole numbers|is out of range( of any model|: there are 384)|the prompt has no tokens|"
+            "a prompt is text or token ids")
     for call in (lambda: model.run(ids, actions=look), lambda: model.generate(ids, 1, look)):
         with pytest.raises(tinymia.Error, match=says) as e:
             call()
