@@ -1,4 +1,4 @@
-"""tinymia: a Llama language model, told in one file, in which every intermediate result has a name.
+"""tinymia: a language model like Llama, told in one file, in which every intermediate result has a name.
 
 What a Llama computes. A text is cut into tokens, whole numbers that stand for words and parts of words. Each token
 picks one row of a table, its embedding: a vector of n_embd numbers. From then on each token has one such vector, and
@@ -16,7 +16,7 @@ the logits: the larger a logit, the more probable the model thinks that word com
 this, one operation per line.
 
 What a named value is. Each line of `forward` begins with a name and ends with a shape. `l_out-3` is the residual stream
-after layer 3, `kq_soft_max-7` is the attention pattern of layer 7; the names are llama.cpp's, and the table below lists
+after layer 3, `kq_soft_max-7` is the attention pattern of layer 7; the names are llama.cpp's, and engine/names.py lists
 all of them. `t(name, layer, value)` hands each value to the actions that asked for its name. An action can look at the
 value (Log, Save, or Lens, which shows what the model would say if it stopped here), or give another one to go on with
 (Patch, Ablate, Add, ProjectOut, Scale, Replace).
@@ -31,11 +31,15 @@ Where this comes from. In January 2024 the post "Task vectors & analogy making i
 program called mia, made from llama.cpp, to find such a row: saved from a prompt with examples of a task, it makes a
 prompt without examples do the task. tinymia takes mia's commands as they stand.
 
-Read on from top to bottom: the shape of a model, the arithmetic in NumPy, the names, `forward`, the tap, Model. Around
-this file, kernels/ has the same arithmetic, fast and on quantised weights as they lie in the file; engine/ has the
-actions; files/ reads GGUF files and vocabularies; lab/ has the command line and experiments. Names of dimensions are
-ggml's: n_embd, n_head, n_head_kv (keys and values may have fewer heads), d_head, n_ff, n_vocab, n_tok, n_kv (positions
-that a token may look at).
+Which models. Llama, and those that differ from it by a few parts: a norm more or less, queries that are scaled, layers
+that see only the last positions. Such a part is there when its weight, or its number in the Config, is there: `forward`
+has a line for it, which changes nothing in a model without it. files/architectures.py says which model has which.
+
+Read on from top to bottom: the arithmetic in NumPy, the cache, `forward`, the tap, Model. Around this file, kernels/
+has the same arithmetic, fast and on quantised weights as they lie in the file; engine/ has the names and the actions;
+files/ reads GGUF files, what they say of a model's shape, and vocabularies; lab/ has the command line and experiments.
+Names of dimensions are ggml's: n_embd, n_head, n_head_kv (keys and values may have fewer heads), d_head, n_ff, n_vocab,
+n_tok, n_kv (positions that a token may look at).
 """
 
 from __future__ import annotations
@@ -46,11 +50,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +67,7 @@ from tinymia_engine import (
     Lens,
     Linear,
     Log,
+    Op,
     Patch,
     ProjectOut,
     Record,
@@ -76,13 +80,17 @@ from tinymia_engine import (
     files_read,
     given,
     listed,
+    match,
+    name_table,
     softmax,
 )
 from tinymia_files import (
     ActionError,
+    Config,
     Error,
     GGUFError,
     Note,
+    Rope,
     Tensor,
     Text,
     UnknownName,
@@ -104,38 +112,9 @@ __all__ = [
 ]
 
 
-# ---------------------------------------------------------------------------------------- the model's shape
-
-
-@dataclass(frozen=True)
-class Config:
-    """The shape of a model, as the metadata of its file give it."""
-
-    name: str           # general.name
-    n_embd: int         # width of the residual stream
-    n_layer: int
-    n_head: int         # query heads
-    n_head_kv: int      # key and value heads; n_head / n_head_kv queries share one
-    d_head: int         # width of a query and of a key
-    d_head_v: int       # width of a value
-    n_ff: int           # width of the feed-forward block
-    n_vocab: int
-    n_ctx: int          # context the model was trained for, the most positions a run may have
-    n_rot: int          # leading elements of each head that RoPE turns
-    eps: float          # RMS norm
-    rope_base: float
-    rope_scale: float   # factor of the positions: 1 / factor of linear scaling and of YaRN
-    rope_gain: float    # factor of cos and sin: 1, unless YaRN or the metadata say otherwise
-    yarn: tuple[float, float] | None    # (low, high): pairs below low keep their angle, pairs above high are scaled
-
-    def sizes(self) -> dict[str, int]:
-        """Sizes of the dimensions in the table of names, but for n_tok and n_kv, which depend on the prompt."""
-        return {**vars(self), "n_head*d_head_v": self.n_head * self.d_head_v}
-
-
 # ---------------------------------------------------------------------------------------- the arithmetic
 
-# Everything that a Llama computes, as one would write it on a blackboard. numerics="plain" runs exactly these
+# Everything that these models compute, as one would write it on a blackboard. numerics="plain" runs exactly these
 # functions, in float32 or float64. kernels/ has the same functions with the same arguments, fast; a test compares them.
 
 
@@ -144,9 +123,9 @@ def embed(weight: Tensor, tokens: np.ndarray) -> np.ndarray:        # [n_vocab, 
     return weight.rows(tokens)
 
 
-def rms_norm(x: np.ndarray, eps: float) -> np.ndarray:              # [n_tok, n_embd] -> the same
-    """Divide each row by its root mean square."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+def rms_norm(x: np.ndarray, eps: float, dims: int = 1) -> np.ndarray:       # [n_tok, n_embd] -> the same
+    """Divide each row by its root mean square: that of the last dimension, or of more of them together."""
+    return x / np.sqrt(np.mean(x * x, axis=tuple(range(-dims, 0)), keepdims=True) + eps)
 
 
 def linear(x: np.ndarray, layer: Linear) -> np.ndarray:             # [n_tok, n_in] -> [n_tok, n_out]
@@ -160,22 +139,24 @@ def linears(x: np.ndarray, *layers: Linear) -> list[np.ndarray]:    # [n_tok, n_
     return [linear(x, layer) for layer in layers]
 
 
-def rope_angles(positions: np.ndarray, c: Config, freqs: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def rope_angles(positions: np.ndarray, r: Rope, freqs: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of the angles by which RoPE turns, [n_tok, n_rot / 2] each."""
-    pair = np.arange(c.n_rot // 2)
-    theta = positions[:, None] * c.rope_base ** (-2 * pair / c.n_rot)
+    pair = np.arange(r.n_rot // 2)
+    theta = positions[:, None] * r.base ** (-2 * pair / r.n_rot)
     theta = theta if freqs is None else theta / freqs
-    low, high = c.yarn or (-1, 0)
+    low, high = r.yarn or (-1, 0)
     ramp = np.clip((pair - low) / max(0.001, high - low), 0, 1)     # how much of the scaling a pair gets
-    theta = theta * (1 - ramp) + theta * c.rope_scale * ramp
-    return c.rope_gain * np.cos(theta), c.rope_gain * np.sin(theta)
+    theta = theta * (1 - ramp) + theta * r.scale * ramp
+    return r.gain * np.cos(theta), r.gain * np.sin(theta)
 
 
-def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:    # [n_tok, n_head, d_head] -> the same
-    """Turn each pair (x[2i], x[2i + 1]) of a head by an angle that grows with the position."""
-    y, n_rot, cos, sin = x.copy(), 2 * cos.shape[1], cos[:, None], sin[:, None]
-    a, b = x[..., 0:n_rot:2], x[..., 1:n_rot:2]
-    y[..., 0:n_rot:2], y[..., 1:n_rot:2] = a * cos - b * sin, a * sin + b * cos
+def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, halves: bool) -> np.ndarray:      # [n_tok, n_head, d_head]
+    """Turn each pair of a head, (x[2i], x[2i + 1]) or (x[i], x[i + n_rot / 2]), by an angle that grows with the
+    position."""
+    y, n, cos, sin = x.copy(), cos.shape[1], cos[:, None], sin[:, None]
+    first, second = (slice(n), slice(n, 2 * n)) if halves else (slice(0, 2 * n, 2), slice(1, 2 * n, 2))
+    a, b = x[..., first], x[..., second]
+    y[..., first], y[..., second] = a * cos - b * sin, a * sin + b * cos
     return y
 
 
@@ -191,10 +172,17 @@ def scores(q: np.ndarray, keys: np.ndarray, n_kv: int) -> np.ndarray:       # [n
     return q.swapaxes(0, 1) @ k.swapaxes(1, 2)                              # [n_head, n_tok, n_kv]
 
 
-def soft_max(kq: np.ndarray, scale: float, positions: np.ndarray) -> np.ndarray:    # [n_head, n_tok, n_kv] -> the same
-    """Turn scores into weights that sum to 1. No token sees the future: the weights of later positions are 0."""
-    future = np.arange(kq.shape[2]) > positions[:, None]                    # [n_tok, n_kv]
-    kq = np.where(future, -np.inf, kq * scale)
+def soft_cap(x: np.ndarray, cap: float) -> np.ndarray:                      # any shape -> the same
+    """cap * tanh(x / cap): about x where it is small, never beyond the cap."""
+    return cap * np.tanh(x / cap)
+
+
+def soft_max(kq: np.ndarray, scale: float, positions: np.ndarray, window: int | None = None) -> np.ndarray:
+    """Turn scores [n_head, n_tok, n_kv] into weights that sum to 1. No token sees the future, nor what lies before a
+    window: their weights are 0."""
+    ago = positions[:, None] - np.arange(kq.shape[2])                       # [n_tok, n_kv]: how long ago a key was
+    unseen = (ago < 0) if window is None else (ago < 0) | (ago >= window)
+    kq = np.where(unseen, -np.inf, kq * scale)
     e = np.exp(kq - kq.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
 
@@ -210,10 +198,13 @@ def merge(kqv: np.ndarray) -> np.ndarray:                   # [n_head, n_tok, d_
     return kqv.swapaxes(0, 1).reshape(kqv.shape[1], -1)
 
 
-def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, positions: np.ndarray) -> np.ndarray:
-    """Scores, soft_max, mix and merge in one: [n_tok, n_head, d_head] -> [n_tok, n_head * d_head_v]."""
-    n_kv = int(positions[-1]) + 1
-    return merge(mix(soft_max(scores(q, keys, n_kv), scale, positions), values))
+def attention(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, positions: np.ndarray,
+    window: int | None = None, cap: float | None = None,
+) -> np.ndarray:
+    """Scores, soft_cap, soft_max, mix, merge in one: [n_tok, n_head, d_head] -> [n_tok, n_head * d_head_v]."""
+    kq = scores(q, keys, int(positions[-1]) + 1)
+    return merge(mix(soft_max(kq if cap is None else soft_cap(kq, cap), scale, positions, window), values))
 
 
 def silu(x: np.ndarray) -> np.ndarray:                              # [n_tok, n_ff] -> the same
@@ -221,12 +212,17 @@ def silu(x: np.ndarray) -> np.ndarray:                              # [n_tok, n_
     return x / (1 + np.exp(-x))
 
 
+def gelu(x: np.ndarray) -> np.ndarray:                              # [n_tok, n_ff] -> the same
+    """x times the share of a normal distribution that lies below x, nearly: the same idea with another curve."""
+    return x / 2 * (1 + np.tanh(np.sqrt(x.dtype.type(2 / np.pi)) * (x + 0.044715 * x**3)))
+
+
 def plain(dtype: np.dtype) -> SimpleNamespace:
     """The functions above as `forward` calls them, for numbers of a dtype."""
     these = SimpleNamespace(
         embed=lambda weight, tokens: embed(weight, tokens).astype(dtype), rms_norm=rms_norm, linear=linear,
-        linears=linears, rope_angles=rope_angles, rope=rope, put=put, scores=scores, soft_max=soft_max, mix=mix,
-        attention=attention, silu=silu, threads=1, done=lambda: None,
+        linears=linears, rope_angles=rope_angles, rope=rope, put=put, scores=scores, soft_cap=soft_cap,
+        soft_max=soft_max, mix=mix, attention=attention, silu=silu, gelu=gelu, threads=1, done=lambda: None,
     )
     these.several = lambda: these
     return these
@@ -240,85 +236,6 @@ def fast(threads: int | None, numerics: str) -> Any:
 
 
 NUMERICS = {"ggml": "as llama.cpp computes", "f32": "float32 throughout", "plain": "float32, the NumPy in tinymia.py"}
-
-
-# ---------------------------------------------------------------------------------------- named tensors
-
-
-class Op(NamedTuple):
-    """One line of the table below."""
-
-    base: str                   # name without its layer
-    op: str                     # ggml's name of the operation
-    dims: tuple[str, ...]       # shape in NumPy's order
-    inputs: tuple[str, ...]     # x is the residual stream: inp_embd, or l_out of the layer before
-    weight: str | None          # GGUF name without blk.L. and .weight
-
-
-def _ops(table: str) -> list[Op]:
-    rows = [line.split() for line in table.strip().splitlines()]
-    return [Op(b, op, tuple(d.split(",")), tuple(i.split(",")), w if w != "-" else None) for b, op, d, i, w in rows]
-
-
-BEFORE = _ops("inp_embd get_rows n_tok,n_embd tokens token_embd")
-LAYER = _ops("""
-    norm         rms_norm  n_tok,n_embd            x                     -
-    attn_norm    mul       n_tok,n_embd            norm                  attn_norm
-    Qcur_pre     mul_mat   n_tok,n_head,d_head     attn_norm             attn_q
-    Kcur_pre     mul_mat   n_tok,n_head_kv,d_head  attn_norm             attn_k
-    Vcur         mul_mat   n_tok,n_head_kv,d_head_v  attn_norm           attn_v
-    Qcur         rope      n_tok,n_head,d_head     Qcur_pre              -
-    Kcur         rope      n_tok,n_head_kv,d_head  Kcur_pre              -
-    kq           mul_mat   n_head,n_tok,n_kv       Qcur,Kcur             -
-    kq_soft_max  soft_max  n_head,n_tok,n_kv       kq                    -
-    kqv          mul_mat   n_head,n_tok,d_head_v   kq_soft_max,Vcur      -
-    kqv_merged   cont      n_tok,n_head*d_head_v   kqv                   -
-    kqv_out      mul_mat   n_tok,n_embd            kqv_merged            attn_output
-    ffn_inp      add       n_tok,n_embd            kqv_out,x             -
-    norm_ffn     rms_norm  n_tok,n_embd            ffn_inp               -
-    ffn_norm     mul       n_tok,n_embd            norm_ffn              ffn_norm
-    ffn_gate     mul_mat   n_tok,n_ff              ffn_norm              ffn_gate
-    ffn_up       mul_mat   n_tok,n_ff              ffn_norm              ffn_up
-    ffn_silu     silu      n_tok,n_ff              ffn_gate              -
-    ffn_gate_par mul       n_tok,n_ff              ffn_silu,ffn_up       -
-    ffn_out      mul_mat   n_tok,n_embd            ffn_gate_par          ffn_down
-    l_out        add       n_tok,n_embd            ffn_out,ffn_inp       -
-""")
-AFTER = _ops("""
-    norm           rms_norm  n_tok,n_embd            x                     -
-    result_norm    mul       n_tok,n_embd            norm                  output_norm
-    result_output  mul_mat   n_tok,n_vocab           result_norm           output
-""")
-ALIASES = {"kq_soft_max_ext": "kq_soft_max", "kqv_merged_cont": "kqv_merged"}  # mia's names of December 2023
-
-
-def name_table(n_layer: int) -> dict[str, tuple[Op, int | None]]:
-    """Every exact name of a model, in the order of computation, with its op and layer."""
-    names: dict[str, tuple[Op, int | None]] = {op.base: (op, None) for op in BEFORE}
-    names.update({f"{op.base}-{il}": (op, il) for il in range(n_layer) for op in LAYER})
-    return names | {op.base: (op, None) for op in AFTER}
-
-
-def match(pattern: str, names: Mapping[str, Any]) -> list[str]:
-    """Exact names for an exact name, a base name (every layer), a glob or `all`; never a substring.
-
-    `norm` is an exact name, the final norm's: the layers' are `norm-*`. Raises UnknownName with the closest names.
-    """
-    if not isinstance(pattern, str):
-        raise UnknownName(f"a tensor is chosen by its name, such as l_out-3, and not by {short(pattern)}")
-    base, dash, layer = pattern.partition("-")
-    pattern = ALIASES.get(base, base) + dash + layer
-    if pattern in names:
-        return [pattern]
-    hits = [n for n in names if pattern == "all" or fnmatchcase(n, pattern) or n.startswith(f"{pattern}-")]
-    if not hits:
-        bases = dict.fromkeys(n.rpartition("-")[0] or n for n in names)
-        layers = [n for n in names if n.startswith(f"{pattern.partition('-')[0]}-")]
-        hint = given.closest(pattern, [*bases, *names])
-        if layers and layer.isdecimal() and int(layer) >= len(layers):
-            hint = f": this model has layers 0 to {len(layers) - 1}, {layers[0]} to {layers[-1]}"
-        raise UnknownName(f"no tensor is called {pattern!r}{hint}")
-    return hits
 
 
 # ---------------------------------------------------------------------------------------- the cache
@@ -377,61 +294,96 @@ class Cache:
 # ---------------------------------------------------------------------------------------- forward
 
 
-def forward(
-    m: Model, tokens: np.ndarray, cache: Cache, t: Tap, start: tuple[int, np.ndarray] | None = None, last: bool = False
-) -> np.ndarray:
+Start = tuple[int, np.ndarray] | None   # (il, x): a pass begins at layer il on the residual x
+
+
+def normed(t: Tap, o: Any, eps: float, base: str, name: str, il: int | None, x: np.ndarray, weight: Any) -> np.ndarray:
+    """x divided by its root mean square, then times a weight; x as it is where the model has no such norm."""
+    if weight is None:
+        return x
+    x = t(base, il, o.rms_norm(x, eps, weight.ndim))
+    return t(name, il, x * weight)
+
+
+def times(t: Tap, name: str, il: int | None, x: np.ndarray, factor: Any) -> np.ndarray:
+    """x times a factor; x as it is where the model has none."""
+    return x if factor is None else t(name, il, x * factor)
+
+
+def capped(t: Tap, o: Any, name: str, il: int | None, x: np.ndarray, cap: float | None) -> np.ndarray:
+    """x below a soft cap; x as it is where the model has none."""
+    return x if cap is None else t(name, il, o.soft_cap(x, cap))
+
+
+def scales(c: Config, positions: np.ndarray, dtype: np.dtype) -> tuple[Any, Any, Any]:
+    """Factors of the queries by position, [n_tok, 1, 1], of all queries, and of the scores; None for those that a
+    model does without."""
+    heat, scale = None, c.scale(dtype)
+    if c.temperature is not None:
+        heat = (np.log(positions // c.n_original + 1) * c.temperature + 1).astype(dtype)[:, None, None]
+    return (heat, scale, 1.0) if c.scale_queries else (heat, None, scale)
+
+
+def forward(m: Model, tokens: np.ndarray, cache: Cache, t: Tap, start: Start = None, last: bool = False) -> np.ndarray:
     """Logits of n_tok tokens that follow what the cache holds; float32 [n_tok, n_vocab], [1, n_vocab] with `last`.
 
     t(name, layer, value) names a value and gives the one to go on with. start = (il, x) begins at layer il on a given
     residual x [n_tok, n_embd] (the cache then gets keys and values of the layers from il on only).
     """
-    c, w, n_tok = m.config, m.weights, len(tokens)
-    o = cache.ops(m.ops)                            # the functions above, or the same ones in kernels/
+    c, w, o, n_tok = m.config, m.weights, cache.ops(m.ops), len(tokens)     # o: the functions above or kernels/'s
+    norm, cap, scaled = partial(normed, t, o, c.eps), partial(capped, t, o), partial(times, t)
     positions = cache.positions(n_tok)                                              # [n_tok]
     n_kv = int(positions[-1]) + 1
     cache.reserve(n_kv)
-    cos, sin = o.rope_angles(positions, c, w.rope_freqs)                            # [n_tok, n_rot / 2]
-    if start is None:
-        first, x = 0, t("inp_embd", None, o.embed(w.token_embd, tokens))            # [n_tok, n_embd]
-    else:
-        first, x = start                                                            # [n_tok, n_embd]
-    scale = 1 / np.sqrt(x.dtype.type(c.d_head))
+    turns = [(*o.rope_angles(positions, r, w.rope_freqs), r.halves) for r in c.ropes]           # [n_tok, n_rot / 2]
+    heat, q_scale, kq_scale = scales(c, positions, m.dtype)
+    first, x = start or (0, t("inp_embd", None, o.embed(w.token_embd, tokens)))     # [n_tok, n_embd]
+    x = scaled("inp_scaled", None, x, None if start else c.embedding_scale)         # [n_tok, n_embd]
     for il in range(first, c.n_layer):
-        blk = w.blk[il]
+        blk, layer = w.blk[il], c.layers[il]
 
-        cur = t("norm", il, o.rms_norm(x, c.eps))                                   # [n_tok, n_embd]
-        cur = t("attn_norm", il, cur * blk.attn_norm)                               # [n_tok, n_embd]
+        cur = norm("norm", "attn_norm", il, x, blk.attn_norm)                       # [n_tok, n_embd]
         q, k, v = o.linears(cur, blk.attn_q, blk.attn_k, blk.attn_v)                # [n_tok, n_head(_kv) * d_head(_v)]
         q = t("Qcur_pre", il, q.reshape(n_tok, c.n_head, c.d_head))                 # [n_tok, n_head, d_head]
         k = t("Kcur_pre", il, k.reshape(n_tok, c.n_head_kv, c.d_head))              # [n_tok, n_head_kv, d_head]
         v = t("Vcur", il, v.reshape(n_tok, c.n_head_kv, c.d_head_v))                # [n_tok, n_head_kv, d_head_v]
-        q = t("Qcur", il, o.rope(q, cos, sin))                                      # [n_tok, n_head, d_head]
-        k = t("Kcur", il, o.rope(k, cos, sin))                                      # [n_tok, n_head_kv, d_head]
+        q = norm("norm_q", "Qcur_normed", il, q, blk.attn_q_norm)                   # [n_tok, n_head, d_head]
+        k = norm("norm_k", "Kcur_normed", il, k, blk.attn_k_norm)                   # [n_tok, n_head_kv, d_head]
+        if layer.rope is not None:
+            q = t("Qcur", il, o.rope(q, *turns[layer.rope]))                        # [n_tok, n_head, d_head]
+            k = t("Kcur", il, o.rope(k, *turns[layer.rope]))                        # [n_tok, n_head_kv, d_head]
+        q = scaled("Qcur_attn_temp_scaled", il, q, heat)                            # [n_tok, n_head, d_head]
+        q = scaled("Qcur_scaled", il, q, q_scale)                                   # [n_tok, n_head, d_head]
         cache.store(il, k, v, o)
-        if t.wants(il, "kq", "kq_soft_max", "kqv"):     # step by step, so that each step has its name
+        if t.wants(il, "kq", "kq_scaled_2", "kq_soft_max", "kqv"):  # step by step, so that each step has its name
             kq = t("kq", il, o.scores(q, cache.k[il], n_kv))                        # [n_head, n_tok, n_kv]
-            pattern = t("kq_soft_max", il, o.soft_max(kq, scale, positions))        # [n_head, n_tok, n_kv]
+            kq = cap("kq_scaled_2", il, kq, c.attn_soft_cap)                        # [n_head, n_tok, n_kv]
+            pattern = t("kq_soft_max", il, o.soft_max(kq, kq_scale, positions, layer.window))   # [n_head, n_tok, n_kv]
             cur = merge(t("kqv", il, o.mix(pattern, cache.v[il])))                  # [n_tok, n_head * d_head_v]
         else:       # nobody looks: the same numbers, without an array that grows with n_tok * n_kv
-            cur = o.attention(q, cache.k[il], cache.v[il], scale, positions)        # [n_tok, n_head * d_head_v]
+            cur = o.attention(q, cache.k[il], cache.v[il], kq_scale, positions, layer.window, c.attn_soft_cap)
         cur = t("kqv_merged", il, cur)                                              # [n_tok, n_head * d_head_v]
         cur = t("kqv_out", il, o.linear(cur, blk.attn_output))                      # [n_tok, n_embd]
+        cur = scaled("kqv_out_scaled", il, cur, c.residual_scale)                   # [n_tok, n_embd]
+        cur = norm("norm_attn_post", "attn_post_norm", il, cur, blk.post_attention_norm)        # [n_tok, n_embd]
         x = t("ffn_inp", il, cur + x)                                               # [n_tok, n_embd]
 
-        cur = t("norm_ffn", il, o.rms_norm(x, c.eps))                               # [n_tok, n_embd]
-        cur = t("ffn_norm", il, cur * blk.ffn_norm)                                 # [n_tok, n_embd]
+        cur = norm("norm_ffn", "ffn_norm", il, x, blk.ffn_norm)                     # [n_tok, n_embd]
         gate, up = o.linears(cur, blk.ffn_gate, blk.ffn_up)                         # [n_tok, n_ff]
         gate, up = t("ffn_gate", il, gate), t("ffn_up", il, up)                     # [n_tok, n_ff]
-        gate = t("ffn_silu", il, o.silu(gate))                                      # [n_tok, n_ff]
+        gate = t(f"ffn_{c.act}", il, getattr(o, c.act)(gate))                       # [n_tok, n_ff]
         cur = t("ffn_gate_par", il, gate * up)                                      # [n_tok, n_ff]
         cur = t("ffn_out", il, o.linear(cur, blk.ffn_down))                         # [n_tok, n_embd]
+        cur = scaled("ffn_out_scaled", il, cur, c.residual_scale)                   # [n_tok, n_embd]
+        cur = norm("norm_ffn_post", "ffn_post_norm", il, cur, blk.post_ffw_norm)    # [n_tok, n_embd]
         x = t("l_out", il, cur + x)                                                 # [n_tok, n_embd]
     cache.n = n_kv
     if last:        # from here on, only the rows that predict a next token
         x, t.positions = cache.last(x), cache.last(positions)                       # [1, n_embd]
-    cur = t("norm", None, o.rms_norm(x, c.eps))                                     # [n_tok, n_embd]
-    cur = t("result_norm", None, cur * w.output_norm)                               # [n_tok, n_embd]
-    return t("result_output", None, o.linear(cur, w.output))                        # [n_tok, n_vocab]
+    cur = norm("norm", "result_norm", None, x, w.output_norm)                       # [n_tok, n_embd]
+    cur = t(c.product, None, o.linear(cur, w.output))                               # [n_tok, n_vocab]
+    cur = scaled("result_output", None, cur, c.logit_scale)                         # [n_tok, n_vocab]
+    return cap("result_output", None, cur, c.logit_soft_cap)                        # [n_tok, n_vocab]
 
 
 # ---------------------------------------------------------------------------------------- the tap
@@ -577,7 +529,8 @@ class Model:
     """A loaded model. Weights stay in the mapped file; several models may run in several threads."""
 
     def __init__(
-        self, path: str | Path, threads: int | None = None, numerics: str = "ggml", dtype: str = "float32"
+        self, path: str | Path, threads: int | None = None, numerics: str = "ggml", dtype: str = "float32",
+        n_ctx: int | None = None,
     ):
         if numerics not in NUMERICS:
             kinds = ", ".join(f"{name} ({what})" for name, what in NUMERICS.items())
@@ -586,9 +539,10 @@ class Model:
             raise Error(f"dtype {dtype!r}: it must be float32 or, with numerics plain, float64")
         if threads is not None and not 1 <= given.whole(threads, "threads") <= 1024:
             raise Error(f"{threads} threads: it must be 1 to 1024")
+        n_ctx = None if n_ctx is None else given.whole(n_ctx, "n_ctx")
         self.path, self.numerics = expand(path), numerics
         meta, tensors = read_gguf(self.path)
-        self.config = Config(**read_hparams(meta, tensors, self.path))
+        self.config = read_hparams(meta, tensors, self.path, n_ctx)
         self.weights = Weights(tensors, self.config, self.path, decode=numerics != "plain")
         self.files = tensors.files
         self.tokenizer = read_tokenizer(meta, self.path)
@@ -596,7 +550,7 @@ class Model:
         self.dtype = np.dtype(dtype)
         self.ops: Any = plain(self.dtype) if numerics == "plain" else fast(threads, numerics)
         self.threads = self.ops.threads
-        self.table = name_table(self.config.n_layer)
+        self.table = name_table(self.config)
         self.n_ids = max(self.config.n_vocab, len(self.tokenizer.pieces))
         self.about = {k: getattr(self.config, k) for k in ("name", "n_embd", "n_layer", "n_head", "n_vocab")}
 
@@ -664,7 +618,7 @@ class Model:
         actions: Action | Sequence[Action] = (),
         logits: str = "all",
         cache: Cache | None = None,
-        start: tuple[int, np.ndarray] | None = None,
+        start: Start = None,
         on_record: Callable[[Record], None] | None = None,
     ) -> Run:
         """Run one pass over a prompt, text or ids, after what `cache` holds.
@@ -747,7 +701,7 @@ class Model:
         """Apply the logit lens: for each row of x [n_tok, n_embd] its k best (piece, score), best first; none for NaN.
 
         "raw" is (x * norm weight) W^T, as the post's program printed; "logit" divides by the RMS first and adds the
-        output's bias, if there is one, as the model itself does; "prob" is the softmax of that. In exact arithmetic and
+        output's bias, scales and caps, where a model does so; "prob" is the softmax of that. In exact arithmetic and
         without a bias all three have the same order. With numerics="ggml" the rows are rounded for the product, x and
         x / rms(x) not to the same values: there raw and logit may order tokens of nearly equal scores differently.
         Source: nostalgebraist, interpreting GPT: the logit lens (2020).
@@ -761,12 +715,19 @@ class Model:
         if k < 1:
             raise Error(f"the lens shows {k} tokens per row: it must be at least 1")
         normed = x if score == "raw" else self.ops.rms_norm(x, self.config.eps)
-        output = self.weights.output if score != "raw" else self.weights.output._replace(bias=None)
-        scores = self.linear(normed * self.weights.output_norm, output)
+        scores = self.unembed(normed, raw=score == "raw")
         if score == "prob":
             scores = softmax(scores)
         rows = zip(scores, best(scores, k), np.isnan(scores).any(1))
         return [[] if nan else [(self.piece(int(i)), float(row[i])) for i in ids] for row, ids, nan in rows]
+
+    def unembed(self, x: np.ndarray, raw: bool = False) -> np.ndarray:
+        """Logits of rows that are divided by their RMS, [n_row, n_embd] -> [n_row, n_vocab]; with `raw` only what the
+        output matrix makes of x times the norm's weight, without a bias, a scale or a soft cap."""
+        c, output = self.config, self.weights.output
+        scores = self.linear(x * self.weights.output_norm, output._replace(bias=None) if raw else output)
+        scores = scores if raw or c.logit_scale is None else scores * c.logit_scale
+        return scores if raw or c.logit_soft_cap is None else self.ops.soft_cap(scores, c.logit_soft_cap)
 
     def ids(
         self, prompt: str | Sequence[int], bos: bool | None = None, special: bool = True, follows: bool = False
@@ -782,7 +743,7 @@ class Model:
         return ids
 
     def _pass(
-        self, ids: Sequence[int], cache: Cache, tap: Tap, phase: str, start: tuple[int, np.ndarray] | None, last: bool
+        self, ids: Sequence[int], cache: Cache, tap: Tap, phase: str, start: Start, last: bool
     ) -> np.ndarray:
         positions = cache.positions(len(ids))
         if positions[-1] >= self.config.n_ctx:
@@ -805,18 +766,21 @@ class Model:
 
 
 def load(
-    path: str | Path | None = None, threads: int | None = None, numerics: str = "ggml", dtype: str = "float32"
+    path: str | Path | None = None, threads: int | None = None, numerics: str = "ggml", dtype: str = "float32",
+    n_ctx: int | None = None,
 ) -> Model:
     """Map a GGUF file, by its path or a name such as "smollm2" (tinymia_models.stores), by default the bundled one, and
     check it; threads: the physical cores. Raises Error.
 
     numerics: "ggml" rounds as llama.cpp does, "f32" keeps float32 throughout, "plain" runs the arithmetic of this file
-    in NumPy, in float32 or, with dtype="float64", in float64.
+    in NumPy, in float32 or, with dtype="float64", in float64. n_ctx: the positions that a run may have, at most those
+    that the model was trained for. A file that has other RoPE factors for long contexts (phi3) is run with those for
+    short ones, and its context is as short, unless n_ctx asks for more.
     """
     from tinymia_models import DEFAULT
     from tinymia_models.stores import find
 
-    return Model(find(DEFAULT if path is None else path), threads, numerics, dtype)
+    return Model(find(DEFAULT if path is None else path), threads, numerics, dtype, n_ctx)
 
 
 # ---------------------------------------------------------------------------------------- command line

@@ -77,7 +77,7 @@ def hooked(model: Model) -> Any:
         n_layers=c.n_layer, d_model=c.n_embd, n_ctx=c.n_ctx, d_head=c.d_head, n_heads=c.n_head, d_mlp=c.n_ff,
         n_key_value_heads=None if c.n_head_kv == c.n_head else c.n_head_kv, d_vocab=c.n_vocab, act_fn="silu",
         normalization_type="RMS", final_rms=True, gated_mlp=True, eps=c.eps, positional_embedding_type="rotary",
-        rotary_adjacent_pairs=True, rotary_dim=c.n_rot, rotary_base=int(c.rope_base), dtype=torch.float32,
+        rotary_adjacent_pairs=True, rotary_dim=c.ropes[0].n_rot, rotary_base=int(c.ropes[0].base), dtype=torch.float32,
         device="cpu"))
 
     def weight(name: str, *shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A model's shape, read from the metadata of its file."""
+"""A model's shape, read from the metadata of its file, as its architecture has them (architectures.py)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from .errors import GGUFError, short
+from .architectures import Architecture
+from .config import Config
+from .errors import GGUFError
 from .gguf import Tensor
+from .metadata import Reader
+from .rope import read_layers
 from .unused import note_keys
 
-ARCHITECTURES = ("llama",)
-LAYERS = (  # one value, or one for each layer
-    "feed_forward_length", "attention.head_count", "attention.head_count_kv", "expert_used_count")
-KINDS = {int: "a whole number", float: "a number"}     # in words
 NONE = {  # keys that must be 0, and why
     "expert_count": "mixtures of experts are not supported",
     "expert_used_count": "mixtures of experts are not supported",
@@ -24,110 +24,110 @@ NONE = {  # keys that must be 0, and why
 }
 
 
-def read_hparams(meta: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    """The fields of tinymia.Config from a file's metadata. Raises GGUFError for all that `forward` cannot compute."""
+def read_hparams(
+    meta: dict[str, Any], tensors: dict[str, Tensor], path: Path, n_ctx: int | None = None
+) -> Config:
+    """The shape of a model; refuses what the forward pass would compute wrongly.
 
-    def get(key: str, default: Any, least: float, kind: Any = int) -> Any:
-        value = meta.get(key, default)
-        if value is None:
-            raise GGUFError(f"{path}: metadata key {key} is missing")
-        if isinstance(value, np.ndarray) and key in by_layer:
-            if len(value) != n_layer:
-                raise GGUFError(f"{path}: {key} has {len(value)} values for {n_layer} layers: one for each is needed")
-            if (value != value[0]).any():
-                raise GGUFError(f"{path}: {key} is {short(value)}; layers that differ are not supported")
-            value = value[0].item()
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not least <= value < 2**31:
-            raise GGUFError(f"{path}: {key} is {short(value)}; it must be {KINDS[kind]} of at least {least:g}")
-        return kind(value)
-
-    arch = meta.get("general.architecture")
-    if not isinstance(arch, str) or arch not in ARCHITECTURES:
-        found = "is missing" if arch is None else f"{short(arch)} is not supported"
-        raise GGUFError(f"{path}: general.architecture {found}; supported: {', '.join(ARCHITECTURES)}")
-    by_layer = [f"{arch}.{key}" for key in LAYERS]
-    n_layer = get(f"{arch}.block_count", None, 1)
+    n_ctx: the positions that a run may have, where they are to be other than the metadata say.
+    """
+    r = Reader(meta, path)
+    arch, n_layer = r.arch, r.n_layer
     for key, why in NONE.items():
-        if get(f"{arch}.{key}", 0, 0):
-            raise GGUFError(f"{path}: {arch}.{key} is {short(meta[f'{arch}.{key}'])}: {why}")
-    if meta.get(f"{arch}.attention.causal", True) is not True:
-        found = f"{arch}.attention.causal is {short(meta[f'{arch}.attention.causal'])}"
-        raise GGUFError(f"{path}: {found}: only causal attention is supported, where a token sees those before it")
-    n_embd = get(f"{arch}.embedding_length", None, 1)
-    n_head = get(f"{arch}.attention.head_count", None, 1)
-    n_head_kv = get(f"{arch}.attention.head_count_kv", n_head, 1)
-    d_head = get(f"{arch}.attention.key_length", n_embd // n_head, 1)
-    n_rot = get(f"{arch}.rope.dimension_count", d_head, 2)
-    n_ctx = get(f"{arch}.context_length", None, 1)
+        if r.get(key, 0, 0):
+            raise r.refuse(key, f": {why}")
+    if meta.get(f"{r.name}.attention.causal", True) is not True:
+        raise r.refuse("attention.causal", ": only causal attention is supported, where a token sees those before it")
+    deepstack = r.raw("deepstack_mapping") if "deepstack_mapping" in arch.reads else None
+    if deepstack is not None and not (np.asarray(deepstack) == -1).all():
+        raise r.refuse("deepstack_mapping", ": inputs of images are not supported")
+    n_embd = r.get("embedding_length", None, 1)
+    n_head = r.get("attention.head_count", None, 1)
+    n_head_kv = r.get("attention.head_count_kv", n_head, 1)
+    d_head = r.get("attention.key_length", n_embd // n_head, 1)
+    d_head_v = r.get("attention.value_length", n_embd // n_head, 1)
     if n_head % n_head_kv:
         raise GGUFError(f"{path}: {n_head} query heads cannot share {n_head_kv} key heads evenly")
-    if n_rot % 2 or n_rot > d_head:
-        raise GGUFError(f"{path}: {arch}.rope.dimension_count is {n_rot}; it must be even and at most {d_head}")
-    rope_base = get(f"{arch}.rope.freq_base", 10000.0, 1e-6, float)
-    scaling = meta.get(f"{arch}.rope.scaling.type", "linear")
-    if not isinstance(scaling, str) or scaling not in ("none", "linear", "yarn"):
-        raise GGUFError(f"{path}: rope scaling {short(scaling)} is not supported; supported: none, linear, yarn")
-    factor = get(f"{arch}.rope.scaling.factor", get(f"{arch}.rope.scale_linear", 1.0, 0, float), 0, float) or 1.0
-    factor = 1.0 if scaling == "none" else factor
-    if scaling == "yarn" and not (1e-3 <= factor <= 1e6 and rope_base > 1):
-        wrong = f"rope scaling yarn with factor {factor:g} and base {rope_base:g}"
-        raise GGUFError(f"{path}: {wrong}; the factor must be 0.001 to 1e6, the base above 1")
     if not tensors:
         raise GGUFError(f"{path}: the file holds no weights (a vocabulary only?)")
     tokens = meta.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise GGUFError(f"{path}: tokenizer.ggml.tokens is missing, empty or no array of texts")
     if n_layer > len(tensors):
-        raise GGUFError(f"{path}: {arch}.block_count is {n_layer}, but the file has only {len(tensors)} tensors")
-    note_keys(meta, arch, path)
-    return dict(
+        raise GGUFError(f"{path}: {r.name}.block_count is {n_layer}, but the file has only {len(tensors)} tensors")
+    n_trained = r.get("context_length", None, 1)
+    temperature = r.factor("attention.temperature_scale")
+    needed = r.raw("rope.scaling.type") == "yarn" or temperature or "rope_factors_long" in arch.factors
+    n_original = r.get("rope.scaling.original_context_length", n_trained, 1 if needed else 0) or n_trained
+    n_ctx = _context(arch, tensors, path, n_ctx, n_trained, n_original)
+    ropes, layers = read_layers(r, d_head, n_original, tensors)
+    if any(layer.window for layer in layers):
+        for key, here in (("attention.key_length_swa", d_head), ("attention.value_length_swa", d_head_v),
+                          ("rope.dimension_count_swa", ropes[0].n_rot)):
+            if r.get(key, here, 1) != here:
+                raise r.refuse(key, f"; layers with a window must have {here}, as the others have")
+    note_keys(meta, r.name, arch.reads, path)
+    return Config(
         name=str(meta.get("general.name", path.stem)),
+        arch=r.name,
         n_embd=n_embd,
         n_layer=n_layer,
         n_head=n_head,
         n_head_kv=n_head_kv,
         d_head=d_head,
-        d_head_v=get(f"{arch}.attention.value_length", n_embd // n_head, 1),
-        n_ff=get(f"{arch}.feed_forward_length", None, 1),
+        d_head_v=d_head_v,
+        n_ff=r.get("feed_forward_length", None, 1),
         n_vocab=len(tokens),
         n_ctx=n_ctx,
-        n_rot=n_rot,
-        eps=get(f"{arch}.attention.layer_norm_rms_epsilon", None, 0, float),
-        rope_base=rope_base,
-        rope_scale=1 / factor,
-        rope_gain=_gain(get(f"{arch}.rope.scaling.attn_factor", 1.0, 0, float), factor if scaling == "yarn" else None),
-        yarn=_corrections(n_rot, get(f"{arch}.rope.scaling.original_context_length", n_ctx, 1), rope_base)
-        if scaling == "yarn" else None,
+        n_original=n_original,
+        eps=r.get("attention.layer_norm_rms_epsilon", None, 0, float),
+        ropes=ropes,
+        layers=layers,
+        norms=tuple(arch.norms.split()),
+        act=arch.act,
+        freqs=_freqs(arch, tensors, n_ctx > n_original) if ropes else None,
+        d_scale=n_embd // n_head if n_layer == arch.wide_scale else d_head,
+        attention_scale=r.factor("attention.scale"),
+        scale_queries=arch.scale_queries,
+        temperature=temperature,
+        embedding_scale=math.sqrt(n_embd) if arch.embedding_root else r.factor("embedding_scale"),
+        residual_scale=r.factor("residual_scale"),
+        logit_scale=None if "logit_scale" not in arch.reads.split() else 1 / r.get("logit_scale", None, 1e-30, float),
+        attn_soft_cap=_cap(r, "attn_logit_softcapping", arch.attn_soft_cap),
+        logit_soft_cap=_cap(r, "final_logit_softcapping", arch.logit_soft_cap),
     )
 
 
-def _gain(attn_factor: float, yarn_factor: float | None) -> float:
-    """The factor of cos and sin: attn_factor, with yarn times 1 + 0.1 ln(factor), step by step in float32.
+def _context(
+    arch: Architecture, tensors: dict[str, Tensor], path: Path, asked: int | None, trained: int, original: int
+) -> int:
+    """The positions that a run may have: those that were asked for, or what the model is good for as it stands.
 
-    llama.cpp first divides attn_factor by yarn's gain, then ggml multiplies by it again, so the two cancel except for
-    float32 rounding. Both steps are repeated here to get the same bits. Factors below 1 have no gain.
-    Source: llama-context.cpp, llama_context (yarn_attn_factor); ggml-cpu/ops.cpp, rope_yarn (mscale).
+    A file with other RoPE factors for long contexts is run with those for short ones unless more is asked for.
     """
-    f32 = np.float32
-    if yarn_factor is None:
-        return float(f32(attn_factor))
-    log = f32(math.log(f32(1) / (f32(1) / f32(yarn_factor))))
-    wanted = f32(1) if log <= 0 else f32(0.1) * log + f32(1)
-    given = wanted * (f32(1) / (f32(1) + f32(0.1) * log)) * f32(attn_factor)
-    return float(given * f32(1 + float(f32(0.1)) * float(log)))  # 1 + 0.1 * log is rounded once in ggml's kernel
+    long = "rope_factors_long" in arch.factors and "rope_factors_long.weight" in tensors
+    if asked is None:
+        return min(trained, original) if long else trained
+    if not 1 <= asked <= trained:
+        raise GGUFError(f"{path}: a context of {asked} positions: the model was trained for {trained}, and it must be "
+                        f"1 to {trained}")
+    return asked
 
 
-def _corrections(n_rot: int, n_ctx: int, base: float) -> tuple[float, float]:
-    """YaRN's ramp (low, high): RoPE pairs below `low` rotate as trained, pairs above `high` slower by the factor.
+def _freqs(arch: Architecture, tensors: dict[str, Tensor], long: bool) -> str | None:
+    """The tensor that RoPE's angles are divided by, if there is one: of two, that for long contexts or the other.
 
-    Pairs that make 32 turns or more over the trained context keep their speed; pairs that make one turn or less are
-    slowed; those between are blended. llama.cpp reads other numbers than 32 and 1 only for other architectures.
-    Source: ggml.c, ggml_rope_yarn_corr_dims; llama-hparams.h, yarn_beta_fast and yarn_beta_slow.
+    Source: llama-model.cpp, get_rope_factors.
     """
-    f32 = np.float32
+    if not arch.factors:
+        return None
+    name = f"{arch.factors[0] if long or len(arch.factors) == 1 else arch.factors[1]}.weight"
+    return name if name in tensors else None
 
-    def pair(turns: float) -> np.float32:
-        inside = f32(n_ctx) / (f32(turns) * f32(2) * f32(math.pi))
-        return f32(n_rot) * f32(math.log(inside)) / (f32(2) * f32(math.log(base)))
 
-    return max(0.0, math.floor(pair(32))), min(n_rot - 1.0, math.ceil(pair(1)))
+def _cap(r: Reader, key: str, default: float | None) -> float | None:
+    """The number that scores or logits stay below, None where they are not capped."""
+    if default is None:
+        return None
+    value: float = r.get(key, default, 0 if default == 0 else 1e-30, float)
+    return value or None

@@ -40,7 +40,7 @@ HARMLESS_KEYS = {
         "moe_every_n_layers decoder_start_token_id decoder_block_count token_shift_count "
         "rope.scaling.yarn_ext_factor rope.scaling.yarn_attn_factor rope.scaling.yarn_beta_fast "
         "rope.scaling.yarn_beta_slow rope.scaling.yarn_log_multiplier",
-    "for layers with a window or for sections of positions, which this architecture does not have":
+    "for layers with a window, of other architectures (those that have some: hparams.py), or for sections of positions":
         "attention.key_length_swa attention.value_length_swa rope.dimension_count_swa rope.freq_base_swa "
         "rope.dimension_sections rope.scaling.alpha",
     "for embeddings and classifiers, which are taken before or instead of the logits":
@@ -60,7 +60,7 @@ KNOWN_KEYS = """
 
 
 def check_tensors(
-    tensors: Mapping[str, Tensor], used: Collection[str], matrices: Collection[str], n_layer: int, path: Path
+    tensors: Mapping[str, Tensor], used: Collection[str], matrices: Collection[str], arch: str, n_layer: int, path: Path
 ) -> None:
     """Raise GGUFError that names a tensor which is neither used nor harmless; matrices: their names, no .weight."""
     left = [name for name in tensors if name not in used and not _harmless(tensors[name], matrices, n_layer)]
@@ -72,7 +72,7 @@ def check_tensors(
     if layer and not int(layer[1]) < n_layer:
         has = f"the metadata give the model {n_layer} layers, 0 to {n_layer - 1}"
         raise GGUFError(f"{path}: tensor {name}{more} is of layer {int(layer[1])}, but {has}")
-    why = "is not part of the Llama architecture as tinymia computes it: the numbers would be wrong without it"
+    why = f"is not part of the architecture {arch} as tinymia computes it: the numbers would be wrong without it"
     own = re.sub(r"\.weight[._]scale(_2)?$", ".scale", name)
     hint = f" (the scale of this matrix would be called {own})" if own != name and own in used else ""
     raise GGUFError(f"{path}: tensor {name}{more} {why}{hint}")
@@ -88,9 +88,12 @@ def _harmless(tensor: Tensor, matrices: Collection[str], n_layer: int) -> bool:
     return False
 
 
-def note_keys(meta: dict[str, Any], arch: str, path: Path) -> None:
-    """Say on stderr which keys of the architecture are not known: they change nothing here, nor in llama.cpp."""
-    known = {*KNOWN_KEYS.split(), *(key for keys in HARMLESS_KEYS.values() for key in keys.split())}
+def note_keys(meta: dict[str, Any], arch: str, reads: str, path: Path) -> None:
+    """Say on stderr which keys of the architecture are not known: they change nothing here, nor in llama.cpp.
+
+    reads: the keys that this architecture uses beside those that all do.
+    """
+    known = {*KNOWN_KEYS.split(), *reads.split(), *(key for keys in HARMLESS_KEYS.values() for key in keys.split())}
     odd = [key for key in meta if key.startswith(f"{arch}.") and key.removeprefix(f"{arch}.") not in known]
     if odd:
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""

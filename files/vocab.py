@@ -63,6 +63,17 @@ class Tokenizer:
         self.add_eos = self._flag(meta, "add_eos_token", False) and self.eos is not None
         special = (p for p, t in zip(self.pieces, self.types) if p and t in (UNKNOWN, CONTROL, USER_DEFINED))
         self.special = sorted(special, key=lambda p: -len(p.encode("utf-8", "replace")))
+        self.before_text = self._before_text(meta)
+
+    def _before_text(self, meta: dict[str, Any]) -> set[str]:
+        """The special pieces that take the white space after them, as in llama.cpp: it goes by the model's name.
+
+        Source: llama-vocab.cpp, llama_vocab::impl::load (LLAMA_TOKEN_ATTR_RSTRIP).
+        """
+        name = str(meta.get("general.name", "")).lower()
+        if "phi-3" not in name and "phi3" not in name:
+            return set()
+        return {*self.special, "</s>"} - {"<unk>", "<s>", "<|endoftext|>"}
 
     def _array(self, meta: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
         value = meta.get(f"tokenizer.ggml.{key}", default)
@@ -167,6 +178,8 @@ class Tokenizer:
                         continue
                     cut += [(start + begin, rest[begin:at]), self.ids[piece]]
                     begin = at + len(piece)
+                    if piece in self.before_text:
+                        begin = len(rest) - len(rest[begin:].lstrip(" \t\n\v\f\r"))
                     at = rest.find(piece, begin)
                 cut.append((start + begin, rest[begin:]))
             parts = cut

@@ -13,8 +13,9 @@ several tokens.
 
 import numpy as np
 
-from .attention_kernels import KERNELS, soft_max_rows
+from .attention_kernels import KERNELS
 from .machine.threads import Pool, run
+from .soft_max_rows import soft_max_rows
 
 F32 = np.dtype(np.float32)
 
@@ -47,6 +48,13 @@ def _alone(n_tok: int, alone: bool | None) -> bool:
     if alone and n_tok > 1:
         raise ValueError(f"{n_tok} tokens are not alone in their pass")
     return n_tok == 1 if alone is None else alone
+
+
+def _window(window: int | None) -> int:
+    """The number of positions that a token sees, as the kernels take it; ValueError for a window of none."""
+    if window is not None and window < 1:
+        raise ValueError(f"a window of {window} positions")
+    return 2**62 if window is None else window
 
 
 def put(keys: np.ndarray, values: np.ndarray, k: np.ndarray, v: np.ndarray, n_past: int) -> None:
@@ -83,10 +91,13 @@ def kq(
     return out
 
 
-def soft_max(kq: np.ndarray, scale: float, n_past: int, pool: Pool | None = None) -> np.ndarray:
+def soft_max(
+    kq: np.ndarray, scale: float, n_past: int, pool: Pool | None = None, window: int | None = None
+) -> np.ndarray:
     """Softmax under the causal mask: out[h, t, j] = exp(scale kq[h, t, j]) / (sum over j <= n_past + t); 0 for later j.
 
-    float32 [n_head, n_tok, n_kv]. Scores are scaled before the maximum is taken; the sum is float64.
+    float32 [n_head, n_tok, n_kv]. With a window, token t sees only the last `window` positions up to its own. Scores
+    are scaled before the maximum is taken; the sum is float64.
     ValueError for an array of another kind, and for a negative n_past.
     Source: ggml-cpu/ops.cpp, ggml_compute_forward_soft_max_f32.
     """
@@ -94,7 +105,8 @@ def soft_max(kq: np.ndarray, scale: float, n_past: int, pool: Pool | None = None
     if n_past < 0:
         raise ValueError(f"n_past is {n_past}")
     out = np.empty(kq.shape, np.float32)
-    run(pool, kq.nbytes, soft_max_rows, kq.shape[0] * kq.shape[1], kq, np.float32(scale), n_past, out)
+    args = kq, np.float32(scale), n_past, _window(window), out
+    run(pool, kq.nbytes, soft_max_rows, kq.shape[0] * kq.shape[1], *args)
     return out
 
 
@@ -114,10 +126,11 @@ def kqv(p: np.ndarray, v: np.ndarray, pool: Pool | None = None, alone: bool | No
 
 def attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, n_past: int, scale: float, pool: Pool | None = None,
-    alone: bool | None = None,
+    alone: bool | None = None, window: int | None = None, cap: float | None = None,
 ) -> np.ndarray:
-    """Attention in one step: kqv(soft_max(kq(q, k, n_past + n_tok), scale, n_past), v), the heads side by side.
+    """Attention in one step: kqv(soft_max(kq(q, k, n_past + n_tok), scale, n_past, window), v), heads side by side.
 
+    With a cap, scores go through ops.soft_cap before the softmax.
     q: float32 [n_tok, n_head, d_head]. Returns float32 [n_tok, n_head * d_v]. Each thread needs room for 4 n_kv scores.
     ValueError when shapes do not fit.
     """
@@ -129,6 +142,6 @@ def attention(
         raise ValueError(f"n_past {n_past}, k {k.dtype} {k.shape}, v {v.dtype} {v.shape}: they do not fit each other")
     out = np.empty((n_tok, n_head * v.shape[1]), np.float32)
     work = 8 * n_head * n_tok * (n_past + n_tok)
-    args = q, k, v, n_past, np.float32(scale), _alone(n_tok, alone), out
+    args = q, k, v, n_past, np.float32(scale), _window(window), np.float32(cap or 0), _alone(n_tok, alone), out
     run(pool, work, kernels.attention, n_head * -(-n_tok // 4), *args)
     return out

@@ -11,59 +11,11 @@ import numpy as np
 
 from .formats.floats import F16, F32
 from .machine.half import round_half, widen_half
-from .machine.jit import inline, kernel
-from .machine.lanes import larger, largest, total
+from .machine.jit import inline
 from .machine.simd import address_of, keep, store
 from .machine.template import STAMPED, Template, abstract, entry, part
-from .machine.vectors import exp, f32x1, f32x16, load_f32x1, load_f32x16
-
-
-@inline
-def pad(s, n, value):
-    """Fill s[n:] with `value` up to the next multiple of 16, and return that multiple."""
-    for j in range(n, up16(n)):
-        store(s + 4 * j, f32x1(value))
-    return up16(n)
-
-
-@inline
-def up16(n):
-    """The next multiple of 16, or n itself."""
-    return (n + 15) & -16
-
-
-@inline
-def soft_max_row(s, n, scale):
-    """Replace n scores by s[j] = exp(scale s[j] - max) / sum; zeros follow them up to a multiple of 16.
-
-    Sums over 16 scores are float32, the sum of those sums is float64.
-    """
-    end = pad(s, n, -np.inf)
-    top = f32x16(-np.inf)
-    for j in range(0, end, 16):
-        top = larger(top, load_f32x16(s + 4 * j) * scale)
-    most, whole = largest(top), 0.0
-    for j in range(0, end, 16):
-        e = exp(load_f32x16(s + 4 * j) * scale - most)
-        whole += total(e)
-        store(s + 4 * j, e)
-    inverse = np.float32(1 / whole)
-    for j in range(0, end, 16):
-        store(s + 4 * j, load_f32x16(s + 4 * j) * inverse)
-
-
-@kernel
-def soft_max_rows(s, scale, n_past, out, i0, i1):
-    """Write the softmax of the rows i0 to i1, (head, token) pairs of s [n_head, n_tok, n_kv], into out."""
-    n_tok, n_kv = s.shape[1], s.shape[2]
-    row = np.empty(up16(n_kv), np.float32)
-    for item in range(i0, i1):
-        h, t = item // n_tok, item % n_tok
-        n = min(n_past + t + 1, n_kv)
-        row[:n] = s[h, t, :n]
-        soft_max_row(address_of(row), n, scale)
-        out[h, t, :n] = row[:n]
-        out[h, t, n:] = 0
+from .machine.vectors import f32x1, f32x16, load_f32x1, load_f32x16
+from .soft_max_rows import cap_row, hide, pad, soft_max_row, up16
 
 
 class CachedAttention(Template):
@@ -173,7 +125,7 @@ class CachedAttention(Template):
         keep(scratch)
 
     @entry
-    def attention(q, k, v, n_past, scale, alone, out, i0, i1):
+    def attention(q, k, v, n_past, scale, window, cap, alone, out, i0, i1):
         """Write the attention of the items i0 to i1, each four tokens of a head, into out [n_tok, n_head * d_v]."""
         (n_tok, n_head, d), (n_head_kv, k_cap, d), (n_head_kv, d_v, v_cap) = q.shape, k.shape, v.shape
         wide, blocks = 4 * up16(d), (n_tok + 3) // 4
@@ -195,6 +147,9 @@ class CachedAttention(Template):
                 fmt.tiles(x, wide, d, keys, d, n, p, long)
             for m in range(min(4, n_tok - t)):
                 seen = n_past + t + m + 1
+                if cap > 0:
+                    cap_row(p + m * long, seen, cap)
+                hide(p + m * long, seen - window)
                 soft_max_row(p + m * long, seen, scale)
                 for j in range(up16(seen), up16(n), 16):
                     store(p + m * long + 4 * j, f32x16(0))

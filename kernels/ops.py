@@ -1,14 +1,19 @@
-"""The operations between matrix products: RMS norm, rotary positions, SiLU. Each returns a new float32 array."""
+"""The operations between matrix products: RMS norm, rotary positions, SiLU, GELU, soft caps.
+
+Each returns a new float32 array.
+"""
 
 import math
 
 import numpy as np
 
+from .machine.half import to_half
 from .machine.jit import inline, kernel
 from .machine.lanes import first, fma, total
 from .machine.simd import address_of, store
 from .machine.threads import Pool, run
 from .machine.vectors import exp, f32x1, f64x1, f64x16, load_f32x1, load_f32x16, to_f64
+from .soft_max_rows import capped
 
 F32 = np.dtype(np.float32)
 
@@ -109,13 +114,29 @@ def rope_rows(x, cos, sin, out, t0, t1):
                 out[t, h, i] = x[t, h, i]
 
 
-def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, pool: Pool | None = None) -> np.ndarray:
-    """Rotate the pairs (x[2i], x[2i+1]) of each head by the angle whose cosine and sine are given.
+@kernel
+def rope_halves_rows(x, cos, sin, out, t0, t1):
+    """Write the same for pairs whose two numbers lie half of the rotated elements apart."""
+    n_head, d_head, half = x.shape[1], x.shape[2], cos.shape[1]
+    for t in range(t0, t1):
+        for h in range(n_head):
+            for i in range(half):
+                a, b, c, s = x[t, h, i], x[t, h, i + half], cos[t, i], sin[t, i]
+                out[t, h, i] = first(fma(f32x1(a), c, -(b * s)))
+                out[t, h, i + half] = first(fma(f32x1(a), s, b * c))
+            for i in range(2 * half, d_head):
+                out[t, h, i] = x[t, h, i]
 
-    out[2i] = x[2i] cos[i] - x[2i+1] sin[i], out[2i+1] = x[2i] sin[i] + x[2i+1] cos[i]. Elements from n_rot on are
-    copied. The first product of each sum is part of a fused multiply-add, as in ggml's compiled code.
+
+def rope(
+    x: np.ndarray, cos: np.ndarray, sin: np.ndarray, pool: Pool | None = None, halves: bool = False
+) -> np.ndarray:
+    """Rotate the pairs (a, b) of each head by the angle whose cosine and sine are given: a cos - b sin, a sin + b cos.
+
+    Pair i is (x[2i], x[2i + 1]), with `halves` (x[i], x[i + n_rot / 2]). Elements from n_rot on are copied. The first
+    product of each sum is part of a fused multiply-add, as in ggml's compiled code.
     x: float32 [n_tok, n_head, d_head]; cos, sin: float32 [n_tok, n_rot / 2]. ValueError when shapes do not fit.
-    Source: ggml-cpu/ops.cpp, ggml_compute_forward_rope_flt, mode GGML_ROPE_TYPE_NORMAL.
+    Source: ggml-cpu/ops.cpp, ggml_compute_forward_rope_flt, modes GGML_ROPE_TYPE_NORMAL and GGML_ROPE_TYPE_NEOX.
     """
     _float32("x", x, 3)
     _float32("cos", cos, 2)
@@ -124,7 +145,7 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, pool: Pool | None = No
     if cos.shape[0] != x.shape[0] or 2 * cos.shape[1] > x.shape[2]:
         raise ValueError(f"cos and sin of {cos.shape} do not fit x of {x.shape}: [n_tok, at most d_head / 2]")
     out = np.empty(x.shape, F32)
-    run(pool, x.nbytes, rope_rows, x.shape[0], x, cos, sin, out)
+    run(pool, x.nbytes, rope_halves_rows if halves else rope_rows, x.shape[0], x, cos, sin, out)
     return out
 
 
@@ -156,3 +177,57 @@ def silu(x: np.ndarray, pool: Pool | None = None) -> np.ndarray:
     out = np.empty(x.shape, F32)
     run(pool, x.nbytes, silu_rows, x.shape[0], x, out)
     return out
+
+
+@inline
+def _gelu(x):
+    """GELU of a number, by its approximation with tanh; ggml's compiled code has a fused multiply-add here."""
+    inner = np.float32(0.79788456080286535587989211986876) * x
+    inner = inner * first(fma(f32x1(np.float32(0.044715) * x), x, np.float32(1)))
+    return np.float32(0.5) * x * (np.float32(1) + np.float32(math.tanh(inner)))
+
+
+@kernel
+def gelu_rows(x, as_half, out, t0, t1):
+    """Write GELU of the tokens t0 to t1."""
+    for t in range(t0, t1):
+        for i in range(x.shape[1]):
+            v = x[t, i]
+            if not as_half:
+                out[t, i] = _gelu(v)
+            elif v <= np.float32(-10):
+                out[t, i] = 0
+            else:
+                out[t, i] = v if v >= np.float32(10) else to_half(_gelu(to_half(v)))
+
+
+def gelu(x: np.ndarray, numerics: str = "ggml", pool: Pool | None = None) -> np.ndarray:
+    """out = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), float32 [n_tok, n_ff].
+
+    numerics "ggml" rounds x and the result to F16 between -10 and 10, as ggml's table does; beyond, it gives 0 and x.
+    Source: ggml-cpu/vec.h, ggml_vec_gelu_f32 and ggml_gelu_f32.
+    """
+    _float32("x", x, 2)
+    out = np.empty(x.shape, np.float32)
+    run(pool, 8 * x.nbytes, gelu_rows, x.shape[0], x, numerics == "ggml", out)
+    return out
+
+
+@kernel
+def soft_cap_rows(x, cap, out, t0, t1):
+    """Write the capped numbers of the rows t0 to t1."""
+    for t in range(t0, t1):
+        for i in range(x.shape[1]):
+            out[t, i] = capped(x[t, i], cap)
+
+
+def soft_cap(x: np.ndarray, cap: float, pool: Pool | None = None) -> np.ndarray:
+    """out = cap * tanh(x / cap), float32, of any number of dimensions: about x near 0, never beyond +-cap.
+
+    Source: llama-graph.cpp, build_attn_mha (attn_soft_cap); ggml_tanh takes the C library's tanhf.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    _float32("x", rows, 2)
+    out = np.empty(rows.shape, np.float32)
+    run(pool, 8 * x.nbytes, soft_cap_rows, rows.shape[0], rows, np.float32(cap), out)
+    return out.reshape(x.shape)

@@ -45,9 +45,13 @@ def vocabulary(n_vocab):
 def write_gguf(path, *, n_embd=64, n_layer=2, n_head=4, n_head_kv=2, d_head=None, d_head_v=None, n_ff=96, n_vocab=384,
                wtype="F32",
                tied=False, bias=False, rope_base=10000.0, rope_scale=None, rope_freqs=False, n_rot=None, eps=1e-5,
-               n_ctx=512, seed=0, version=3, meta=None, arch="llama", types=None, spoil=None, pieces=None):
+               n_ctx=512, seed=0, version=3, meta=None, arch="llama", types=None, spoil=None, pieces=None,
+               norms=("attn_norm", "ffn_norm"), wide_norms=False, fused=(), factors=(), biases=None):
     """Write a model; `meta` adds or (None) drops keys, `types` names another type for a tensor, `spoil(name, x)` edits;
     pieces: (tokens, scores, types) of another vocabulary, n_vocab of them.
+
+    Of architectures: the norms of a layer by GGUF's name, those of queries and keys over all heads with `wide_norms`;
+    matrices written as one ("attn_qkv", "ffn_up" of gate and up); RoPE factors by name; the matrices that have `bias`.
 
     Weights are scaled so that activations stay O(1) and attention is far from uniform.  Matrices whose rows the block
     format cannot hold stay F16.  Returns the path as a string.
@@ -92,26 +96,42 @@ def write_gguf(path, *, n_embd=64, n_layer=2, n_head=4, n_head_kv=2, d_head=None
 
     def matrix(name, n_out, n_in, gain):
         put(name + ".weight", (n_out, n_in), gain / n_in ** 0.5, wtype)
-        if bias and name.startswith("blk"):
+        if bias and name.startswith("blk") and (biases is None or name.rpartition(".")[2] in biases):
             put(name + ".bias", (n_out,), 0.2, "F32")
+
+    def norm(name, n=n_embd):
+        if name.rpartition(".")[2] in norms:
+            put(name + ".weight", (n,), 0.1, "F32")
 
     put("token_embd.weight", (n_vocab, n_embd), 0.7, wtype)
     for i in range(n_layer):
         b = f"blk.{i}."
-        put(b + "attn_norm.weight", (n_embd,), 0.1, "F32")
-        matrix(b + "attn_q", n_head * d, n_embd, 1.5)
-        matrix(b + "attn_k", n_head_kv * d, n_embd, 1.5)
-        matrix(b + "attn_v", n_head_kv * dv, n_embd, 1.0)
+        norm(b + "attn_norm")
+        if "attn_qkv" in fused:
+            matrix(b + "attn_qkv", (n_head + n_head_kv) * d + n_head_kv * dv, n_embd, 1.3)
+        else:
+            matrix(b + "attn_q", n_head * d, n_embd, 1.5)
+            matrix(b + "attn_k", n_head_kv * d, n_embd, 1.5)
+            matrix(b + "attn_v", n_head_kv * dv, n_embd, 1.0)
+        norm(b + "attn_q_norm", n_head * d if wide_norms else d)
+        norm(b + "attn_k_norm", n_head_kv * d if wide_norms else d)
         matrix(b + "attn_output", n_embd, n_head * dv, 0.7)
-        put(b + "ffn_norm.weight", (n_embd,), 0.1, "F32")
-        matrix(b + "ffn_gate", n_ff, n_embd, 1.0)
-        matrix(b + "ffn_up", n_ff, n_embd, 1.0)
+        norm(b + "post_attention_norm")
+        norm(b + "ffn_norm")
+        if "ffn_up" in fused:
+            matrix(b + "ffn_up", 2 * n_ff, n_embd, 1.0)
+        else:
+            matrix(b + "ffn_gate", n_ff, n_embd, 1.0)
+            matrix(b + "ffn_up", n_ff, n_embd, 1.0)
         matrix(b + "ffn_down", n_embd, n_ff, 1.0)
+        norm(b + "post_ffw_norm")
     put("output_norm.weight", (n_embd,), 0.1, "F32")
     if not tied:
         matrix("output", n_vocab, n_embd, 1.5)
     if rope_freqs:
         put("rope_freqs.weight", ((n_rot or d) // 2,), 0.3, "F32")
+    for name in factors:
+        put(name + ".weight", ((n_rot or d) // 2,), 0.3, "F32")
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()

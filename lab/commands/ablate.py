@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from tinymia import Error, Model
-from tinymia_engine import indices, is_mask
+from tinymia_engine import indices, is_mask, stream
 
 from ..flags.action_flags import integers
 from ..flags.arguments import prompt_flags, prompt_ids
@@ -90,7 +90,7 @@ def ablate(
     if other is not None:
         put = head_outputs(model, other, at, len(ids))
     cache = model.cache()
-    run = model.run(ids, keep=["inp_embd", "l_out"], logits="last", cache=cache)
+    run = model.run(ids, keep=[stream(c, 0), "l_out"], logits="last", cache=cache)
     plain = run.logits[-1]
     token, rival = answer_and_rival(model, plain, answer, against, prompt)
     settings = {"mode": mode, "answer": token, "against": rival, "pool": pool, "at": at, "layers": wanted,
@@ -110,7 +110,7 @@ def ablate(
         if mode == "mean":
             put = found.means[:, None].astype(np.float32)
         work = [Layer(il, ids[first:], cache if first else model.cache(), first,
-                      run[f"l_out-{il - 1}" if il else "inp_embd"][first:], rows - first, which, put[il])
+                      run[stream(c, il)][first:], rows - first, which, put[il])
                 for il in todo]
         for il, logits in zip(todo, spread(model, ablate_layer, work, executor)):
             for head, row in zip(which, logits):

@@ -6,13 +6,17 @@ stream. The stream is a sum of terms, so a logit is a sum, too: over the terms, 
     direction = (W_output[answer] - W_output[against]) * output_norm / rms(x)       x = l_out of the last layer
     head h of layer l: Wo[:, its columns] @ kqv_merged-l[its columns] . direction   and so on for each term
 
-The effect of a part through later layers is not included. Two more kinds of part make the sum exact:
+Where a norm, or a factor, stands between a block and the stream, a part passes it at the size that the block's output
+had in this run; where logits are scaled or capped, each token's row of W_output is multiplied by what the scale or the
+cap made of its logit in this run (logit / product). The effect of a part through later layers is not included. Two more
+kinds of part make the sum exact:
 
     rounding    the engine rounds activations before a product with weights that are not float32 (--numerics ggml), and
                 sums in float32. Heads are computed here without rounding, from kqv_merged and the decoded weights;
                 kqv_out minus their sum is its rounding. The product with the output matrix is treated the same way.
-    stream      what actions add elsewhere than at the terms themselves: at kqv_out, ffn_inp, l_out, and at the output
-                norm, result_norm, result_output; without actions, the float32 rounding of sums, about 1e-6
+    stream      what actions add elsewhere than at the terms themselves: at kqv_out and the steps after it, ffn_inp,
+                l_out, and at the output norm, result_norm, result_output; without actions, the float32 rounding of
+                sums, norms and caps, about 1e-6
 
 A single logit also contains what raises all tokens equally; a difference of two logits (`against`) does not.
 Source: Elhage et al., A Mathematical Framework for Transformer Circuits (2021), direct paths through the stream.
@@ -22,13 +26,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import tinymia
 from tinymia import Action, Context, Error, Model
-from tinymia_engine import out_of_range, whole
+from tinymia_engine import out_of_range, stream, whole
 from tinymia_files import Tensor
 
 from ..flags.action_flags import change_flags, patch_flags, read_actions
@@ -37,6 +42,7 @@ from ..flags.command import Command
 from ..flags.pair_flags import pair_flags
 from ..flags.parser import Parser, least
 from ..measure.answers import token_or
+from ..measure.passage import passage
 from ..measure.selection import position_of
 from ..measure.sinks import tell_sink
 from ..runs.progress import keeping
@@ -48,8 +54,7 @@ __all__ = [
     "pictures", "text", "title", "top_neurons",
 ]  # fmt: skip
 
-TERMS = ("inp_embd", "kqv_merged", "ffn_out", "l_out", "result_norm")    # read after actions
-COMPUTED = ("kqv_out", "result_output")                                 # read before actions
+TERMS = ("kqv_merged", "kqv_out", "ffn_out", "l_out", "result_norm")    # read after actions
 DECODED = 256   # rows of a matrix that are decoded at a time
 Rows = dict[str, np.ndarray]    # the rows of these tensors at the position, by exact name: float64
 
@@ -84,23 +89,26 @@ def attribute(
     if found is not None and not np.isnan(found.heads).any():
         return found
     with keeping(result := _empty(model, info, ids, position, neurons), out, c.n_layer + 1, "attribute") as bar:
-        row: Rows = {}
+        row: Rows = {}          # as actions left them
+        computed: Rows = {}     # before actions
 
-        def take(x: np.ndarray, ctx: Context) -> None:
-            row[ctx.name] = ctx.rows(x)[-1 if last else position].astype(np.float64)
+        def take(rows: Rows, x: np.ndarray, ctx: Context) -> None:
+            rows[ctx.name] = ctx.rows(x)[-1 if last else position].astype(np.float64)
 
-        names = [*TERMS, *([f"ffn_gate_par-{neurons}"] if neurons is not None else ())]
-        before, after = ([tinymia.Replace(name, take) for name in part] for part in (COMPUTED, names))
+        names = [stream(c, 0), *TERMS, *([f"ffn_gate_par-{neurons}"] if neurons is not None else ())]
+        before = [tinymia.Replace(name, partial(take, computed)) for name in ("kqv_out", c.product)]
+        after = [tinymia.Replace(name, partial(take, row)) for name in names]
         run = model.run(prompt, actions=[*before, *actions, *after], logits="last" if last else "all")
         bar.step()
-        direction = _output(result, model, run.logits[-1 if last else position], row, wanted, other)
+        direction = _output(result, model, run.logits[-1 if last else position], row, computed, wanted, other)
         for il in range(c.n_layer):
-            _layer(result, il, model, row, direction)
+            _layer(result, il, model, row, computed, direction)
             bar.step()
         if neurons is not None:
+            worth = direction * passage(model, f"ffn_out-{neurons}", row[f"ffn_out-{neurons}"])     # [n_embd]
             result.activations[:] = row[f"ffn_gate_par-{neurons}"]
             result.neurons[:] = row[f"ffn_gate_par-{neurons}"] * back(
-                model, model.weights.blk[neurons].ffn_down.weight, direction)
+                model, model.weights.blk[neurons].ffn_down.weight, worth)
     return result
 
 
@@ -113,7 +121,8 @@ def _empty(model: Model, info: dict[str, object], ids: list[int], position: int,
 
 
 def _output(
-    found: Attribution, model: Model, logits: np.ndarray, row: Rows, wanted: int | None, other: int | None
+    found: Attribution, model: Model, logits: np.ndarray, row: Rows, computed: Rows, wanted: int | None,
+    other: int | None,
 ) -> np.ndarray:
     """Fill in the logit and the final norm. Returns the direction that each part is multiplied by, float64 [n_embd]."""
     found.answer = int(logits.argmax()) if wanted is None else wanted
@@ -121,32 +130,45 @@ def _output(
     if found.answer == other:
         raise Error(f"the answer and what it is held against are the same token, {found.answer_piece!r} (#{other})")
     found.against_piece = None if other is None else model.piece(other)
+    c, (weight, bias) = model.config, model.weights.output
     ids, signs = ([found.answer], [1.0]) if other is None else ([found.answer, other], [1.0, -1.0])
-    weight, bias = model.weights.output
-    x = row[f"l_out-{model.config.n_layer - 1}"]                                        # [n_embd]
-    scale = 1 / np.sqrt(np.mean(x * x) + model.config.eps)
+    found.logit = float(signs @ logits[ids].astype(np.float64))
+    product = computed[c.product][ids]                                                  # [n_id]
+    signs = signs * _made_of(product, c.logit_scale, c.logit_soft_cap)                  # [n_id]
+    x = row[stream(c, c.n_layer)]                                                       # [n_embd]
+    scale = 1 / np.sqrt(np.mean(x * x) + c.eps)
     unembed = signs @ model.rows(weight, np.array(ids)).astype(np.float64)              # [n_embd]
     direction = unembed * model.weights.output_norm * scale                             # [n_embd]
-    computed, exact = signs @ row["result_output"][ids], row["result_norm"] @ unembed
-    found.logit = float(signs @ logits[ids].astype(np.float64))
-    found.embedding = float(row["inp_embd"] @ direction)
+    whole, exact = signs @ product, row["result_norm"] @ unembed
+    found.embedding = float(row[stream(c, 0)] @ direction)
     found.output_bias = 0.0 if bias is None else float(signs @ bias[ids])
-    found.output_rounding = float(computed - exact - found.output_bias)
-    found.output_stream = float(found.logit - computed + exact - x @ direction)
+    found.output_rounding = float(whole - exact - found.output_bias)
+    found.output_stream = float(found.logit - whole + exact - x @ direction)
     return direction
 
 
-def _layer(found: Attribution, il: int, model: Model, row: Rows, direction: np.ndarray) -> None:
+def _made_of(product: np.ndarray, scale: float | None, cap: float | None) -> np.ndarray:
+    """The logit divided by the product with the output matrix, for each product: what scale and soft cap make of it."""
+    factor = np.full(product.shape, 1.0 if scale is None else scale)
+    if cap is not None:
+        safe = np.where(product == 0, 1.0, product * factor)
+        factor = factor * np.where(product == 0, 1.0, cap * np.tanh(safe / cap) / safe)
+    return factor
+
+
+def _layer(found: Attribution, il: int, model: Model, row: Rows, computed: Rows, direction: np.ndarray) -> None:
     """Fill in the parts of one layer, from the rows of its tensors."""
-    weight, bias = model.weights.blk[il].attn_output
-    x = row["inp_embd" if il == 0 else f"l_out-{il - 1}"]                               # [n_embd]
-    kqv_out, ffn_out, l_out = (row[f"{name}-{il}"] for name in ("kqv_out", "ffn_out", "l_out"))
-    worth = back(model, weight, direction)                                              # [n_head * d_head_v]
-    heads = (row[f"kqv_merged-{il}"] * worth).reshape(model.config.n_head, -1).sum(1)   # [n_head]
-    found.bias[il] = 0.0 if bias is None else bias @ direction
-    found.rounding[il] = kqv_out @ direction - heads.sum() - found.bias[il]
-    found.ffn[il] = ffn_out @ direction
-    found.stream[il] = (l_out - x - kqv_out - ffn_out) @ direction
+    c, (weight, bias) = model.config, model.weights.blk[il].attn_output
+    x, l_out, ffn_out = row[stream(c, il)], row[f"l_out-{il}"], row[f"ffn_out-{il}"]    # [n_embd]
+    by_attention = direction * passage(model, f"kqv_out-{il}", row[f"kqv_out-{il}"])    # [n_embd]
+    by_ffn = direction * passage(model, f"ffn_out-{il}", ffn_out)                       # [n_embd]
+    worth = back(model, weight, by_attention)                                           # [n_head * d_head_v]
+    heads = (row[f"kqv_merged-{il}"] * worth).reshape(c.n_head, -1).sum(1)              # [n_head]
+    attention = computed[f"kqv_out-{il}"] @ by_attention
+    found.bias[il] = 0.0 if bias is None else bias @ by_attention
+    found.rounding[il] = attention - heads.sum() - found.bias[il]
+    found.ffn[il] = ffn_out @ by_ffn
+    found.stream[il] = (l_out - x) @ direction - attention - found.ffn[il]
     found.heads[il] = heads  # set last: a row without NaN is done
 
 

@@ -112,12 +112,12 @@ def _fill(result: Lens, i: int, model: Model, x: np.ndarray, score: str) -> None
     entropy = np.empty(len(x), np.float32)
     for rows in (slice(at, at + ROWS) for at in range(0, len(x), ROWS)):
         normed = rms_norm(np.ascontiguousarray(x[rows]), model.config.eps)              # [n_row, n_embd]
-        logits = unembed(model, normed)                                                 # [n_row, n_vocab]
+        logits = model.unembed(normed)                                                  # [n_row, n_vocab]
         log_prob = log_softmax(logits)                                                  # [n_row, n_vocab]
         prob = np.exp(log_prob)                                                         # [n_row, n_vocab]
         scores = logits                                                                 # [n_row, n_vocab]
         if score != "logit":
-            scores = softmax(logits) if score == "prob" else unembed(model, np.ascontiguousarray(x[rows]), bias=False)
+            scores = softmax(logits) if score == "prob" else model.unembed(np.ascontiguousarray(x[rows]), raw=True)
         best = best_of(scores, k)                                                       # [n_row, k]
         best[np.isnan(scores).any(1)] = NONE
         result.best[i, rows] = best
@@ -132,12 +132,6 @@ def _fill(result: Lens, i: int, model: Model, x: np.ndarray, score: str) -> None
     result.best_pieces[i] = [["" if token == NONE else model.piece(int(token)) for token in row]
                              for row in result.best[i]]
     result.entropy[i] = entropy  # set last: a row without NaN is done
-
-
-def unembed(model: Model, x: np.ndarray, bias: bool = True) -> np.ndarray:
-    """Apply norm weight and output matrix: float32 [n_row, n_embd] -> [n_row, n_vocab]; raw scores have no bias."""
-    weight = model.weights.output if bias else model.weights.output._replace(bias=None)
-    return model.linear(x * model.weights.output_norm, weight)
 
 
 # ---------------------------------------------------------------------------------------- pictures

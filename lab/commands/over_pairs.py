@@ -32,7 +32,6 @@ from ..runs.progress import keeping
 from ..runs.result import about, resume
 from .ablate import ablate
 from .attribute import attribute
-from .lens import unembed
 from .pairs_result import PairsResult, check_quantity, pictures, text
 from .sweep import sweep
 
@@ -123,7 +122,7 @@ def of_lens(model: Model, pair: Pair, options: Options) -> np.ndarray:
     """Measure a pair by `lens`."""
     run, grids = model.run(pair.clean, keep=["l_out"], logits="last"), []
     for il in range(model.config.n_layer):
-        logits = unembed(model, rms_norm(run[f"l_out-{il}"], model.config.eps))         # [n_tok, n_vocab]
+        logits = model.unembed(rms_norm(run[f"l_out-{il}"], model.config.eps))         # [n_tok, n_vocab]
         grids.append([np.exp(log_softmax(logits)[:, pair.answer]), [rank(row, pair.answer) for row in logits],
                       [logit_difference(row, pair.answer, pair.against) for row in logits]])
     return by_role(np.array(grids, np.float64).transpose(1, 0, 2), pair)

@@ -180,7 +180,7 @@ def text(found: Trace) -> str:
              table([["position", "token", "piece"], *tokens])]
     before = -1
     for op in found.ops:
-        il = n_layer if op["layer"] is None and op["name"] != "inp_embd" else op["layer"]
+        il = n_layer if op["layer"] is None and op["name"] not in ("inp_embd", "inp_scaled") else op["layer"]
         if il is not None and il != before:
             if il > before + 1:
                 parts.append(f"... {_layers(before + 1, il - 1)}: the same ops with other weights, not shown")

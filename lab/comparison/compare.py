@@ -104,7 +104,7 @@ class Others:
         """The place of a tensor in the order of computation, on the scale of `reached`."""
         op, il = self.model.table[name]
         if il is None:
-            return -2 if op.base == "inp_embd" else 2 * self.model.config.n_layer
+            return -2 if op.base in ("inp_embd", "inp_scaled") else 2 * self.model.config.n_layer
         return 2 * il + (op.base == "l_out")
 
     def take(self, name: str) -> Item | None:

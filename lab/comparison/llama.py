@@ -19,47 +19,7 @@ import numpy as np
 from tinymia import Error, Model
 
 from .ggml import Ggml, best, decode, package, quiet, tokenize, why
-
-# llama.cpp's name and, if several tensors share it, ggml's operation: our names for them, in order of computation.
-# Two of its names have another meaning here: its kqv_out is the input of Wo (our kqv_merged), its attn_out the output.
-# Source: llama-graph.cpp (build_norm, build_qkv, build_attn_mha, build_ffn) and models/llama.cpp, 2026.
-NAMES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("embd", ""): ("inp_embd",),
-    ("norm", "RMS_NORM"): ("norm", "norm_ffn"),
-    ("attn_norm", ""): ("attn_norm",),
-    ("Qcur", "RESHAPE"): ("Qcur_pre",),
-    ("Qcur", "ROPE"): ("Qcur",),
-    ("Kcur", "RESHAPE"): ("Kcur_pre",),
-    ("Kcur", "ROPE"): ("Kcur",),
-    ("Vcur", "RESHAPE"): ("Vcur",),
-    ("kq", ""): ("kq",),
-    ("kq_soft_max", ""): ("kq_soft_max",),
-    ("kqv", ""): ("kqv",),
-    ("kqv_out", ""): ("kqv_merged",),
-    ("attn_out", ""): ("kqv_out",),
-    ("ffn_inp", ""): ("ffn_inp",),
-    ("ffn_norm", ""): ("ffn_norm",),
-    ("ffn_gate", ""): ("ffn_gate",),
-    ("ffn_gate_b", ""): ("ffn_gate",),
-    ("ffn_gate_s", ""): ("ffn_gate",),
-    ("ffn_up", ""): ("ffn_up",),
-    ("ffn_up_b", ""): ("ffn_up",),
-    ("ffn_up_s", ""): ("ffn_up",),
-    ("ffn_swiglu", ""): ("ffn_gate_par",),
-    ("ffn_out", ""): ("ffn_out",),
-    ("l_out", ""): ("l_out",),
-    ("result_norm", ""): ("result_norm",),
-    ("result_output", ""): ("result_output",),
-}
-FUSED = {"ffn_silu": "inside ffn_swiglu there"}
-FLASH = {name: "inside FLASH_ATTN_EXT there" for name in ("kq", "kq_soft_max", "kqv")}
-STEPS = {  # pattern of "name OPERATION": other tensors of llama.cpp, which have no counterpart here
-    r"cache_[kv]_l\d+ .*": "the KV cache",
-    r"[QKV]cur-\d+ (MUL_MAT|MUL|ADD)": "projections before they are cut into heads",
-    r".+ \(\w+\) (VIEW|PERMUTE|TRANSPOSE|RESHAPE)": "views",
-    r"ffn_(gate|up|down)(_b)?-\d+ (MUL_MAT|ADD)": "products before their bias or scale",
-    r"node_\d+ (MUL_MAT|GET_ROWS|FLASH_ATTN_EXT)": "unnamed",
-}
+from .llama_names import Names, step
 
 
 class Item(NamedTuple):
@@ -81,39 +41,6 @@ class Outcome:
     tokens: list[int] | None = None                         # its ids of the prompt's text
     output: list[int] | None = None                         # the tokens that it generated
     absent: list[str] = field(default_factory=list)         # our names that it did not have when recorded
-
-
-class Names:
-    """Translates llama.cpp's names to ours, in the order in which its tensors come."""
-
-    def __init__(self, model: Model):
-        self.table, self.seen = model.table, set[str]()
-        self.before = set[str]()  # names of products before a bias or a scale, which are not our tensor yet
-        for il, block in enumerate(model.weights.blk):
-            for base, w in (("ffn_gate", block.ffn_gate), ("ffn_up", block.ffn_up)):
-                steps = [base, *[f"{base}_b"] * (w.bias is not None), *[f"{base}_s"] * (w.weight.scale is not None)]
-                self.before |= {f"{step}-{il}" for step in steps[:-1]}
-
-    def ours(self, name: str, op: str) -> str | None:
-        """Our exact name for this tensor; None if it has none."""
-        base, dash, layer = name.rpartition("-")
-        base = base or layer
-        if name in self.before:
-            return None
-        for our in NAMES.get((base, op), NAMES.get((base, ""), ())):
-            exact = our + dash + layer if dash else our
-            if exact in self.table and exact not in self.seen:
-                self.seen.add(exact)
-                return exact
-        return None
-
-
-def step(name: str, op: str) -> str | None:
-    """The kind of a tensor that has no name of ours; None if that is not known."""
-    for pattern, what in STEPS.items():
-        if re.fullmatch(pattern, f"{name} {op}"):
-            return f"{what} ({op})" if what == "unnamed" else what
-    return None
 
 
 class Callback:
@@ -146,27 +73,32 @@ class Callback:
     def take(self, t: int) -> None:
         """Name, edit and pass on the tensor at this address; count it if it has no name here."""
         theirs, op = self.ggml.label(t)
-        name = self.names.ours(theirs, op)
-        if name is None:
+        names = self.names.ours(theirs, op)
+        if not names:
             what = step(theirs, op)
             if self.step == 0:
                 kind = what or re.sub(r"\d+", "*", f"{theirs} {op}")
                 (self.outcome.steps if what else self.outcome.unknown)[kind] += 1
-        elif name in self.wanted:
+        elif self.wanted.intersection(names):
             array, raw = self.ggml.read(t)
-            dims = self.model.table[name][0].dims
-            shape = tuple(self.sizes[d] for d in dims)
-            part = array[..., : shape[-1]] if dims[-1] == "n_kv" else array  # n_kv is padded there
-            if part.size != math.prod(shape):
-                self.outcome.unknown[f"{theirs} {op} of {list(array.shape)}, where ours is {list(shape)}"] += 1
-                return
+            for name, part in zip(names, np.split(array, len(names), -1)):
+                if name in self.wanted:
+                    self.take_part(t, name, part, raw, theirs, op)
+
+    def take_part(self, t: int, name: str, array: np.ndarray, raw: np.ndarray, theirs: str, op: str) -> None:
+        """Hand on a tensor of ours, a view of the bytes `raw`."""
+        shape = tuple(self.sizes[d] for d in self.model.table[name][0].dims)
+        part = array[..., : shape[-1]] if self.model.table[name][0].dims[-1] == "n_kv" else array  # padded there
+        if part.size != math.prod(shape):
+            self.outcome.unknown[f"{theirs} {op} of {list(array.shape)}, where ours is {list(shape)}"] += 1
+            return
+        value = np.array(part, np.float32).reshape(shape)
+        new = self.edit(name, value) if self.step == 0 else None
+        if new is not None:
+            part[...] = new.reshape(part.shape)
+            self.ggml.write(t, raw)
             value = np.array(part, np.float32).reshape(shape)
-            new = self.edit(name, value) if self.step == 0 else None
-            if new is not None:
-                part[...] = new.reshape(part.shape)
-                self.ggml.write(t, raw)
-                value = np.array(part, np.float32).reshape(shape)
-            self.put(Item(name, theirs, value, self.step))
+        self.put(Item(name, theirs, value, self.step))
 
 
 def compute(
@@ -203,6 +135,8 @@ def compute(
         try:
             cp = llama_cpp.llama_context_default_params()
             cp.n_ctx = cp.n_batch = cp.n_ubatch = -(-(len(ids) + n) // 256) * 256
+            if model.config.freqs == "rope_factors_long.weight":   # llama.cpp chooses them by the size of the context
+                cp.n_ctx = max(cp.n_ctx, (model.config.n_original // 256 + 1) * 256)
             cp.n_threads = cp.n_threads_batch = threads
             cp.flash_attn_type = 1 if flash else 0
             cp.offload_kqv = cp.op_offload = False

@@ -18,7 +18,8 @@ from tinymia_files import check_target, short, write_atomic
 from ..runs.result import files_in
 from .compare import Compared, Feed, Others, Progress, compare, divergence
 from .edits import Edits
-from .llama import FLASH, FUSED, Outcome, compute
+from .llama import Outcome, compute
+from .llama_names import FLASH, FUSED
 from .recording import Recorder, check_recorded, read_recording
 
 FLOATS = ("F32", "F16", "BF16", "F64")

@@ -27,6 +27,9 @@ class Reference:
         parts = [f"{split[1]}-{i:05d}-of-{split[2]}.gguf" for i in range(1, int(split[2]) + 1)] if split else [path]
         readers = [gguf.GGUFReader(part) for part in parts]
         self.path, self.fields = path, readers[0].fields
+        arch = self.fields["general.architecture"].contents()
+        if arch != "llama":
+            raise Error(f"{path}: architecture {arch}: the reference in float64 computes llama only")
         self.tensors = {t.name: t for reader in readers for t in reader.tensors}
 
     def key(self, name: str, default: Any = None) -> Any:

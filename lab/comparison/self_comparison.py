@@ -11,7 +11,8 @@ import tinymia
 from tinymia import Model
 
 from .compare import Feed, Others, Progress, compare, divergence
-from .llama import FLASH, Item
+from .llama import Item
+from .llama_names import FLASH
 from .reference import Reference
 
 

@@ -63,16 +63,22 @@ class Branches(Cache):
         def scores(q: np.ndarray, keys: np.ndarray, n_kv: int) -> np.ndarray:
             return np.concatenate([ops.scores(q[rows], k, n_kv) for rows, k, _ in self._each()], axis=1)
 
-        def soft_max(kq: np.ndarray, scale: float, positions: np.ndarray) -> np.ndarray:
-            parts = [ops.soft_max(np.ascontiguousarray(kq[:, rows]), scale, positions[rows]) for rows, _ in self.parts]
+        def soft_max(
+            kq: np.ndarray, scale: float, positions: np.ndarray, window: int | None = None
+        ) -> np.ndarray:
+            parts = [ops.soft_max(np.ascontiguousarray(kq[:, rows]), scale, positions[rows], window)
+                     for rows, _ in self.parts]
             return np.concatenate(parts, axis=1)
 
         def mix(pattern: np.ndarray, values: np.ndarray) -> np.ndarray:
             parts = [ops.mix(np.ascontiguousarray(pattern[:, rows]), v) for rows, _, v in self._each()]
             return np.concatenate(parts, axis=1)
 
-        def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, positions: np.ndarray) -> Any:
-            parts = [ops.attention(q[rows], k, v, scale, positions[rows]) for rows, k, v in self._each()]
+        def attention(
+            q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, positions: np.ndarray,
+            window: int | None = None, cap: float | None = None,
+        ) -> np.ndarray:
+            parts = [ops.attention(q[rows], k, v, scale, positions[rows], window, cap) for rows, k, v in self._each()]
             return np.concatenate(parts)
 
         return Wrapped(ops, scores=scores, soft_max=soft_max, mix=mix, attention=attention)

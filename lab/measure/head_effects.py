@@ -12,8 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from tinymia import Context, Error, Model, Replace
+from tinymia_engine import stream
 
 from .in_context import Prompt, Reader, make_prompt, probability, right, variants
+from .passage import passage
 from .task_files import Pair, Task
 
 
@@ -79,11 +81,11 @@ def head_effects(model: Model, prompt_means: tuple[Prompt, np.ndarray]) -> np.nd
     """
     (prompt, means), c = prompt_means, model.config
     k, reader = len(prompt.answer), Reader(model)
-    run = reader.run(prompt, keep=["inp_embd", "l_out"])
+    run = reader.run(prompt, keep=[stream(c, 0), "l_out"])
     before = probability(run.logits, prompt.answer)
     cache, effects, heads = reader.before(prompt), np.empty((c.n_layer, c.n_head)), np.arange(c.n_head)
     for il in range(c.n_layer):
-        x = run[f"l_out-{il - 1}" if il else "inp_embd"][-k:]
+        x = run[stream(c, il)][-k:]
 
         def put(rows: np.ndarray, ctx: Context, mean: np.ndarray = means[il]) -> np.ndarray:
             versions = rows.reshape(c.n_head, k, c.n_head, c.d_head_v)
@@ -96,13 +98,20 @@ def head_effects(model: Model, prompt_means: tuple[Prompt, np.ndarray]) -> np.nd
 
 
 def written(model: Model, means: np.ndarray, heads: Sequence[Sequence[int]]) -> np.ndarray:
-    """The function vector, float32 [n_embd]: the sum over heads (layer, head) of Wo[:, head] @ mean of the head."""
+    """The function vector, float32 [n_embd]: the sum over heads (layer, head) of Wo[:, head] @ mean of the head.
+
+    Where a norm stands between Wo and the stream, the sum goes through it, divided by what it divides the means of all
+    heads of the layer by.
+    """
     vector = np.zeros(model.config.n_embd, np.float32)
     for il in sorted({layer for layer, _ in heads}):
         row = np.zeros(means.shape[1:], np.float32)
         chosen = [head for layer, head in heads if layer == il]
         row[chosen] = means[il, chosen]
-        vector += model.linear(row.reshape(1, -1), model.weights.blk[il].attn_output._replace(bias=None))[0]
+        output = model.weights.blk[il].attn_output
+        part = model.linear(row.reshape(1, -1), output._replace(bias=None))[0]
+        whole = model.linear(means[il].reshape(1, -1).astype(np.float32), output)[0]
+        vector += part * passage(model, f"kqv_out-{il}", whole)
     return vector
 
 

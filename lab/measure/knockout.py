@@ -71,8 +71,9 @@ def read_group(model: Model, text: str, n_tok: int) -> Group:
             ffns += layers
         else:
             heads += [(il, head) for il in layers for head in which]
-    sees = np.tri(n_tok, dtype=bool)
+    ago = np.arange(n_tok)[:, None] - np.arange(n_tok)      # how long ago a query's key was
     for il, cut in edges.items():
+        sees = (ago >= 0) & (ago < (c.layers[il].window or n_tok))
         blind = np.argwhere(~(sees & ~cut).any(-1))
         if len(blind):
             raise Error(f"group {text!r}: head {il}.{blind[0][0]} at position {blind[0][1]} would see nothing at all")
@@ -94,13 +95,14 @@ def changes(model: Model, work: Work) -> list[Action]:
         actions.append(Ablate(f"kqv_merged-{il}", "value", value, at=work.at, heads=heads))
     actions += [Ablate(f"ffn_out-{il}", "value", work.put["ffn_out"][il], at=work.at) for il in work.group.ffns]
 
+    scores = "kq" if model.config.attn_soft_cap is None else "kq_scaled_2"      # what goes into the softmax
     for il, cut in work.group.edges.items():
 
         def blind(x: np.ndarray, ctx: Context, cut: np.ndarray = cut) -> np.ndarray:
             x[cut[:, :, : x.shape[2]]] = -np.inf
             return x
 
-        actions.append(Replace(f"kq-{il}", blind))
+        actions.append(Replace(f"{scores}-{il}", blind))
     return actions
 
 

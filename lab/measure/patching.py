@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from tinymia import Cache, Context, Error, Model, Replace
+from tinymia_engine import stream
 
 from .answers import log_softmax, rank
 from .branches import ROWS, Branches
@@ -70,11 +71,11 @@ def make_runs(model: Model, setting: Setting) -> Runs:
     """Run both prompts. Raises Error if one does not fit the context."""
     c, cache, name = model.config, model.cache(), setting.tensor
     other = setting.corrupt if setting.noising else setting.clean
-    base = model.run(setting.base, list(dict.fromkeys(["inp_embd", "l_out", name])), logits="last", cache=cache)
+    base = model.run(setting.base, list(dict.fromkeys([stream(c, 0), "l_out", name])), logits="last", cache=cache)
     source = model.run(other, [name], logits="last")
     axis = model.table[f"{name}-0"][0].dims.index("n_tok")
     own, given = ([np.moveaxis(run[f"{name}-{il}"], axis, 0) for il in range(c.n_layer)] for run in (base, source))
-    x = [base["inp_embd"], *(base[f"l_out-{il}"] for il in range(c.n_layer))]
+    x = [base[stream(c, il)] for il in range(c.n_layer + 1)]
     rows = base.logits[0], source.logits[0]
     clean, corrupt = rows if setting.noising else rows[::-1]
     return Runs(cache, x, own, given, clean, corrupt)

@@ -146,16 +146,16 @@ def test_yarn_by_its_definition(tiny):
     their angle, pairs from 18 on have a quarter of it, and pair 10 is 5/13 of the way.  Lengths grow by 1 + 0.1 ln 4.
     """
     c = tinymia.load(tiny(n_embd=64, n_head=1, n_head_kv=1, n_layer=1, meta=scaling(
-        type="yarn", factor=4.0, original_context_length=1024))).config
-    assert c.yarn == (5, 18) and c.rope_scale == 0.25 and abs(c.rope_gain - (1 + 0.1 * np.log(4))) < 1e-6
-    cos, sin = kernels.rope_angles(np.array([7]), c.n_rot, c.rope_base, c.rope_scale, c.rope_gain, c.yarn, None, "f32")
+        type="yarn", factor=4.0, original_context_length=1024))).config.ropes[0]
+    assert c.yarn == (5, 18) and c.scale == 0.25 and abs(c.gain - (1 + 0.1 * np.log(4))) < 1e-6
+    cos, sin = kernels.rope_angles(np.array([7]), c.n_rot, c.base, c.scale, c.gain, c.yarn, None, "f32")
     angle = np.arctan2(sin, cos)[0]
     turns = 7 * 10000.0 ** (-np.arange(32) / 32)
     share = 5 / 13
     for i, want in ((0, turns[0] - 2 * np.pi), (5, turns[5]), (10, turns[10] * (1 - share + share / 4)),
                     (18, turns[18] / 4), (31, turns[31] / 4)):
         assert abs(angle[i] - want) < 1e-6, i
-    assert np.allclose(np.hypot(cos, sin), c.rope_gain, rtol=1e-6)
+    assert np.allclose(np.hypot(cos, sin), c.gain, rtol=1e-6)
 
 
 def test_infill_tokens_of_code_llama(tiny):

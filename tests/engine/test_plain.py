@@ -16,8 +16,8 @@ import tinymia
 import tinymia_kernels
 from tinymia_files.types import TYPES
 
-FUNCTIONS = ("embed", "rms_norm", "linear", "linears", "rope_angles", "rope", "scores", "soft_max", "mix", "attention",
-             "silu")
+FUNCTIONS = ("embed", "rms_norm", "linear", "linears", "rope_angles", "rope", "scores", "soft_cap", "soft_max", "mix",
+             "attention", "silu", "gelu")
 
 
 def test_the_kernels_have_the_same_functions_with_the_same_arguments():

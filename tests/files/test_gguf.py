@@ -60,10 +60,11 @@ def test_config(load):
     c = load(n_embd=96, n_layer=3, n_head=6, n_head_kv=2, n_ff=80, n_vocab=397, eps=1e-3, rope_base=5e5, rope_scale=4,
              n_ctx=77,
              n_rot=8, d_head=12, d_head_v=20).config
-    got = (c.n_embd, c.n_layer, c.n_head, c.n_head_kv, c.n_ff, c.n_vocab, c.n_ctx, c.n_rot, c.d_head, c.d_head_v)
+    got = (c.n_embd, c.n_layer, c.n_head, c.n_head_kv, c.n_ff, c.n_vocab, c.n_ctx, c.ropes[0].n_rot, c.d_head,
+           c.d_head_v)
     assert got == (96, 3, 6, 2, 80, 397, 77, 8, 12, 20)
-    assert c.eps == pytest.approx(1e-3) and c.rope_base == pytest.approx(5e5)
-    assert c.rope_scale == 1 / 4                                         # positions are multiplied by it
+    assert c.eps == pytest.approx(1e-3) and c.ropes[0].base == pytest.approx(5e5)
+    assert c.ropes[0].scale == pytest.approx(0.25)                       # what positions are multiplied by
 
 
 def test_head_sizes_default_to_a_share_of_n_embd(tiny):
@@ -329,7 +330,7 @@ def test_wrong_values(raw, tmp_path, key, kind, value):
         assert "longrope" in text and "linear" in text and "yarn" in text
 
 
-@pytest.mark.parametrize("arch", ["qwen2", "gpt2", "mamba", "clip"])
+@pytest.mark.parametrize("arch", ["qwen2moe", "gpt2", "mamba", "clip"])
 def test_other_architectures_are_refused_by_name(tiny, arch):
     refused(tiny(arch=arch), f"{arch}", "supported: llama")
 

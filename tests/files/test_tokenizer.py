@@ -1,10 +1,12 @@
 """Text to ids and back."""
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import shared
 from rawgguf import Info, Raw
+from tiny import vocabulary
 
 import tinymia
 
@@ -133,3 +135,20 @@ def say(tokens, model):
         return x
 
     return [tinymia.Replace("result_output", force, when="all")]
+
+
+@pytest.mark.parametrize("name", ["Phi-3-mini", "a PHI3 of ours", "Phi-4"])
+def test_special_tokens_of_phi_3_take_the_white_space_after_them(tiny, name):
+    """They do by the model's name, <s>, <unk> and <|endoftext|> excepted. llama.cpp is the judge of 300 texts."""
+    C = pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install 'tinymia[verify]'", exc_type=ImportError)
+    tokens, scores, types = (list(x) for x in vocabulary(384))
+    tokens[380:383], types[380:383] = ["<|endoftext|>", "<|user|>", "<|mark|>"], [3, 3, 4]
+    path = tiny(meta={"general.name": name}, pieces=(tokens, scores, types))
+    llama, ours = C.Llama(path, vocab_only=True, verbose=False), tinymia.load(path).tokenizer
+    r = random.Random(3)
+    parts = [*ours.special, " ", "\n", "\t ", "the", "fox \u2003", "\x0b", "\x1c", "  ", "\r\n"]
+    texts = ["".join(r.choices(parts, k=r.randint(2, 9))) for _ in range(300)]
+    for text in texts:
+        for special in (True, False):
+            assert ours.encode(text, special=special) == llama.tokenize(text.encode(), True, special), repr(text)
+    assert (ours.encode("<|user|> \n the") == ours.encode("<|user|>the")) == (name != "Phi-4")

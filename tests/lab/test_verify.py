@@ -25,7 +25,8 @@ import tinymia_lab.comparison.llama_comparison
 from tinymia_lab.comparison import compare
 from tinymia_lab.comparison.compare import Feed, Others, distance, divergence
 from tinymia_lab.comparison.edits import Edits
-from tinymia_lab.comparison.llama import FLASH, FUSED, NAMES, Item, Names, step
+from tinymia_lab.comparison.llama import Item
+from tinymia_lab.comparison.llama_names import FLASH, FUSED, NAMES, Names, step
 from tinymia_lab.comparison.reference import Reference
 from tinymia_lab.comparison.verify import verify, verify_self
 

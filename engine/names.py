@@ -1,0 +1,128 @@
+"""The names of what `forward` computes: a table, what of it a model has, and which names a pattern means.
+
+The order is that of the computation. Most names are those that llama.cpp's callback `cb` gives; where it gives none, or
+one name to several tensors, docs/names.md says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from tinymia_files import Config, UnknownName, short
+
+from . import given
+
+
+class Op(NamedTuple):
+    """One line of the table below, as it holds in one layer of a model."""
+
+    base: str                   # name without its layer
+    op: str                     # ggml's name of the operation
+    dims: tuple[str, ...]       # shape in NumPy's order
+    inputs: tuple[str, ...]     # x is the residual stream; of names with | between them, the first that is there
+    weight: str | None          # GGUF name without blk.L. and .weight
+    part: str                   # what a model must have for it: Config.has; - where all do
+
+
+def _ops(table: str) -> list[Op]:
+    rows = [line.split() for line in table.strip().splitlines()]
+    return [Op(base, op, tuple(dims.split(",")), tuple(inputs.split(",")), None if weight == "-" else weight, part)
+            for base, op, dims, inputs, weight, part in rows]
+
+
+BEFORE = _ops("""
+    inp_embd    get_rows  n_tok,n_embd  tokens    token_embd  -
+    inp_scaled  scale     n_tok,n_embd  inp_embd  -           embedding_scale
+""")
+LAYER = _ops("""
+    norm         rms_norm  n_tok,n_embd            x                          -           attn_norm
+    attn_norm    mul       n_tok,n_embd            norm                       attn_norm   attn_norm
+    Qcur_pre     mul_mat   n_tok,n_head,d_head     attn_norm|x                attn_q      -
+    Kcur_pre     mul_mat   n_tok,n_head_kv,d_head  attn_norm|x                attn_k      -
+    Vcur         mul_mat   n_tok,n_head_kv,d_head_v  attn_norm|x              attn_v      -
+    norm_q       rms_norm  n_tok,n_head,d_head     Qcur_pre                   -           attn_q_norm
+    Qcur_normed  mul       n_tok,n_head,d_head     norm_q                     attn_q_norm  attn_q_norm
+    norm_k       rms_norm  n_tok,n_head_kv,d_head  Kcur_pre                   -           attn_k_norm
+    Kcur_normed  mul       n_tok,n_head_kv,d_head  norm_k                     attn_k_norm  attn_k_norm
+    Qcur         rope      n_tok,n_head,d_head     Qcur_normed|Qcur_pre       -           rope
+    Kcur         rope      n_tok,n_head_kv,d_head  Kcur_normed|Kcur_pre       -           rope
+    Qcur_attn_temp_scaled  mul  n_tok,n_head,d_head  Qcur|Qcur_normed|Qcur_pre  -         temperature
+    Qcur_scaled  scale     n_tok,n_head,d_head     Qcur|Qcur_normed|Qcur_pre  -           scale_queries
+    kq           mul_mat   n_head,n_tok,n_kv       QUERY,KEY                  -           -
+    kq_scaled_2  soft_cap  n_head,n_tok,n_kv       kq                         -           attn_soft_cap
+    kq_soft_max  soft_max  n_head,n_tok,n_kv       kq_scaled_2|kq             -           -
+    kqv          mul_mat   n_head,n_tok,d_head_v   kq_soft_max,Vcur           -           -
+    kqv_merged   cont      n_tok,n_head*d_head_v   kqv                        -           -
+    kqv_out      mul_mat   n_tok,n_embd            kqv_merged                 attn_output  -
+    kqv_out_scaled  scale  n_tok,n_embd            kqv_out                    -           residual_scale
+    norm_attn_post  rms_norm  n_tok,n_embd         kqv_out_scaled|kqv_out     -           post_attention_norm
+    attn_post_norm  mul    n_tok,n_embd            norm_attn_post             post_attention_norm  post_attention_norm
+    ffn_inp      add       n_tok,n_embd            ATTENTION,x                -           -
+    norm_ffn     rms_norm  n_tok,n_embd            ffn_inp                    -           ffn_norm
+    ffn_norm     mul       n_tok,n_embd            norm_ffn                   ffn_norm    ffn_norm
+    ffn_gate     mul_mat   n_tok,n_ff              ffn_norm|ffn_inp           ffn_gate    -
+    ffn_up       mul_mat   n_tok,n_ff              ffn_norm|ffn_inp           ffn_up      -
+    ffn_silu     silu      n_tok,n_ff              ffn_gate                   -           silu
+    ffn_gelu     gelu      n_tok,n_ff              ffn_gate                   -           gelu
+    ffn_gate_par mul       n_tok,n_ff              ffn_silu|ffn_gelu,ffn_up   -           -
+    ffn_out      mul_mat   n_tok,n_embd            ffn_gate_par               ffn_down    -
+    ffn_out_scaled  scale  n_tok,n_embd            ffn_out                    -           residual_scale
+    norm_ffn_post  rms_norm  n_tok,n_embd          ffn_out_scaled|ffn_out     -           post_ffw_norm
+    ffn_post_norm  mul     n_tok,n_embd            norm_ffn_post              post_ffw_norm  post_ffw_norm
+    l_out        add       n_tok,n_embd            FFN,ffn_inp                -           -
+""".replace("QUERY", "Qcur_attn_temp_scaled|Qcur_scaled|Qcur|Qcur_normed|Qcur_pre").replace(
+    "KEY", "Kcur|Kcur_normed|Kcur_pre").replace("ATTENTION", "attn_post_norm|kqv_out_scaled|kqv_out").replace(
+    "FFN", "ffn_post_norm|ffn_out_scaled|ffn_out"))
+AFTER = _ops("""
+    norm           rms_norm  n_tok,n_embd   x                  -            -
+    result_norm    mul       n_tok,n_embd   norm               output_norm  -
+    result_output  mul_mat   n_tok,n_vocab  result_norm        output       result_output
+    result_output_pre  mul_mat  n_tok,n_vocab  result_norm     output       result_output_pre
+    result_output  scale     n_tok,n_vocab  result_output_pre  -            logit_scale
+    result_output  soft_cap  n_tok,n_vocab  result_output_pre  -            logit_soft_cap
+""")
+ALIASES = {"kq_soft_max_ext": "kq_soft_max", "kqv_merged_cont": "kqv_merged"}  # mia's names of December 2023
+
+
+def name_table(c: Config) -> dict[str, tuple[Op, int | None]]:
+    """Every exact name of a model, in the order of computation, with its op and layer."""
+    def there(table: list[Op], il: int | None) -> Iterator[Op]:
+        found = ["tokens", "x"]
+        for op in table:
+            if c.has(op.part, il):
+                inputs = [next(name for name in one.split("|") if name in found) for one in op.inputs]
+                found.append(op.base)
+                yield op._replace(inputs=tuple(inputs))
+
+    names: dict[str, tuple[Op, int | None]] = {op.base: (op, None) for op in there(BEFORE, None)}
+    names.update({f"{op.base}-{il}": (op, il) for il in range(c.n_layer) for op in there(LAYER, il)})
+    return names | {op.base: (op, None) for op in there(AFTER, None)}
+
+
+def stream(c: Config, il: int) -> str:
+    """The name of the residual stream that layer il gets; for il = n_layer, of what the last layer leaves."""
+    return f"l_out-{il - 1}" if il else "inp_embd" if c.embedding_scale is None else "inp_scaled"
+
+
+def match(pattern: str, names: Mapping[str, Any]) -> list[str]:
+    """Exact names for an exact name, a base name (every layer), a glob or `all`; never a substring.
+
+    `norm` is an exact name, the final norm's: the layers' are `norm-*`. Raises UnknownName with the closest names.
+    """
+    if not isinstance(pattern, str):
+        raise UnknownName(f"a tensor is chosen by its name, such as l_out-3, and not by {short(pattern)}")
+    base, dash, layer = pattern.partition("-")
+    pattern = ALIASES.get(base, base) + dash + layer
+    if pattern in names:
+        return [pattern]
+    hits = [n for n in names if pattern == "all" or fnmatchcase(n, pattern) or n.startswith(f"{pattern}-")]
+    if not hits:
+        bases = dict.fromkeys(n.rpartition("-")[0] or n for n in names)
+        layers = [n for n in names if n.startswith(f"{pattern.partition('-')[0]}-")]
+        hint = given.closest(pattern, [*bases, *names])
+        if layers and layer.isdecimal() and int(layer) >= len(layers):
+            hint = f": this model has layers 0 to {len(layers) - 1}, {layers[0]} to {layers[-1]}"
+        raise UnknownName(f"no tensor is called {pattern!r}{hint}")
+    return hits
