@@ -3,6 +3,7 @@
 Nothing of tinymia takes part in the judge but the ids of the prompts. It knows the shapes from the file's metadata, and
 four ways to change a run: begin at a layer, put in a row, take away a head, look at a part of the stream.
 """
+import gguf
 import numpy as np
 import pytest
 from conftest import real_model
@@ -11,7 +12,6 @@ import tinymia
 from tinymia_lab import ablate, attribute, sweep
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
-import gguf
 
 PROMPTS = [     # clean, corrupt; in the second pair a token stands in front of the words, in the first none
     ("The capital of France is", "The capital of Italy is"),
