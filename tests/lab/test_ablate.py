@@ -184,7 +184,7 @@ def test_a_stopped_run_goes_on_where_it_was(copycat, monkeypatch, tmp_path, stop
     ({"mode": "resample", "other": "France ->", "at": 5}, "position 5 is out of range: the other prompt has 3"),
     ({"at": 11}, "position 11 is out of range: the prompt has 11"), ({"at": [-1, 10]}, "each only once"),
     ({"at": []}, "no position"), ({"layers": "6"}, "layer 6 is out of range"), ({"heads": [4]}, "head 4 is out of"),
-    ({"answer": "Oslo", "against": "Oslo"}, "the same token"), ({"answer": 2048}, "out of range"),
+    ({"answer": "Oslo", "against": "Oslo"}, "are the same: "), ({"answer": 2048}, "out of range"),
     ({"answer": ""}, "no text"),
 ])
 def test_what_is_wrong_is_said(copycat, how, says):

@@ -171,8 +171,8 @@ def test_pictures_add_up(found):
 
 
 @pytest.mark.parametrize("how,words", [
-    ({"answer": "Paris", "against": "Paris"}, "same token"), ({"answer": 9999}, "out of range"),
-    ({"against": " Paris"}, "same token"), ({"position": 11}, "position 11"), ({"neurons": 6}, "layer 6 is out of"),
+    ({"answer": "Paris", "against": "Paris"}, "are the same: "), ({"answer": 9999}, "out of range"),
+    ({"against": " Paris"}, "are the same: "), ({"position": 11}, "position 11"), ({"neurons": 6}, "layer 6 is out of"),
     ({"answer": " "}, "no text"), ({"out": "x.txt"}, "x.txt"),
 ])
 def test_what_is_wrong_is_said(copycat, how, words):

@@ -22,13 +22,14 @@ import tinymia
 import tinymia_kernels
 import tinymia_lab.comparison.llama
 import tinymia_lab.comparison.llama_comparison
+from tinymia_engine.names import AFTER, BEFORE, LAYER
 from tinymia_lab.comparison import compare
 from tinymia_lab.comparison.compare import Feed, Others, distance, divergence
 from tinymia_lab.comparison.edits import Edits
 from tinymia_lab.comparison.llama import Item
-from tinymia_lab.comparison.llama_names import FLASH, FUSED, NAMES, Names, step
+from tinymia_lab.comparison.llama_names import CUT, FLASH, FUSED, NAMES, UNNAMED, Names, step
 from tinymia_lab.comparison.reference import Reference
-from tinymia_lab.comparison.verify import verify, verify_self
+from tinymia_lab.comparison.verify import SelfVerification, Verification, pictures, verify, verify_self
 
 DATA = Path(__file__).parents[1] / "data"
 TEXT = "the quick brown fox jumps over"
@@ -70,8 +71,9 @@ def names(model):
 
 
 def test_every_name_has_a_counterpart_or_a_reason():
-    ours = {name for several in NAMES.values() for name in several}
-    assert ours | set(FUSED) == {n.rpartition("-")[0] or n for n in tinymia.name_table(1)}
+    """In every architecture."""
+    ours = {name for several in NAMES.values() for name in several} | {*CUT.values(), *UNNAMED.values()}
+    assert ours | set(FUSED) == {op.base for op in (*BEFORE, *LAYER, *AFTER)}
     assert set(FLASH) == {"kq", "kq_soft_max", "kqv"}
 
 
@@ -85,12 +87,12 @@ def test_names_that_have_moved(model):
              ("ffn_swiglu-0", "SWIGLU", "ffn_gate_par-0"),
              ("embd", "GET_ROWS", "inp_embd"), ("norm", "RMS_NORM", "norm"), ("l_out-9", "ADD", None)]
     for theirs, op, want in layer:
-        assert ours.ours(theirs, op) == want, (theirs, op)
+        assert ours.ours(theirs, op) == ([want] if want else []), (theirs, op)
 
 
 def test_with_biases_the_sum_has_the_name(load):
     ours = Names(load(bias=True))
-    assert ours.ours("ffn_gate-1", "MUL_MAT") is None and ours.ours("ffn_gate_b-1", "ADD") == "ffn_gate-1"
+    assert ours.ours("ffn_gate-1", "MUL_MAT") == [] and ours.ours("ffn_gate_b-1", "ADD") == ["ffn_gate-1"]
 
 
 def test_with_scales_the_scaled_has_the_name(load, tmp_path):
@@ -104,18 +106,18 @@ def test_with_scales_the_scaled_has_the_name(load, tmp_path):
         return Names(tinymia.load(g.write(tmp_path / "f.gguf"), threads=1))
 
     ours = names(load(bias=True).path, "ffn_gate", "ffn_up")
-    assert ours.ours("ffn_gate-1", "MUL_MAT") is None and ours.ours("ffn_gate_b-1", "ADD") is None
-    assert ours.ours("ffn_gate_s-1", "MUL") == "ffn_gate-1" and ours.ours("ffn_gate_b-0", "ADD") == "ffn_gate-0"
+    assert ours.ours("ffn_gate-1", "MUL_MAT") == ours.ours("ffn_gate_b-1", "ADD") == []
+    assert ours.ours("ffn_gate_s-1", "MUL") == ["ffn_gate-1"] and ours.ours("ffn_gate_b-0", "ADD") == ["ffn_gate-0"]
     ours = names(load().path, "ffn_up")
-    assert ours.ours("ffn_up-1", "MUL_MAT") is None and ours.ours("ffn_up_s-1", "MUL") == "ffn_up-1"
-    assert ours.ours("ffn_gate-1", "MUL_MAT") == "ffn_gate-1"
+    assert ours.ours("ffn_up-1", "MUL_MAT") == [] and ours.ours("ffn_up_s-1", "MUL") == ["ffn_up-1"]
+    assert ours.ours("ffn_gate-1", "MUL_MAT") == ["ffn_gate-1"]
 
 
 def test_steps_are_known_one_by_one():
     for name, op in (("cache_k_l0 (view)", "SET_ROWS"), ("Qcur-0", "MUL_MAT"), ("node_31", "GET_ROWS"),
                      ("kqv-3 (permuted)", "PERMUTE"), ("ffn_down-0", "MUL_MAT")):
         assert step(name, op), name
-    for name, op in (("Qcur_normed-0", "MUL"), ("node_31", "SCALE"), ("ffn_moe_out-0", "ADD")):
+    for name, op in (("Qcur_normed-0", "MUL"), ("node_31", "SOFT_MAX"), ("ffn_moe_out-0", "ADD")):
         assert step(name, op) is None, name
 
 
@@ -234,10 +236,10 @@ def test_self(tiny, model):
     assert verify_self(model, TEXT)["ggml"]["worst"] < 1e-4                    # F32 weights: only the cache is F16
 
 
-def test_self_injected_shows_where_rounding_is_done(tiny):
+def test_self_injected_shows_where_rounding_is_done(tiny, model):
     out = verify_self(tiny(wtype="Q8_0"), prompt(9), only="all", inject=True, threads=1)
     rounding = {r["name"] for r in out["rows"] if r["ggml"]["nmse"] > 1e-9}
-    products = {op.base for op, _ in tinymia.name_table(1).values() if op.op == "mul_mat"}
+    products = {op.base for op, _ in model.table.values() if op.op == "mul_mat"}
     assert {n.partition("-")[0] for n in rounding} == products
     assert all(r["f32"]["nmse"] < 1e-11 for r in out["rows"])
 
@@ -260,7 +262,8 @@ def test_recorded_tensors(recording):
         out = verify(model, TEXT, against=npz, inject=inject)
         assert out["ok"], out["verdict"]
         assert [r["name"] for r in out["rows"]] == names(model) and out["absent"] == []
-        assert out["tokens_equal"] and out["llama_cpp"] and out["lacking"] == FUSED
+        assert out["tokens_equal"] and out["llama_cpp"]
+        assert out["lacking"] == {"ffn_silu": FUSED["ffn_silu"]}
         assert out["tolerance"] == {"F32": (1e-6, 1e-10), "Q8_0": (1e-4, 1e-6)}[npz.stem.split("-")[1]][inject]
     assert out["greedy"]["equal"] == out["greedy"]["of"] == len(model.tokenize(TEXT))
     assert verify(model, TEXT, against=npz, n_predict=8)["output"]["equal"]
@@ -355,7 +358,8 @@ def test_a_fault_is_named(recording, monkeypatch):
     """A wrong op shows where it is made: without inject it is the first of many, with inject the only one."""
     path, npz = recording
     model, right = tinymia.load(path, threads=1), tinymia_kernels.Arithmetic.rope
-    monkeypatch.setattr(tinymia_kernels.Arithmetic, "rope", lambda self, x, cos, sin: right(self, x, cos, -sin))
+    monkeypatch.setattr(tinymia_kernels.Arithmetic, "rope",
+                        lambda self, x, cos, sin, halves: right(self, x, cos, -sin, halves))
     out = verify(model, TEXT, against=npz)
     assert not out["ok"] and out["first"] == "Qcur-0" and sum(r["over"] for r in out["rows"]) > 20
     assert out["verdict"].startswith("DIFFERENT:") and "first Qcur-0" in out["verdict"]
@@ -453,9 +457,58 @@ def test_json(recording, main):
     data = json.loads(out)
     assert status == 0 and data["ok"] and [r["name"] for r in data["rows"]] == ["l_out-1"]
     want = verify(path, TEXT, against=npz, only="l_out-1", threads=1)
-    assert data == json.loads(json.dumps(want))
+    assert data == want.to_json()
     status, out, _ = main("-m", path, "-p", TEXT, "--self", "--json")
     assert status == 0 and json.loads(out)["rows"][0]["ggml"]["nmse"] > 0
+
+
+def test_a_comparison_is_kept_in_a_file_and_drawn_like_every_result(recording, tmp_path, main):
+    """A cell per tensor: the layers are the rows, and what no layer has is in the row called model."""
+    path, npz = recording
+    kept, png, html = (tmp_path / f"x.{suffix}" for suffix in ("npz", "png", "html"))
+    how = ["-m", path, "-p", TEXT, "--against", npz, "-n", 2]
+    status, out, _ = main(*how, "-o", kept, "-o", png, "-o", html)
+    found = Verification.load(kept)
+    assert status == 0 and str(found) + "\n" == out and found.ok and found["ok"] is found.ok
+    assert found.about["command"] == "verify" and found.about["settings"]["n_predict"] == 2
+    (picture,) = pictures(found)
+    assert list(picture.rows) == ["model", "0", "1"] and TEXT in picture.title
+    for row in found.rows:
+        base, _, il = row["name"].rpartition("-") if row["name"][-1].isdigit() else (row["name"], "", "model")
+        cell = picture.rows.index(il), picture.columns.index(base)
+        assert picture.texts[cell[0]][cell[1]] == ("=" if row["identical"] else f"{row['nmse']:.2e}")
+        assert picture.values[cell] == pytest.approx(np.log10(max(row["nmse"], 1e-16)))
+    assert np.isfinite(picture.values).sum() == len(found.rows)
+    assert png.read_bytes()[1:4] == b"PNG" and "distance from llama.cpp" in html.read_text("utf-8")
+
+
+def test_a_verdict_is_not_taken_from_a_file(recording, tmp_path, main):
+    """What is verified is today's program; a file of another run is left as it is."""
+    path, npz = recording
+    kept = tmp_path / "x.json"
+    how = ["-m", path, "-p", TEXT, "--against", npz, "--only", "l_out", "-o", kept]
+    assert main(*how)[0] == 0
+    said = json.loads(kept.read_text())
+    kept.write_text(json.dumps(said | {"ok": False, "verdict": "DIFFERENT: once"}))
+    status, out, _ = main(*how)
+    assert status == 0 and out.splitlines()[-1].startswith("equal: ") and json.loads(kept.read_text()) == said
+    status, out, err = main("-m", path, "-p", TEXT, "--against", npz, "-o", kept)
+    assert status == 2 and out == "" and "holds another run: its settings only" in err
+    assert json.loads(kept.read_text()) == said
+    with pytest.raises(tinymia.Error, match="two outputs would go there"):
+        verify(path, TEXT, against=None, record=npz.with_name("x.npz"), out=npz.with_name("x.npz"), threads=1)
+
+
+def test_self_is_kept_and_drawn_for_both_numerics(tiny, tmp_path, main):
+    kept = tmp_path / "x.json"
+    status, out, _ = main("-m", tiny(wtype="Q8_0"), "-p", TEXT, "--self", "-o", kept)
+    found = SelfVerification.load(kept)
+    assert status == 0 and str(found) + "\n" == out
+    f32, ggml = pictures(found)
+    assert "f32 from float64" in f32.title and "ggml from float64" in ggml.title
+    assert f32.values[np.isfinite(f32.values)].max() < -11 < -7 < ggml.values[np.isfinite(ggml.values)].min()
+    status, out, err = main("-m", tiny(), "-p", TEXT, "--self", "--numerics", "f32")
+    assert status == 2 and "--numerics and --self" in err
 
 
 # ------------------------------------------------------------------------------------------------ actions, twice
