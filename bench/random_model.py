@@ -17,6 +17,7 @@ from tinymia import Error
 from tinymia_files import check_target
 
 N_VOCAB = 32000
+WORDS = "▁Once ▁upon ▁a ▁time ,".split()     # those of the prompt of `start`, which has 6 tokens as with Llama 2's
 
 
 class Shape(NamedTuple):
@@ -65,8 +66,9 @@ def write(path: str, name: str, seed: int = 1) -> None:
     w.add_layer_norm_rms_eps(1e-5)
     w.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    begun = list(dict.fromkeys(word[: i + 1] for word in WORDS for i in range(len(word))))  # words grow by one letter
     w.add_tokenizer_model("llama")
-    w.add_token_list([*pieces, *(f"▁w{i}" for i in range(N_VOCAB - len(pieces)))])
+    w.add_token_list([*pieces, *begun, *(f"▁w{i}" for i in range(N_VOCAB - len(pieces) - len(begun)))])
     w.add_token_scores([0.0] * len(pieces) + [-float(i) for i in range(N_VOCAB - len(pieces))])
     w.add_token_types([2, 3, 3] + [6] * 256 + [1] * (N_VOCAB - len(pieces)))    # unknown, control, byte, normal
     w.add_bos_token_id(1)
