@@ -74,7 +74,7 @@ def test_no_two_files_of_the_lab_import_each_other():
 
 @pytest.mark.parametrize("folder", ["kernels", "engine", "files"])
 def test_no_two_files_below_the_engine_import_each_other(folder):
-    """A package's __init__, which collects what its files have, is no circle with them."""
+    """A package's __init__, which collects names from its files, does not count."""
     assert not circles({name for name in of(folder) if modules()[name].name != "__init__.py"})
 
 

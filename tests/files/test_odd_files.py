@@ -286,7 +286,7 @@ def test_nvfp4(raw, tmp_path, name):
 
 
 def test_unknown_keys_are_named_once(raw, tmp_path, capsys):
-    """On stderr, since they may be meant to change something; what llama.cpp reads for no Llama is no news."""
+    """On stderr, because they may be meant to change something; a key that llama.cpp reads for no Llama is not told."""
     tinymia.load(key("no_such_key", 4, 3)(raw).write(tmp_path / "f.gguf"))
     assert "llama.no_such_key" in capsys.readouterr().err
     tinymia.load(raw.set(PIECES + "suppress_tokens", 9, (5, [3])).write(tmp_path / "f.gguf"))

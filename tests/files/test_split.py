@@ -159,7 +159,7 @@ def test_a_tensor_in_no_part(tiny, tmp_path):
 
 
 def test_a_name_that_says_nothing(parts, tmp_path):
-    """The other parts are found by their names, so a renamed part is no way in."""
+    """The other parts are found by their names, so a file cannot be opened by a renamed part."""
     shutil.copy(parts[0], tmp_path / "renamed.gguf")
     refused(tmp_path / "renamed.gguf", "renamed.gguf", "part 1 of 3", "-00001-of-00003.gguf")
 
