@@ -103,7 +103,8 @@ def verify(
     ids, actions = model.ids(prompt), tinymia.listed(actions)
     only = [only] if isinstance(only, str) else list(only)
     settings = {"only": only, "tolerance": tolerance, "inject": inject, "flash": flash, "repack": repack,
-                "against": against and str(against), "actions": describe(actions), "n_predict": n_predict}
+                "actions": describe(actions), "n_predict": n_predict,
+                "against": None if against is None else str(against)}
     info = about(model, "verify", settings, prompt=prompt)
     resume(out, info, Verification, [*actions, *files_in(against)])     # raises Error for a file that holds another run
     if not 0 < len(ids) + n_predict <= model.config.n_ctx:
@@ -160,7 +161,7 @@ def verify(
     logits: dict[str, Any] = {"kl": None, "greedy": None}
     if found.ours is not None and found.theirs is not None:
         logits = divergence(found.ours, found.theirs)
-    inner = None
+    inner: Verification | None = None
     if by_op:
         inner = verify(model, prompt, only=only, inject=True, flash=flash, repack=repack, against=against,
                        actions=actions, n_predict=n_predict)
@@ -169,8 +170,9 @@ def verify(
         threads=model.threads, passes=1 + found.steps, tokens_equal=outcome.tokens is None or outcome.tokens == ids,
         lacking=lacking, absent=outcome.absent, unknown=dict(outcome.unknown), steps=dict(outcome.steps), **logits,
         output=output(model, model.generate(ids, n_predict, actions).tokens, outcome.output or [], found)
-        if n_predict else None, recorded=record and str(record),
-        by_op=inner and {name: inner[name] for name in BY_OP}, **counts(rows, later), ok=False, verdict="")
+        if n_predict else None, recorded=None if record is None else str(record),
+        by_op=None if inner is None else {name: inner[name] for name in BY_OP}, **counts(rows, later),
+        ok=False, verdict="")
     whole.ok, whole.verdict = judge(whole)
     if out is not None:
         whole.save(out)

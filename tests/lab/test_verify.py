@@ -515,7 +515,7 @@ def test_self_is_kept_and_drawn_for_both_numerics(tiny, tmp_path, main):
 
 
 def edits_of(action, model, ids):
-    """Our tensor after the action, and what lab/edits.py makes of the one before it."""
+    """Our tensor after the action, and what lab/comparison/edits.py makes of the one before it."""
     (name,) = tinymia.match(action.name, model.table)
     before = model.run(ids, keep=[name])[name]
     return model.run(ids, actions=[action], keep=[name])[name], Edits([action], model, len(ids))(name, before), before
