@@ -241,7 +241,7 @@ def test_ctrl_c_prints_what_was_measured(bench, no_llama_cpp, tiny, monkeypatch)
 
 
 @live
-def test_quantise(tiny, capsys, monkeypatch):
+def test_quantise_makes_files_of_other_formats(tiny, capsys, monkeypatch):
     from bench import quantise
 
     source = tiny(wtype="F16", seed=5)

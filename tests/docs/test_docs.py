@@ -81,7 +81,7 @@ def test_every_mode_of_numerics_is_on_its_page():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(page):
+def test_every_link_leads_somewhere(page):
     text = FENCED.sub("", page.read_text("utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = target.partition("#")

@@ -53,7 +53,7 @@ def test_every_tensor_is_llama_cpps(path, arch, name):
 
 @pytest.mark.parametrize("arch", architectures.SHAPES)
 @pytest.mark.parametrize("wtype", ["Q8_0", "Q4_0", "F16"])
-def test_quantised_weights(path, arch, wtype):
+def test_quantised_weights_give_llama_cpps_bits(path, arch, wtype):
     """The first shape of each, in formats whose blocks the matrices that are fused are cut at too."""
     pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install 'tinymia[verify]'", exc_type=ImportError)
     from tinymia_lab.comparison.llama_comparison import verify

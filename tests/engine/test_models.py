@@ -107,7 +107,7 @@ def test_against_the_naive_pass(tiny, family, numerics):
 
 
 @pytest.mark.parametrize("wtype", ["F32", "Q8_0"])
-def test_against_llama_cpp(tiny, family, wtype):
+def test_tensors_and_ids_are_those_of_llama_cpp(tiny, family, wtype):
     """Every tensor of 40 tokens, and the ids of a text."""
     import test_llama  # skips where there is no llama.cpp
 

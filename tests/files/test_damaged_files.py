@@ -185,7 +185,7 @@ def test_zips_that_cannot_be_read_are_errors(readers, tmp_path):
 
 
 @pytest.mark.skipif(not ODD.is_dir(), reason="needs odd-files of the folder `shared` beside the project")
-def test_the_odd_files(readers):
+def test_odd_saved_tensors_are_read_or_refused_by_all_readers(readers):
     _, read = readers
     for path in sorted(ODD.glob("*.np[yz]")):
         for name, reader in read.items():

@@ -271,7 +271,7 @@ NVFP4 = {
 
 
 @pytest.mark.parametrize("name", NVFP4)
-def test_nvfp4(raw, tmp_path, name):
+def test_scales_of_nvfp4_are_judged_as_by_llama_cpp(raw, tmp_path, name):
     change, verdict = NVFP4[name]
     path = change(raw).write(tmp_path / "f.gguf")
     if verdict != OTHER:
@@ -300,7 +300,7 @@ ODD = {"bos_minus1": True, "causal_false": False, "dropped_types": True, "escnam
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_files(name):
+def test_every_odd_file_is_read_or_refused(name):
     path = shared(f"odd-files/{name}.gguf")
     if not ODD[name]:
         return refused(path)

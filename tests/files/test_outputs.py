@@ -282,7 +282,7 @@ def test_a_model_whose_name_is_not_utf8(drawn, tiny, tmp_path):
     assert {"m\ufffd.gguf", "a", "b"} <= {*drawn(tmp_path / "x.png").words}
 
 
-def test_json_is_json(model, tmp_path, capsys):
+def test_json_holds_no_nan_or_infinity(model, tmp_path, capsys):
     from tinymia_files import dumps
     from tinymia_lab.cli import main
 

@@ -100,7 +100,7 @@ def test_a_head_given_what_it_has_changes_nothing(copycat):
     assert np.abs(found.effects).max() < 1e-5
 
 
-def test_answers_by_default(copycat, found):
+def test_the_default_answers_are_the_two_best_tokens(copycat, found):
     """The model's best token against its best one after that."""
     row = copycat.run(PROMPT).logits[-1]
     first, second = np.argsort(-row)[:2]
@@ -192,7 +192,7 @@ def test_what_is_wrong_is_said(copycat, how, says):
         ablate.ablate(copycat, PROMPT, **how)
 
 
-def test_the_command(drawn, tmp_path, capsys):
+def test_the_command_prints_draws_and_keeps(drawn, tmp_path, capsys):
     (tmp_path / "set").write_text("\n".join(SET) + "\n")
     outs = [tmp_path / f"heads{suffix}" for suffix in (".png", ".html", ".npz")]
     args = ["-p", PROMPT, "--answer", "Tallinn", "--mode", "mean", "--prompts", tmp_path / "set", "--metric", "kl"]

@@ -275,7 +275,7 @@ def test_what_is_wrong_is_said(copycat, how, says):
         steer.steer(copycat, PROMPT, **how)
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command_makes_and_uses_a_vector(tmp_path, capsys):
     for name, prompts in (("positive", POSITIVE), ("negative", NEGATIVE)):
         (tmp_path / name).write_text("\n\n".join(prompts) + "\n")
     sets, made = ["--positive", tmp_path / "positive", "--negative", tmp_path / "negative"], tmp_path / "v.gguf"

@@ -144,7 +144,7 @@ def test_formulas_know_the_model(load, how, words):
                                             and op["weight"] is not None) for op in told)
 
 
-def test_interventions_are_seen(copycat):
+def test_the_trace_shows_interventions(copycat):
     told = {op["name"]: op for op in trace(copycat, PROMPT, [2], actions=[tinymia.Scale("ffn_out-2", 0.0)]).ops}
     assert not any(told["ffn_out-2"]["first"]) and told["ffn_gate_par-2"]["norm"] > 0
     assert told["l_out-2"]["first"] == told["ffn_inp-2"]["first"]
@@ -220,7 +220,7 @@ def test_command_tells_layer_0_unless_asked(capsys):
     assert "l_out-5  [" in out and "row 0: " in out and "after <s> comes" in out
 
 
-def test_command_json(capsys, copycat):
+def test_the_command_gives_one_json_object(capsys, copycat):
     assert trace_command(["-p", "France ->", "-t", "1", "--layer", "2", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert len(data["ops"]) == 1 + 21 + 3 and data["layers"] == [2] and data["best"][0][0] == " Italy"
@@ -230,6 +230,6 @@ def test_command_json(capsys, copycat):
     ([], "-p or -f"), (["-p", "x", "--layer", "9"], "layer 9"), (["-p", "x", "--layer", "1", "--all"], "--all"),
     (["-p", "x", "--position", "-9"], "position -9"), (["-p", "x", "-o", "x.png"], ".npz, .json"),
 ])
-def test_command_errors(args, words):
+def test_wrong_flags_of_the_command_are_one_line(args, words):
     status, out, err = command("trace", "-t", 1, *args)
     assert status == 2 and out == "" and err.splitlines()[-1].startswith("error: ") and words in err, err

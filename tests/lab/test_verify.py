@@ -124,7 +124,7 @@ def test_steps_are_known_one_by_one():
 # ------------------------------------------------------------------------------------------------ the machinery
 
 
-def test_distance():
+def test_a_distance_is_relative_and_equal_bits_are_said():
     b = np.array([3, 4], np.float32)
     assert distance(b, b.copy()) == {"nmse": 0.0, "max_abs": 0.0, "identical": True}
     assert distance(b + np.float32([0, 1]), b) == {"nmse": 1 / 25, "max_abs": 1.0, "identical": False}
@@ -137,7 +137,7 @@ def test_distance():
     assert distance(a, b)["max_abs"] == pytest.approx(np.abs(a.astype(float) - b).max())
 
 
-def test_divergence():
+def test_a_divergence_is_kl_and_agreement():
     a = np.array([[0, 0], [2, 1]], np.float32)
     assert divergence(a, a) == {"kl": {"mean": 0.0, "max": 0.0}, "greedy": {"equal": 2, "of": 2}}
     out = divergence(a, np.array([[0, 0], [1, 2]], np.float32))
@@ -225,7 +225,7 @@ def test_the_reference_is_the_naive_one(tiny, how):
         assert got[name].dtype == np.float64 and naive.nmse(got[name], want[name]) < 1e-26, name
 
 
-def test_self(tiny, model):
+def test_self_finds_the_rounding_of_ggml_and_none_in_f32(tiny, model):
     """f32 is the model's own function; ggml's activations of 8 bits are not, and each product adds to it."""
     out = verify_self(tiny(wtype="Q8_0"), TEXT, threads=1)
     assert out["ok"] and out["verdict"].startswith("equal: f32 is the model's own function")
@@ -254,7 +254,7 @@ def test_self_finds_a_fault(tiny, monkeypatch, main):
 # ------------------------------------------------------------------------------------------------ recordings
 
 
-def test_recorded_tensors(recording):
+def test_recorded_tensors_are_ours(recording):
     """Numerics without llama.cpp: every tensor that it had, from the tokens on and op by op."""
     path, npz = recording
     model = tinymia.load(path, threads=1)
@@ -386,7 +386,7 @@ def test_a_name_that_llama_cpp_lacks_is_said(recording, tmp_path, main):
     assert out.splitlines()[-1].startswith("DIFFERENT: llama.cpp has no 'ffn_up-1'")
 
 
-def test_refusals(tiny, recording, tmp_path, main):
+def test_what_cannot_be_compared_is_refused_in_one_line(tiny, recording, tmp_path, main):
     path, npz = recording
     other = tiny(**RECORDED["gqa-F32" if "Q8_0" in str(npz) else "tied-Q8_0"])
     same_shape = tiny(**{**RECORDED[npz.stem], "seed": 5})
@@ -431,13 +431,13 @@ def test_refusals(tiny, recording, tmp_path, main):
         assert err.count("\n") == 1
 
 
-def test_without_llama_cpp(tiny, monkeypatch, main):
+def test_without_llama_cpp_it_says_what_to_install(tiny, monkeypatch, main):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     status, out, err = main("-m", tiny(), "-p", TEXT)
     assert status == 2 and out == "" and "pip install 'tinymia[verify]'" in err
 
 
-def test_the_table(recording, main):
+def test_the_table_has_a_line_per_tensor(recording, main):
     path, npz = recording
     status, out, err = main("-m", path, "-p", TEXT, "--against", npz, "--tolerance", 1)
     lines = [line.split() for line in out.splitlines()]
@@ -451,7 +451,7 @@ def test_the_table(recording, main):
     assert "KL divergence" in out and out.splitlines()[-1].startswith("equal: ")
 
 
-def test_json(recording, main):
+def test_json_is_the_result(recording, main):
     path, npz = recording
     status, out, _ = main("-m", path, "-p", TEXT, "--against", npz, "--only", "l_out-1", "--json")
     data = json.loads(out)
@@ -566,7 +566,7 @@ def test_edits_come_one_after_another(model):
 
 @live
 @pytest.mark.parametrize("wtype", TYPES)
-def test_live_every_type(tiny, wtype):
+def test_live_every_type_is_equal(tiny, wtype):
     model = tinymia.load(tiny(wtype=wtype, n_embd=128, n_ff=160, n_head=8, n_head_kv=2), threads=1)
     for inject in (False, True):
         out = verify(model, prompt(23), inject=inject)
@@ -579,7 +579,7 @@ def test_live_every_type(tiny, wtype):
     dict(bias=True), dict(tied=True, n_head_kv=1), dict(rope_scale=4.0, rope_freqs=True), dict(d_head=80, d_head_v=80),
     dict(rope_base=500000.0, n_head=8, n_head_kv=1), dict(n_embd=96, n_head=2, n_head_kv=1),
 ], ids=lambda how: " ".join(how))
-def test_live_every_feature(tiny, how):
+def test_live_every_feature_is_equal(tiny, how):
     out = verify(tiny(wtype="Q8_0", **how), TEXT, threads=1, n_predict=12)
     assert out["ok"] and not out["unknown"], (out["verdict"], out["unknown"])
     assert out["output"]["equal"] and out["tokens_equal"]
@@ -692,7 +692,7 @@ def test_live_record_then_against(tiny, tmp_path, main):
 
 
 @live
-def test_live_partial_recording(model, tmp_path):
+def test_live_a_partial_recording_compares_what_it_holds(model, tmp_path):
     npz = tmp_path / "r.npz"
     verify(model, TEXT, only=["l_out", "kq-1"], record=npz)
     out = verify(model, TEXT, against=npz)
@@ -725,7 +725,7 @@ def test_live_the_recordings_are_this_llama_cpps(recording, tmp_path):
 
 
 @live
-def test_live_command(tiny):
+def test_live_the_command_runs_as_for_a_user(tiny):
     """As a user runs it, llama.cpp's own chatter kept away."""
     status, out, err = command("verify", "-m", tiny(), "-p", TEXT, "-t", 1, "--only", "l_out", "-n", 3)
     assert status == 0 and "error" not in err and "llama_" not in err

@@ -117,7 +117,7 @@ def test_words_of_the_tasks_are_single_pieces(copycat):
 # ---------------------------------------------------------------------------------------- beyond the post
 
 
-def test_twenty_other_patches(copycat):
+def test_twenty_other_patches_answer_right(copycat):
     """The post's two vectors on countries and sequences that were held out from training on task vectors."""
     tasks, trials = Facts.read().tasks, []
     capital, reverse = tasks["capital"], tasks["reverse-digits"]
@@ -203,7 +203,7 @@ def test_llama_cpp_says_the_same(copycat):
         assert new == ours.generate(prompt, n=12).tokens, prompt
 
 
-def test_what_is_bundled(capsys):
+def test_the_list_of_models_has_the_bundled_one(capsys):
     import json
 
     path = bundled()["copycat"]
