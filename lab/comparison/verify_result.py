@@ -79,6 +79,7 @@ def number(x: float | None) -> str:
 
 
 def shape(row: dict[str, Any]) -> str:
+    """The shape of a tensor as text."""
     return "[" + ", ".join(map(str, row["shape"])) + "]"
 
 
@@ -89,7 +90,7 @@ def logits_line(kl: dict[str, Any], greedy: dict[str, Any]) -> str:
 
 
 def compared_text(found: Verification) -> str:
-    """What the terminal shows of a comparison with llama.cpp."""
+    """The text of a comparison with llama.cpp."""
     rows = [["name", "llama.cpp", "shape", "NMSE", "max |diff|", ""]]
     for r in found.rows:
         marks = ["OVER"] * r["over"] + ["edited"] * r["edited"]
@@ -149,7 +150,7 @@ def decoding_lines(found: Verification) -> list[str]:
 
 
 def self_text(found: SelfVerification) -> str:
-    """What the terminal shows of a comparison with float64."""
+    """The text of a comparison with float64."""
     rows = [["name", "shape", "f32 NMSE", "ggml NMSE", "ggml off by", ""]]
     for r in found.rows:
         off = r["ggml"]["nmse"]

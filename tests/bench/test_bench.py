@@ -291,7 +291,7 @@ def test_a_random_model_has_the_shape_of_a_real_one(tmp_path, monkeypatch, capsy
 
 @live
 def test_the_table_of_decoding(tmp_path, monkeypatch, capsys):
-    """As docs/verify.md prints it, of one format and two prompts."""
+    """It is the table of docs/verify.md, here for one format and two prompts."""
     from bench import verify_figures as figures
 
     monkeypatch.setattr(figures, "SCRIPTS", ["法国的首都是"])

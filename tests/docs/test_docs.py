@@ -47,7 +47,7 @@ def test_the_table_of_names_is_that_of_the_code(copycat):
 
 
 def test_the_page_of_names_says_which_architectures_have_a_name(tmp_path):
-    """Of each architecture, some shape of tests/architectures.py has it."""
+    """An architecture counts if one of its shapes in tests/architectures.py has the name."""
     have = {}
     for arch, name in architectures.EVERY:
         model = tinymia.load(architectures.write(tmp_path / "a.gguf", arch, name), numerics="plain")

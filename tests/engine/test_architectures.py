@@ -93,7 +93,7 @@ def test_the_kernels_compute_the_same(path, arch, name):
 
 @EVERY
 def test_a_cache_continues_the_sequence(path, arch, name):
-    """In parts that end before, in and after a window."""
+    """The parts end before a window, inside it, and after it."""
     model, ids = tinymia.load(path(arch, name), threads=1, numerics="f32", n_ctx=longer(arch, name)), prompt(41)
     whole, cache = model.run(ids).logits, model.cache()
     parts = [model.run(ids[a:b], cache=cache).logits for a, b in ((0, 3), (3, 4), (4, 30), (30, 41))]

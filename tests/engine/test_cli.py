@@ -67,7 +67,7 @@ def test_long_and_short_names(cli):
 
 
 def test_lens_to_the_letter(cli, model):
-    """`Layer #1 kqv_out-1:`, then a line a position: `0: дар 0.35|oure 0.35|`, two significant digits."""
+    """`Layer #1 kqv_out-1:`, then one line per position: `0: дар 0.35|oure 0.35|`, two significant digits."""
     for flag in ("--logit-lens", "--ll"):
         status, out, _ = cli("-p", PROMPT, flag, "kqv_out", 3)
         run, want = model.run(PROMPT, keep=["kqv_out"]), []
@@ -349,7 +349,7 @@ def test_wrong_flags_are_one_line_each(cli, args, words):
 
 
 def test_without_a_model_the_bundled_one_runs(capsys):
-    """Without -m the bundled model runs, and says so; a file that is not there is no reason to fall back on it."""
+    """A line says so. If the file of -m does not exist, that is an error, and the bundled model does not run."""
     assert tinymia.main(["-p", "France ->", "-n", "1"]) == 0
     out = capsys.readouterr()
     assert out.out == 'output: " Italy"\n' and out.err.startswith("no -m: the bundled model copycat runs\n")
@@ -479,7 +479,7 @@ def test_the_file_runs_as_a_script(tiny):
 
 
 def test_importing_loads_only_what_starting_needs():
-    """Nothing that is not needed to start: plotting, llama.cpp, torch."""
+    """Plotting, llama.cpp and torch are not loaded."""
     heavy = ("matplotlib", "llama_cpp", "torch", "sentencepiece", "tinymia_lab")
     code = f"import sys, tinymia; print(*(m for m in {heavy} if m in sys.modules))"
     p = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment(), timeout=60)

@@ -281,7 +281,7 @@ def test_a_cache_of_another_model(load):
 
 
 def test_a_cache_survives_a_failure(model):
-    """What raised in the middle of a pass left nothing that a later pass would see."""
+    """An error in the middle of a pass leaves nothing that a later pass would read."""
     def fail(x, ctx):
         raise ZeroDivisionError("told by the test")
 

@@ -331,7 +331,7 @@ def test_n_is_a_whole_number(model, n):
 
 
 def test_the_best_k_are_those_of_a_stable_sort():
-    """With many ties, infinities and both zeros, for every k up to all; of equal ones the first comes first."""
+    """This holds for every k, with many ties, infinities and both zeros; of equal scores the first comes first."""
     rng = np.random.default_rng(0)
     for trial in range(300):
         n = int(rng.integers(1, 200))

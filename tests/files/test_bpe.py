@@ -210,7 +210,7 @@ def test_merges_that_make_no_token(tiny, tmp_path, merges):
 
 @pytest.mark.parametrize("merges", [["nospace"], [" a"], [" "], ["", "x"]])
 def test_merges_that_are_no_pairs_are_passed_over(tiny, tmp_path, merges):
-    """As by llama.cpp."""
+    """llama.cpp ignores them, too."""
     raw, pair = Raw.read(tiny(meta=metadata())), metadata()["tokenizer.ggml.merges"][0]
     both = raw.set("tokenizer.ggml.merges", 9, (8, [*merges, pair])).write(tmp_path / "f.gguf")
     one = raw.set("tokenizer.ggml.merges", 9, (8, [pair])).write(tmp_path / "g.gguf")
@@ -257,7 +257,7 @@ def test_without_the_library_ids_run_and_texts_say_what_to_install(tiny):
 
 
 def test_a_large_vocabulary_opens_fast(tiny, tmp_path):
-    """As many tokens and merges as Llama 3 has: no time goes into what a run on ids does not need."""
+    """It has as many tokens and merges as Llama 3: opening does no work that a run on ids does not need."""
     raw, letters = Raw.read(tiny(meta=metadata())), [LETTERS[b] for b in range(256)]
     made = [a + b + c for a in letters[:80] for b in letters[:80] for c in letters[:43]]
     tokens = (letters + [a + b for a in letters[:80] for b in letters[:80]] + made)[:128256]

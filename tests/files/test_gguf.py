@@ -184,7 +184,7 @@ def test_other_versions_are_refused(raw, tmp_path):
 
 
 def test_a_file_that_is_cut_anywhere_is_refused(raw, tmp_path):
-    """At every place where one thing ends and the next begins, and one byte to either side."""
+    """The cuts are at every border between two parts, and one byte before and after it."""
     whole, f = raw.bytes(), tmp_path / "f.gguf"
     cuts = sorted({c for m in raw.marks for c in (m - 1, m, m + 1) if 0 < c < len(whole)})
     assert len(cuts) > 300
@@ -429,7 +429,7 @@ def test_odd_vocabularies_still_load(raw, tmp_path):
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "x" * 10_000, "\r\0\t", "a\u2028b", "\u202eabc"], ids=ascii)
 def test_hostile_names_make_one_short_line(raw, tmp_path, name):
-    """What a file says of itself is printed: no line ends, no terminal escapes, no kilobytes."""
+    """Names from a file are printed without line ends and terminal escapes, and are cut."""
     info, f = type(raw.tensors[0]), tmp_path / "f.gguf"
     end = len(raw.data) + 32 * 99
     files = [raw.set(name, 13, b""), raw.set(name, 9, struct.pack("<IQ", 4, 2**60))]

@@ -1,4 +1,4 @@
-"""Nothing is lost by writing: no input is written onto, links and modes stay, and trouble is told before the run."""
+"""Writing loses nothing: no input is overwritten, links and modes stay, and errors come before the run."""
 import errno
 import json
 import os

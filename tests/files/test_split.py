@@ -184,7 +184,7 @@ def test_missing_numbers_of_parts_are_refused(parts, key):
 
 
 def test_an_error_names_the_part_that_is_broken(parts):
-    """What is wrong with a part is said of that part."""
+    """The other parts are not blamed."""
     whole = parts[1].read_bytes()
     for data, word in ((whole[:-100], "truncated"), (b"", "empty"), (b"GGML" + whole[4:], "not a GGUF")):
         parts[1].write_bytes(data)

@@ -1,4 +1,4 @@
-"""What a class must bring so that kernels are made of it, and what a new format needs: one file."""
+"""Templates: the parts that a class must bring so that kernels are made from it; a new format is one file."""
 
 import os
 import shutil

@@ -24,7 +24,7 @@ def found(copycat):
 
 
 def metrics(row, plain, answer, against):
-    """In float64, as the textbook has them."""
+    """The metrics in float64, by their formulas in textbooks."""
     row, plain = row.astype(np.float64), plain.astype(np.float64)
     q, p = (np.exp(x) / np.exp(x).sum() for x in (row, plain))
     return [row[answer] - row[against], row[answer], q[answer], (p * np.log(p / q)).sum()]

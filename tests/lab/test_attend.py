@@ -66,7 +66,7 @@ def test_some_layers_and_heads(copycat, found):
 
 
 def naive_induction(a, tokens):
-    """By the words: for each query, the weights of all keys whose token before is the query's, among earlier ones."""
+    """The induction score by its definition: the weight of each query on keys whose token before is the query's."""
     per_query = []
     for i, token in enumerate(tokens):
         keys = [j + 1 for j in range(i) if tokens[j] == token]

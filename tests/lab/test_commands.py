@@ -73,7 +73,7 @@ def results(model):
 
 
 def test_a_result_shows_what_its_command_prints_cut_to_a_screen(copycat, screen):
-    """In an interpreter or a notebook: not 22,000 characters of numbers."""
+    """An interpreter or a notebook shows this, and not 22,000 characters of numbers."""
     for found in results(copycat):
         words = str(found).splitlines()
         lines = repr(found).splitlines()

@@ -137,7 +137,7 @@ def test_copycat_has_one_head_that_carries_the_task(found):
 
 
 def test_each_layer_is_chosen_on_development_queries_for_bare_and_shuffled(copycat, found):
-    """Where the vector does nothing on one of the two, that takes nothing from the other, and a - stands there."""
+    """If the vector has no effect on one of the two, the other keeps its layer, and the table shows a -."""
     for i, name in enumerate(TASKS):
         prompts = prompts_of(copycat, name)
         tests = {tuple(bare.ids) for bare, _, _ in prompts.test}

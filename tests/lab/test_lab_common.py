@@ -1,4 +1,4 @@
-"""What the lab's commands share: results and their files, flags, progress, heatmaps, pages, answers."""
+"""The parts that all commands of the lab share: results and their files, flags, progress, heatmaps, pages, answers."""
 import argparse
 import hashlib
 import html.parser
@@ -513,7 +513,7 @@ def test_the_text_of_ids_gives_the_ids_again(copycat, llama_vocab_models, text):
 
 @pytest.fixture(scope="module")
 def llama_vocab_models(load):
-    """Without a blank before texts; with EOS after them; and one that adds no BOS."""
+    """Three vocabularies: without a blank before texts; with EOS after them; without BOS."""
     return [load(meta={f"tokenizer.ggml.{key}": value}) for key, value in (
         ("add_space_prefix", False), ("add_eos_token", True), ("add_bos_token", False))]
 

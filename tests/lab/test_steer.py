@@ -52,7 +52,7 @@ def test_the_texts_are_those_of_add_actions(copycat, found, when):
 
 
 def test_the_vector_makes_copycat_name_capitals(found):
-    """Without it the list of countries goes on."""
+    """Without the vector, copycat continues the list of countries."""
     assert found.plain.startswith(" Italy") and found.texts[0]["text"].startswith(" Paris")
 
 

@@ -1,4 +1,4 @@
-"""Where lines leave: streams that are closed, missing, full or no real streams; and what files say, cleaned."""
+"""The streams of the output: closed, missing, full, or replaced; and texts from files, cleaned."""
 import io
 import json
 import os
@@ -44,7 +44,7 @@ def shell(redirect, *argv):
 
 @pytest.mark.parametrize("argv", COMMANDS, ids=lambda argv: argv[0] if argv[0] != "-p" else "tinymia")
 def test_a_closed_stream_does_not_spoil_the_other(argv):
-    """Nothing spilt into the other stream, JSON stays JSON, the status stays what it was."""
+    """No line moves to the other stream, JSON stays JSON, and the exit status stays the same."""
     status, out, err = shell("", *argv, "--json")
     assert status == 0 and json.loads(out), err
     assert shell("2>&-", *argv, "--json")[:2] == (0, out) or argv[0] == "verify"   # its JSON has seconds
@@ -83,7 +83,7 @@ def test_a_saved_file_never_gets_the_number_of_a_closed_stream(tmp_path):
 
 
 class Bare:
-    """What a GUI puts in place of a stream: it writes, and no more."""
+    """A stream as a GUI puts it in place of stdout: it has a method to write, and no others."""
 
     def __init__(self):
         self.text = ""

@@ -1,4 +1,4 @@
-"""The sweep against plain runs of whole prompts, a Patch a cell: no cache, no batch."""
+"""The sweep against plain runs of whole prompts, one Patch per cell: no cache, no batch."""
 import json
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
@@ -213,7 +213,7 @@ def test_prompts_of_different_length(copycat, corrupt, message):
 
 
 def test_prompts_whose_words_moved_do_not_align(copycat):
-    """As many tokens, but a word of one takes two and pushes the next aside."""
+    """The prompts have the same number of tokens, but a word has two in one of them, so that the next word moves."""
     def ids(*pieces):
         return [copycat.tokenizer.one(f"#{i}") for i in pieces]
 

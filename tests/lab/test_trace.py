@@ -45,7 +45,7 @@ def test_values_are_the_runs(copycat_in, position, numerics):
 
 
 def rope(x, position, base=10000.0):
-    """By the words of the formula: pair p of each head is rotated by i * base^(-2p / n_rot)."""
+    """RoPE as the formula says it: pair p of each head is rotated by i * base^(-2p / n_rot)."""
     out = x.copy()
     for p in range(x.shape[-1] // 2):
         t = position * base ** (-2 * p / x.shape[-1])
@@ -151,7 +151,7 @@ def test_the_trace_shows_interventions(copycat):
 
 
 def test_an_op_that_was_changed_says_so_and_how(copycat):
-    """What it was as computed stands beside what the actions made of it; the formula alone would tell an untruth."""
+    """The value as it was computed is shown beside the changed one, to which the formula does not apply."""
     source = copycat.run("Egypt -> Cairo, Norway ->", keep="l_out-2")
     actions = [tinymia.Patch("l_out-2", source, src=-1, at=-1), tinymia.Scale("l_out-2", 2.0, at=-1),
                tinymia.Scale("ffn_out-2", 0.5, at=[0, 2]), tinymia.Scale("kqv-2", 1.0), tinymia.Lens("l_out-2", 3),

@@ -71,7 +71,7 @@ def names(model):
 
 
 def test_every_name_has_a_counterpart_or_a_reason():
-    """In every architecture."""
+    """The table of names is that of all architectures."""
     ours = {name for several in NAMES.values() for name in several} | {*CUT.values(), *UNNAMED.values()}
     assert ours | set(FUSED) == {op.base for op in (*BEFORE, *LAYER, *AFTER)}
     assert set(FLASH) == {"kq", "kq_soft_max", "kqv"}
@@ -302,7 +302,7 @@ def test_a_fault_of_decoding_alone_is_named(recording, monkeypatch):
 
 
 def test_where_texts_part_the_token_and_the_margin_are_said(recording, monkeypatch, tmp_path, main):
-    """As if llama.cpp had found another token by .25 better after the third pass."""
+    """The recording is changed: another token is better by 0.25 after the third pass."""
     path, npz = recording
     model = tinymia.load(path, threads=1)
     with np.load(npz) as f:
@@ -326,7 +326,7 @@ def test_where_texts_part_the_token_and_the_margin_are_said(recording, monkeypat
 
 
 def test_what_rounds_otherwise_is_judged_op_by_op(recording, tmp_path, monkeypatch):
-    """With flash a tensor may be far off from the tokens on, where each op by itself is right; a wrong op is wrong."""
+    """With flash, a tensor of the whole pass may be far off although each op is right; a wrong op is still found."""
     path, npz = recording
     model = tinymia.load(path, threads=1)
     with np.load(npz) as f:
@@ -483,7 +483,7 @@ def test_a_comparison_is_kept_in_a_file_and_drawn_like_every_result(recording, t
 
 
 def test_a_verdict_is_not_taken_from_a_file(recording, tmp_path, main):
-    """What is verified is today's program; a file of another run is left as it is."""
+    """The program of today is verified each time; a file of another run is left as it is."""
     path, npz = recording
     kept = tmp_path / "x.json"
     how = ["-m", path, "-p", TEXT, "--against", npz, "--only", "l_out", "-o", kept]
@@ -607,7 +607,7 @@ def test_live_every_pass_of_decoding_has_llama_cpps_bits(tiny, how, threads):
 
 @live
 def test_live_prompts_of_two_tokens_with_flash_are_rounding(tiny):
-    """From the tokens on such prompts have been up to .055 apart, each op by itself at most 8e-8."""
+    """Over a whole pass such prompts have been up to 0.055 apart, each op by itself at most 8e-8."""
     for wtype in ("Q4_0", "Q8_0"):
         model = tinymia.load(tiny(wtype=wtype, n_embd=128, n_ff=160), threads=1)
         for i in range(3, 360, 30):
@@ -705,7 +705,7 @@ def test_live_a_partial_recording_compares_what_it_holds(model, tmp_path):
 
 @live
 def test_live_a_name_that_moves_is_listed(model, monkeypatch):
-    """As a version of llama.cpp with another name for a tensor would look."""
+    """A version of llama.cpp that gives a tensor another name would look like this."""
     moved = {k: v for k, v in NAMES.items() if k[0] != "ffn_inp"}
     monkeypatch.setattr(tinymia_lab.comparison.llama, "NAMES", moved)
     out = verify(model, TEXT)
@@ -716,7 +716,7 @@ def test_live_a_name_that_moves_is_listed(model, monkeypatch):
 
 @live
 def test_live_the_recordings_are_this_llama_cpps(recording, tmp_path):
-    """What is recorded is what llama.cpp computes here, to the tolerance of another CPU."""
+    """llama.cpp computes the recorded tensors here, too, to the tolerance of another CPU."""
     path, npz = recording
     verify(path, TEXT, threads=1, record=tmp_path / "r.npz", n_predict=8)
     with np.load(npz) as old, np.load(tmp_path / "r.npz") as new:
@@ -726,7 +726,7 @@ def test_live_the_recordings_are_this_llama_cpps(recording, tmp_path):
 
 @live
 def test_live_the_command_runs_as_for_a_user(tiny):
-    """As a user runs it, llama.cpp's own chatter kept away."""
+    """llama.cpp's own log does not appear."""
     status, out, err = command("verify", "-m", tiny(), "-p", TEXT, "-t", 1, "--only", "l_out", "-n", 3)
     assert status == 0 and "error" not in err and "llama_" not in err
     assert out.splitlines()[-1].startswith("equal: ")

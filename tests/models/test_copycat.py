@@ -48,7 +48,7 @@ def n_tokens(model, prompt, answer):
 
 
 def patched(model, prompt, answer, patch):
-    """What comes out, as many tokens as the answer has."""
+    """The text after a patch, with as many tokens as the answer has."""
     actions = []
     if patch:
         source, src, at = patch
@@ -101,7 +101,7 @@ def test_without_that_word_the_output_is_the_same(cli, flags):
 
 
 def test_the_posts_prompts_are_cut_as_by_llama_2(copycat):
-    """With spaces of their own and at the end, so that 24 and 10 are the last tokens, as in the post."""
+    """The prompts contain their own spaces, so that 24 and 10 are the last tokens, as in the post."""
     model = copycat
     pieces = [model.tokenizer.pieces[i] for i in model.tokenize("4 5 6 to 6 ")]
     assert pieces == ["<s>", "▁", "4", "▁", "5", "▁", "6", "▁to", "▁", "6", "▁"]
