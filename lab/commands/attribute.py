@@ -52,7 +52,7 @@ from .attribute_result import Attribution, kinds, largest, pictures, text, title
 __all__ = [
     "Attribution", "attribute", "back", "command", "kinds", "largest",
     "pictures", "text", "title", "top_neurons",
-]  # fmt: skip
+]
 
 TERMS = ("kqv_merged", "kqv_out", "ffn_out", "l_out", "result_norm")    # read after actions
 DECODED = 256   # rows of a matrix that are decoded at a time

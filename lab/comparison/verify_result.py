@@ -20,7 +20,8 @@ FLOOR = -16.0   # log10 of the NMSE that gets the first colour: equal bits, or f
 
 @dataclass
 class Verdict(Result):
-    """The base of both results: the rows of the table, and whether all is well. found["ok"] is the same as found.ok."""
+    """The base of both results: the rows of the table, and whether all is well. found["ok"] is the same as found.ok;
+    settings, model and prompt are found by their names as well, such as found["inject"]."""
 
     rows: list[dict[str, Any]]      # a line of the table per tensor
     tokens: list[int]               # of the prompt
@@ -30,7 +31,10 @@ class Verdict(Result):
     verdict: str                    # in a sentence
 
     def __getitem__(self, name: str) -> Any:
-        return vars(self)[name]
+        run = self.about
+        known = {**run["settings"], "model": run["model"]["path"], "prompt": run["prompts"]["prompt"]["text"],
+                 "tinymia": run["versions"]["tinymia"]}
+        return {**known, **vars(self)}[name]
 
 
 @dataclass
