@@ -68,17 +68,18 @@ def prompt_flags(g: argparse._ActionsContainer) -> None:
 
 def parser(
     command: str, description: str, epilog: str = "", pictures: Sequence[str] = PICTURES, numerics: str = "f32",
-    results: Sequence[str] = RESULTS,
+    results: Sequence[str] = RESULTS, resumes: bool = True,
 ) -> Parser:
     """Make the parser of a command, with the flags that every command of the lab has.
 
-    pictures: suffixes of the files that the command draws; results: suffixes of those that keep its result.
+    pictures: suffixes of the files that the command draws; results: suffixes of those that keep its result,
+    from which a stopped run continues if it `resumes`.
     """
     p = Parser(f"tinymia {command}", description=description, epilog=epilog, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.set_defaults(specs=[], kinds=(*results, *pictures))
     model_flags(p, numerics)
-    kept = [f"{' or '.join(results)} keeps the result, and long work goes on from there"] * bool(results)
+    kept = [f"{' or '.join(results)} keeps the result" + ", and long work goes on from there" * resumes] * bool(results)
     drawn = [f"{', '.join(pictures)} the picture"] * bool(pictures)
     p.add_argument("-o", "--out", action="append", type=Output, default=[], metavar="FILE",
                    help=f"{'; '.join(kept + drawn)}; more than once")

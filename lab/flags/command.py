@@ -59,10 +59,11 @@ class Command:
     numerics: str = "f32"                                           # default: ggml's rounding is as large as many
                                                                     # effects that the lab measures
     status: Callable[[Any], int] = well                             # the exit status for a result
+    resumes: bool = True                                            # whether a kept result is continued, or made anew
 
     def parser(self) -> Parser:
         """Make the parser, with the flags of every command and those of this one."""
-        p = parser(self.name, self.about, self.epilog, self.drawn, self.numerics, self.results)
+        p = parser(self.name, self.about, self.epilog, self.drawn, self.numerics, self.results, self.resumes)
         p.set_defaults(kinds=tuple(dict.fromkeys([*self.results, *self.drawn, *self.writers])))
         self.add_flags(p)
         return p
