@@ -77,6 +77,6 @@ def status(found: Verdict) -> int:
 
 
 command = Command(
-    "verify", "Compare every tensor with llama.cpp's, computed in the same process.\nExit status: 0 equal, 1 different, "
-    "2 for an error. docs/verify.md explains the numbers.", add_flags, run, text, pictures, before=before,
+    "verify", "Compare every tensor with llama.cpp's, computed in the same process.\nExit status: 0 equal, 1 different,"
+    " 2 for an error. docs/verify.md explains the numbers.", add_flags, run, text, pictures, before=before,
     status=status, numerics="ggml", resumes=False)
