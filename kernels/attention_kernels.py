@@ -196,7 +196,8 @@ class F32Attention(CachedAttention):
 
 F16Attention.stamp()
 F32Attention.stamp()
-KERNELS: dict[np.dtype, type[CachedAttention]] = {
-    np.dtype(np.float16): F16Attention,
-    np.dtype(np.float32): F32Attention,
+# By the type of a cache: the kernels, and the type as which they take it (numba has no float16 arrays).
+KERNELS: dict[np.dtype, tuple[type[CachedAttention], type | None]] = {
+    np.dtype(np.float16): (F16Attention, np.uint16),
+    np.dtype(np.float32): (F32Attention, None),
 }
