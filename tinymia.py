@@ -297,21 +297,23 @@ class Cache:
 Start = tuple[int, np.ndarray] | None   # (il, x): a pass begins at layer il on the residual x
 
 
-def normed(t: Tap, o: Any, eps: float, base: str, name: str, il: int | None, x: np.ndarray, weight: Any) -> np.ndarray:
-    """x divided by its root mean square, then times a weight; x as it is where the model has no such norm."""
-    if weight is None:
-        return x
-    x = t(base, il, o.rms_norm(x, eps, weight.ndim))
-    return t(name, il, x * weight)
+def norms(t: Tap, o: Any, eps: float) -> Callable[..., np.ndarray]:
+    """The function that norms x in a pass: its two steps have the names `base` and `name`."""
+    def norm(base: str, name: str, il: int | None, x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+        if weight is None:          # the model has no such norm: x stays as it is
+            return x
+        x = t(base, il, o.rms_norm(x, eps, weight.ndim))
+        return t(name, il, x * weight)
+    return norm
 
 
-def scales(c: Config, positions: np.ndarray, dtype: np.dtype) -> tuple[Any, Any, Any]:
+def scales(m: Model, positions: np.ndarray) -> tuple[Any, Any, Any]:
     """Factors of the queries by position, [n_tok, 1, 1], of all queries, and of the scores; None for those that a
     model does without."""
-    heat, scale = None, c.scale(dtype)
+    c, heat = m.config, None
     if c.temperature is not None:
-        heat = (np.log(positions // c.n_original + 1) * c.temperature + 1).astype(dtype)[:, None, None]
-    return (heat, scale, 1.0) if c.scale_queries else (heat, None, scale)
+        heat = (np.log(positions // c.n_original + 1) * c.temperature + 1).astype(m.dtype)[:, None, None]
+    return (heat, m.scale, 1.0) if c.scale_queries else (heat, None, m.scale)
 
 
 def forward(m: Model, tokens: np.ndarray, cache: Cache, t: Tap, start: Start = None, last: bool = False) -> np.ndarray:
@@ -321,11 +323,11 @@ def forward(m: Model, tokens: np.ndarray, cache: Cache, t: Tap, start: Start = N
     residual x [n_tok, n_embd] (the cache then gets keys and values of the layers from il on only).
     """
     c, w, o, n_tok = m.config, m.weights, cache.ops(m.ops), len(tokens)     # o: the functions above or kernels/'s
-    norm, act, open_gate = partial(normed, t, o, c.eps), f"ffn_{c.act}", getattr(o, c.act)
+    norm, act, open_gate = norms(t, o, c.eps), f"ffn_{c.act}", getattr(o, c.act)
     positions = cache.positions(n_tok)                                              # [n_tok]
     cache.reserve(n_kv := int(positions[-1]) + 1)
     turns = [(*o.rope_angles(positions, r, w.rope_freqs), r.halves) for r in c.ropes]           # [n_tok, n_rot / 2]
-    heat, q_scale, kq_scale = scales(c, positions, m.dtype)
+    heat, q_scale, kq_scale = scales(m, positions)
     grow, factor, cap = c.embedding_scale, c.residual_scale, c.attn_soft_cap        # None where the model has none
     first, x = start or (0, t("inp_embd", None, o.embed(w.token_embd, tokens)))     # [n_tok, n_embd]
     x = x if grow is None or start else t("inp_scaled", None, x * grow)             # [n_tok, n_embd]
@@ -538,6 +540,7 @@ class Model:
         self.tokenizer = read_tokenizer(meta, self.path)
         self.template = meta.get("tokenizer.chat_template")
         self.dtype = np.dtype(dtype)
+        self.scale = self.config.scale(self.dtype)
         self.ops: Any = plain(self.dtype) if numerics == "plain" else fast(threads, numerics)
         self.threads = self.ops.threads
         self.table = name_table(self.config)

@@ -33,7 +33,7 @@ def _cache(name: str, cache: np.ndarray, cap_axis: int, n_kv: int, n_head: int):
 
     ValueError unless the cache has room for n_kv positions and fits n_head query heads.
     """
-    kernels, bits = KERNELS.get(cache.dtype, (None, None))
+    kernels = KERNELS.get(cache.dtype)
     if kernels is None or cache.ndim != 3 or not cache.flags.c_contiguous:
         wrong = f"{cache.dtype} {cache.shape}"
         raise ValueError(f"{name} is a contiguous float16 or float32 array of 3 dimensions, not {wrong}")
@@ -42,7 +42,7 @@ def _cache(name: str, cache: np.ndarray, cap_axis: int, n_kv: int, n_head: int):
         raise ValueError(f"{name} has room for {cap} positions; {n_kv} are needed, and a multiple of 16")
     if cache.shape[0] == 0 or n_head % cache.shape[0]:
         raise ValueError(f"{n_head} query heads are not a multiple of the {cache.shape[0]} heads of {name}")
-    return kernels, cache if bits is None else cache.view(bits)
+    return kernels, cache.view(kernels.bits)
 
 
 def _alone(n_tok: int, alone: bool | None) -> bool:
