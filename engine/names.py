@@ -1,7 +1,7 @@
-"""The names of what `forward` computes: a table, what of it a model has, and which names a pattern means.
+"""The names of the tensors that `forward` computes: the table of all, those that a model has, and patterns of names.
 
-The order is that of the computation. Most names are those that llama.cpp's callback `cb` gives; where it gives none, or
-one name to several tensors, docs/names.md says so.
+The table is in the order of computation. Most names are those of llama.cpp. It leaves some tensors without a name, and
+gives others the same one: docs/names.md says which.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from . import given
 
 
 class Op(NamedTuple):
-    """One line of the table below, as it holds in one layer of a model."""
+    """A line of the table below, as it applies to one layer of a model."""
 
     base: str                   # name without its layer
     op: str                     # ggml's name of the operation
     dims: tuple[str, ...]       # shape in NumPy's order
-    inputs: tuple[str, ...]     # x is the residual stream; of names with | between them, the first that is there
+    inputs: tuple[str, ...]     # x is the residual stream; A|B is A, or B in a model that has no A
     weight: str | None          # GGUF name without blk.L. and .weight
-    part: str                   # what a model must have for it: Config.has; - where all do
+    part: str                   # the part that a model must have for this line (Config.has); -: all models have it
 
 
 def _ops(table: str) -> list[Op]:
@@ -106,14 +106,15 @@ def name_table(c: Config | int) -> dict[str, tuple[Op, int | None]]:
 
 
 def stream(c: Config, il: int) -> str:
-    """The name of the residual stream that layer il gets; for il = n_layer, of what the last layer leaves."""
+    """The name of the residual stream that layer il reads; for il = n_layer, that of the last layer's output."""
     return f"l_out-{il - 1}" if il else "inp_embd" if c.embedding_scale is None else "inp_scaled"
 
 
 def match(pattern: str, names: Mapping[str, Any]) -> list[str]:
     """Exact names for an exact name, a base name (every layer), a glob or `all`; never a substring.
 
-    `norm` is an exact name, the final norm's: the layers' are `norm-*`. Raises UnknownName with the closest names.
+    `norm` is an exact name, that of the final norm; `norm-*` are those of the layers. Raises UnknownName, which gives
+    the closest names.
     """
     if not isinstance(pattern, str):
         raise UnknownName(f"a tensor is chosen by its name, such as l_out-3, and not by {short(pattern)}")

@@ -53,7 +53,7 @@ def test_every_tensor_is_llama_cpps(path, arch, name):
 
 @pytest.mark.parametrize("arch", architectures.SHAPES)
 @pytest.mark.parametrize("wtype", ["Q8_0", "Q4_0", "F16"])
-def test_quantised_weights(path, arch, wtype):
+def test_quantised_weights_give_llama_cpps_bits(path, arch, wtype):
     """The first shape of each, in formats whose blocks the matrices that are fused are cut at too."""
     pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install 'tinymia[verify]'", exc_type=ImportError)
     from tinymia_lab.comparison.llama_comparison import verify
@@ -93,7 +93,7 @@ def test_the_kernels_compute_the_same(path, arch, name):
 
 @EVERY
 def test_a_cache_continues_the_sequence(path, arch, name):
-    """In parts that end before, in and after a window."""
+    """The parts end before a window, inside it, and after it."""
     model, ids = tinymia.load(path(arch, name), threads=1, numerics="f32", n_ctx=longer(arch, name)), prompt(41)
     whole, cache = model.run(ids).logits, model.cache()
     parts = [model.run(ids[a:b], cache=cache).logits for a, b in ((0, 3), (3, 4), (4, 30), (30, 41))]
