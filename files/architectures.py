@@ -32,9 +32,10 @@ class Architecture:
     norms: str = "attn_norm ffn_norm"   # norms of a layer that have a weight, by its GGUF name
     wide_norms: bool = False            # queries and keys are normed over all heads together, not each head by itself
     biases: str = QKV                   # matrices of a layer that may have a bias
-    fused: tuple[str, ...] = ("attn_qkv",)  # matrices that a file may hold as one
+    fused: tuple[str, ...] = ("attn_qkv",)  # matrices that a file may hold as one; "ffn_up": that it must
     output: str = "any"                 # the output matrix: "own", "tied" to the embedding, or any of them
     output_bias: bool = False           # whether it may have a bias
+    ffn_scales: bool = False            # whether the FFN's matrices may have a scale: in others llama.cpp forgets it
     halves: bool = True                 # how RoPE pairs the elements of a head
     act: str = "silu"
     reads: str = ""                     # metadata keys, beside those that count for all
@@ -49,11 +50,11 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "llama": Architecture(biases=ALL, output_bias=True, halves=False, factors=("rope_freqs",)),
+    "llama": Architecture(biases=ALL, output_bias=True, ffn_scales=True, halves=False, factors=("rope_freqs",)),
     "qwen2": Architecture(output_bias=True),
-    "qwen3": Architecture(norms="attn_norm attn_q_norm attn_k_norm ffn_norm"),
+    "qwen3": Architecture(norms="attn_norm attn_q_norm attn_k_norm ffn_norm", ffn_scales=True),
     "smollm3": Architecture(halves=False, rope_step=4),
-    "mistral3": Architecture(biases=ALL, halves=False, factors=("rope_freqs",),
+    "mistral3": Architecture(biases=ALL, ffn_scales=True, halves=False, factors=("rope_freqs",),
                              reads=f"attention.temperature_scale {YARN}"),
     "granite": Architecture(biases=ALL, halves=False, factors=("rope_freqs",), reads="attention.scale embedding_scale "
                             "residual_scale logit_scale rope.scaling.finetuned deepstack_mapping"),
