@@ -83,21 +83,25 @@ AFTER = _ops("""
     result_output  scale     n_tok,n_vocab  result_output_pre  -            logit_scale
     result_output  soft_cap  n_tok,n_vocab  result_output_pre  -            logit_soft_cap
 """)
+LLAMA = {"-", "attn_norm", "rope", "ffn_norm", "silu", "result_output"}     # parts that every Llama has
 ALIASES = {"kq_soft_max_ext": "kq_soft_max", "kqv_merged_cont": "kqv_merged"}  # mia's names of December 2023
 
 
-def name_table(c: Config) -> dict[str, tuple[Op, int | None]]:
-    """Every exact name of a model, in the order of computation, with its op and layer."""
+def name_table(c: Config | int) -> dict[str, tuple[Op, int | None]]:
+    """Every exact name of a model, in the order of computation, with its op and layer; of a Llama, where only the
+    number of layers is given."""
+    n_layer = c if isinstance(c, int) else c.n_layer
+
     def there(table: list[Op], il: int | None) -> Iterator[Op]:
         found = ["tokens", "x"]
         for op in table:
-            if c.has(op.part, il):
+            if op.part in LLAMA if isinstance(c, int) else c.has(op.part, il):
                 inputs = [next(name for name in one.split("|") if name in found) for one in op.inputs]
                 found.append(op.base)
                 yield op._replace(inputs=tuple(inputs))
 
     names: dict[str, tuple[Op, int | None]] = {op.base: (op, None) for op in there(BEFORE, None)}
-    names.update({f"{op.base}-{il}": (op, il) for il in range(c.n_layer) for op in there(LAYER, il)})
+    names.update({f"{op.base}-{il}": (op, il) for il in range(n_layer) for op in there(LAYER, il)})
     return names | {op.base: (op, None) for op in there(AFTER, None)}
 
 
@@ -123,7 +127,9 @@ def match(pattern: str, names: Mapping[str, Any]) -> list[str]:
         bases = dict.fromkeys(n.rpartition("-")[0] or n for n in names)
         layers = [n for n in names if n.startswith(f"{pattern.partition('-')[0]}-")]
         hint = given.closest(pattern, [*bases, *names])
-        if layers and layer.isdecimal() and int(layer) >= len(layers):
-            hint = f": this model has layers 0 to {len(layers) - 1}, {layers[0]} to {layers[-1]}"
+        if layers and layer.isdecimal():
+            last = max(int(n.rpartition("-")[2]) for n in names if "-" in n)
+            hint = (f": this model has layers 0 to {last}, {layers[0]} to {layers[-1]}" if int(layer) > last else
+                    f": layer {layer} of this model does without it; the first that has it is {layers[0]}")
         raise UnknownName(f"no tensor is called {pattern!r}{hint}")
     return hits

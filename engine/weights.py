@@ -89,7 +89,8 @@ class Weights(Mapping[str, Tensor]):
         """Find the matrices of a layer that the file holds as one."""
         for whole in self._arch.fused:
             parts = FUSED[whole]
-            if f"{block}{whole}.weight" not in self._tensors or f"{block}{parts[0]}.weight" in self._tensors:
+            apart = f"{block}{whole}.weight" not in self._tensors or f"{block}{parts[0]}.weight" in self._tensors
+            if apart and whole not in parts:
                 continue
             end = 0
             for name in parts:
@@ -109,7 +110,7 @@ class Weights(Mapping[str, Tensor]):
         if output is not None and arch.output != "tied":
             used |= {"output.weight", *["output.bias"] * arch.output_bias}
             matrices += ["output"] * (output.type_name == "NVFP4")  # llama.cpp looks for no scale of another output
-        used |= {f"{name}.scale" for name in matrices}
+        used |= {f"{name}.scale" for name in matrices if arch.ffn_scales or ".ffn_" not in name}
         check_tensors(self._tensors, used, matrices, c.arch, c.n_layer, self._path)
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:

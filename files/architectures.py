@@ -32,9 +32,10 @@ class Architecture:
     norms: str = "attn_norm ffn_norm"   # the norms of a layer, by the GGUF names of their weights
     wide_norms: bool = False            # queries and keys are normed over all heads together, not each head by itself
     biases: str = QKV                   # matrices of a layer that may have a bias
-    fused: tuple[str, ...] = ("attn_qkv",)  # matrices that a file may hold joined to others
+    fused: tuple[str, ...] = ("attn_qkv",)  # matrices that a file may hold joined to others; "ffn_up": that it must
     output: str = "any"                 # the output matrix: "own", "tied" to the embedding, or "any" of the two
     output_bias: bool = False           # whether it may have a bias
+    ffn_scales: bool = False            # whether the FFN's matrices may have a scale; elsewhere llama.cpp ignores it
     halves: bool = True                 # RoPE pairs element i with i + n_rot / 2, and not with its neighbour
     act: str = "silu"                   # activation function of the feed-forward block: "silu" or "gelu"
     reads: str = ""                     # metadata keys that count here, beside those that count for all
@@ -49,11 +50,11 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "llama": Architecture(biases=ALL, output_bias=True, halves=False, factors=("rope_freqs",)),
+    "llama": Architecture(biases=ALL, output_bias=True, ffn_scales=True, halves=False, factors=("rope_freqs",)),
     "qwen2": Architecture(output_bias=True),
-    "qwen3": Architecture(norms="attn_norm attn_q_norm attn_k_norm ffn_norm"),
+    "qwen3": Architecture(norms="attn_norm attn_q_norm attn_k_norm ffn_norm", ffn_scales=True),
     "smollm3": Architecture(halves=False, rope_step=4),
-    "mistral3": Architecture(biases=ALL, halves=False, factors=("rope_freqs",),
+    "mistral3": Architecture(biases=ALL, ffn_scales=True, halves=False, factors=("rope_freqs",),
                              reads=f"attention.temperature_scale {YARN}"),
     "granite": Architecture(biases=ALL, halves=False, factors=("rope_freqs",), reads="attention.scale embedding_scale "
                             "residual_scale logit_scale rope.scaling.finetuned deepstack_mapping"),

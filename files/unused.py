@@ -75,6 +75,8 @@ def check_tensors(
     why = f"is not part of the architecture {arch} as tinymia computes it: the numbers would be wrong without it"
     own = re.sub(r"\.weight[._]scale(_2)?$", ".scale", name)
     hint = f" (the scale of this matrix would be called {own})" if own != name and own in used else ""
+    if name.endswith(".scale") and name.removesuffix(".scale") in matrices:
+        hint = " (llama.cpp reads this scale and does not multiply by it, so what the file means is not certain)"
     raise GGUFError(f"{path}: tensor {name}{more} {why}{hint}")
 
 

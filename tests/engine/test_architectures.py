@@ -98,3 +98,15 @@ def test_a_cache_continues_the_sequence(path, arch, name):
     whole, cache = model.run(ids).logits, model.cache()
     parts = [model.run(ids[a:b], cache=cache).logits for a, b in ((0, 3), (3, 4), (4, 30), (30, 41))]
     assert nmse(np.concatenate(parts), whole) <= 1e-10
+
+
+def test_a_name_that_a_layer_does_without_says_which_layer_has_it(path):
+    model = tinymia.load(path("smollm3", "every fourth layer without RoPE"), threads=1)
+    with pytest.raises(tinymia.UnknownName, match=r"'Qcur-3': layer 3 of this model does without it; .* Qcur-0"):
+        model.run(prompt(3), keep="Qcur-3")
+    with pytest.raises(tinymia.UnknownName, match="'Qcur-5': this model has layers 0 to 4"):
+        model.run(prompt(3), keep="Qcur-5")
+
+
+def test_a_number_of_layers_stands_for_a_llama(path):
+    assert tinymia.name_table(2) == tinymia.name_table(tinymia.load(path("llama", "plain", n_layer=2)).config)

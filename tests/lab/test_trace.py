@@ -7,6 +7,7 @@ import pytest
 from conftest import command, prompt
 
 import tinymia
+from tinymia_engine.names import AFTER, BEFORE, LAYER
 from tinymia_lab.commands.trace import Trace, op_text, text, trace
 from tinymia_lab.commands.trace import command as trace_command
 from tinymia_lab.measure.formulas import TOLD
@@ -21,7 +22,7 @@ def found(copycat):
 
 def test_every_name_is_told_in_the_order_of_computation(copycat, found):
     assert [op["name"] for op in found.ops] == copycat.names()
-    assert TOLD.keys() == {op.base for op, _ in copycat.table.values()}
+    assert TOLD.keys() == {op.base for op in [*BEFORE, *LAYER, *AFTER]}
     for op in found.ops:
         assert op["formula"].strip() and op["sentence"].endswith(".") and "{" not in op["formula"] + op["sentence"]
 
