@@ -168,8 +168,8 @@ def normed(tape: Tape, eps: float, base: str, name: str, il: int | None, d: np.n
     """Back through a norm and its weight; d as it is where the model has no such norm."""
     if weight is None:
         return d
-    d = tape.back(base, il, tape.back(name, il, d) * weight)
-    return rms_norm(d, *tape.read(base, il), eps, weight.ndim)
+    (x,), d = tape.read(base, il), tape.back(name, il, d) * weight
+    return rms_norm(tape.back(base, il, d), x, eps, weight.ndim)
 
 
 def times(tape: Tape, name: str, il: int | None, d: np.ndarray, factor: Any) -> np.ndarray:
@@ -179,7 +179,7 @@ def times(tape: Tape, name: str, il: int | None, d: np.ndarray, factor: Any) -> 
 
 def capped(tape: Tape, name: str, il: int | None, d: np.ndarray, cap: float | None) -> np.ndarray:
     """Back through a soft cap; d as it is where the model has none."""
-    return d if cap is None else soft_cap(tape.back(name, il, d), *tape.read(name, il), cap)
+    return d if cap is None else soft_cap(tape.back(name, il, d), tape.read(name, il)[0], cap)
 
 
 def backward(m: Model, d: np.ndarray, tape: Tape) -> None:
@@ -213,7 +213,7 @@ def backward(m: Model, d: np.ndarray, tape: Tape) -> None:
         d = product(t("ffn_out", il, d), blk.ffn_down)                              # [n_of, n_tok, n_ff]
         d, (gate, up) = t("ffn_gate_par", il, d), read("ffn_gate_par", il)          # [n_of, n_tok, n_ff]
         d_gate, d_up = t(f"ffn_{c.act}", il, d * up), d * gate                      # [n_of, n_tok, n_ff]
-        d_gate = d_gate * SLOPE[c.act](*read(f"ffn_{c.act}", il))                   # [n_of, n_tok, n_ff]
+        d_gate = d_gate * SLOPE[c.act](read(f"ffn_{c.act}", il)[0])                  # [n_of, n_tok, n_ff]
         d_gate, d_up = t("ffn_gate", il, d_gate), t("ffn_up", il, d_up)             # [n_of, n_tok, n_ff]
         d = product(d_gate, blk.ffn_gate) + product(d_up, blk.ffn_up)               # [n_of, n_tok, n_embd]
         d = norm("norm_ffn", "ffn_norm", il, d, blk.ffn_norm)                       # [n_of, n_tok, n_embd]

@@ -18,7 +18,6 @@ from tinymia_files import Error, UnknownName, short
 from . import given
 from .action import Positions
 from .names import match
-from .sampling import softmax
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,9 +71,9 @@ class Logit(_OfTokens):
 
     def measure(self, logits: np.ndarray, ids: Sequence[int]) -> Value:
         """logits[token]."""
-        d = np.zeros_like(logits)
-        d[0, self.token] = 1
-        return float(logits[0, self.token]), d
+        token, d = int(self.token), np.zeros_like(logits)
+        d[0, token] = 1
+        return float(logits[0, token]), d
 
 
 @dataclass(frozen=True)
@@ -86,9 +85,9 @@ class LogitDifference(_OfTokens):
 
     def measure(self, logits: np.ndarray, ids: Sequence[int]) -> Value:
         """logits[a] - logits[b]."""
-        d = np.zeros_like(logits)
-        d[0, self.a], d[0, self.b] = 1, -1
-        return float(logits[0, self.a]) - float(logits[0, self.b]), d
+        a, b, d = int(self.a), int(self.b), np.zeros_like(logits)
+        d[0, a], d[0, b] = 1, -1
+        return float(logits[0, a]) - float(logits[0, b]), d
 
 
 @dataclass(frozen=True)
@@ -166,10 +165,12 @@ def _token(model: Any, token: Token, where: str) -> int:
 
 def _cross_entropy(logits: np.ndarray, targets: Sequence[Any]) -> Value:
     """The mean of -log softmax(logits)[target], summed in float64, and its derivative (softmax - 1 at target) / n."""
-    d, rows = softmax(logits.astype(np.float64)), np.arange(len(logits))
-    top = logits.max(1, keepdims=True).astype(np.float64)
-    total = top[:, 0] + np.log(np.exp(logits - top).sum(1))
-    value = float((total - logits[rows, targets]).mean())
+    x, rows = logits.astype(np.float64), np.arange(len(logits))
+    x -= x.max(1, keepdims=True)
+    d = np.exp(x)
+    total = d.sum(1, keepdims=True)
+    value = float((np.log(total[:, 0]) - x[rows, targets]).mean())
+    d /= total
     d[rows, targets] -= 1
     return value, (d / len(logits)).astype(logits.dtype)
 
