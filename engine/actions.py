@@ -72,7 +72,7 @@ class Replace(Action):
     """Continue with fn(x, ctx), an array of the same shape, or None for no change. x is a copy that fn may write to.
 
     Gradients go through it only if `backward` is given: backward(d, x, ctx) turns d value / d fn(x) into d value / d x,
-    both of x's shape. Model.gradients then calls fn twice per tensor, which must give the same both times.
+    both of x's shape. Model.gradients may call fn twice for a tensor; it must give the same both times.
     """
 
     fn: Callable[[np.ndarray, Context], np.ndarray | None]
