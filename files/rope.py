@@ -125,5 +125,7 @@ def _corrections(r: Reader, n_rot: int, n_ctx: int, base: float) -> tuple[float,
         inside = f32(n_ctx) / (f32(turns) * f32(2) * f32(math.pi))
         return f32(n_rot) * f32(math.log(inside)) / (f32(2) * f32(math.log(base)))
 
-    fast, slow = r.factor("rope.scaling.yarn_beta_fast") or 32.0, r.factor("rope.scaling.yarn_beta_slow") or 1.0
+    read = r.arch.reads.split()
+    fast, slow = (r.get(key, turns, 1e-6, float) if key in read else turns
+                  for key, turns in (("rope.scaling.yarn_beta_fast", 32.0), ("rope.scaling.yarn_beta_slow", 1.0)))
     return max(0.0, math.floor(pair(fast))), min(n_rot - 1.0, math.ceil(pair(slow)))
