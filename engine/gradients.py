@@ -1,4 +1,4 @@
-"""Metrics, the numbers made from the logits of a prompt that a gradient is of; and the gradients, by name.
+"""Metrics, which are the numbers that a gradient is of, made from the logits; and the gradients by name, the result.
 
 A metric reads some rows of the logits. It gives its value, and by how much the value changes with each logit: the
 cotangent of the logits, with which the backward pass begins (tinymia_backward.py).
@@ -133,7 +133,7 @@ class Function(Metric):
         return replace(self, at=np.arange(len(ids)))
 
     def measure(self, logits: np.ndarray, ids: Sequence[int]) -> Value:
-        """The value and the derivative that the function returns, checked. Raises Error."""
+        """Call the function, and check what it returns. Raises Error."""
         name, returned = given.told(self.fn), self.fn(logits.copy())
         if not isinstance(returned, tuple) or len(returned) != 2:
             raise Error(f"of={name} returned {short(returned)}; it must return (value, d value / d logits)")
