@@ -80,7 +80,9 @@ class Weights(Mapping[str, Tensor]):
         self.output = Linear(self.token_embd, None)                                 # n_embd -> n_vocab
         if self._arch.output == "own" or "output.weight" in tensors:
             self.output = self._part("output", (c.n_vocab, c.n_embd))
-        self.rope_freqs = None if c.freqs is None else self._tensor(c.freqs, (c.ropes[0].n_rot // 2,)).numpy()
+        factors = {f"{name}.weight" for name in self._arch.factors if c.ropes} & self._tensors.keys()
+        rope_factors = {name: self._tensor(name, (c.ropes[0].n_rot // 2,)) for name in sorted(factors)}
+        self.rope_freqs = None if c.freqs is None else rope_factors[c.freqs].numpy()
         if decode:
             matrices = [w.weight for b in self.blk for w in vars(b).values() if isinstance(w, Linear)]
             decode_now(path, [self.token_embd, self.output.weight, *matrices])
@@ -89,7 +91,8 @@ class Weights(Mapping[str, Tensor]):
         """Find the matrices of a layer that the file holds as one."""
         for whole in self._arch.fused:
             parts = FUSED[whole]
-            if f"{block}{whole}.weight" not in self._tensors or f"{block}{parts[0]}.weight" in self._tensors:
+            apart = f"{block}{whole}.weight" not in self._tensors or f"{block}{parts[0]}.weight" in self._tensors
+            if apart and whole not in parts:
                 continue
             end = 0
             for name in parts:
@@ -109,7 +112,7 @@ class Weights(Mapping[str, Tensor]):
         if output is not None and arch.output != "tied":
             used |= {"output.weight", *["output.bias"] * arch.output_bias}
             matrices += ["output"] * (output.type_name == "NVFP4")  # llama.cpp looks for no scale of another output
-        used |= {f"{name}.scale" for name in matrices}
+        used |= {f"{name}.scale" for name in matrices if arch.ffn_scales or ".ffn_" not in name}
         check_tensors(self._tensors, used, matrices, c.arch, c.n_layer, self._path)
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -123,16 +126,16 @@ class Weights(Mapping[str, Tensor]):
         return self._tensors[name]
 
     def _part(self, name: str, shape: tuple[int, ...]) -> Any:
-        """A vector as float32, a matrix where it lies with the scale and the bias that may go with it."""
+        """A vector as float32, or a matrix as it lies in the file, with its scale and bias if it has them."""
         if name in self._parts:
             return self._rows_of(*self._parts[name], name)
         return self._whole(name, shape)
 
     def _whole(self, name: str, shape: tuple[int, ...]) -> Any:
-        """The same of what the file holds by itself.
+        """A vector or a matrix, in the same form, that is not joined to others in the file.
 
-        A scale multiplies the product: before a bias is added in the attention block, after it in the feed-forward
-        block. Source: llama-graph.cpp, build_lora_mm, build_qkv and build_ffn.
+        A scale multiplies the product: in the attention block before the bias is added, in the feed-forward block
+        after it. Source: llama-graph.cpp, build_lora_mm, build_qkv and build_ffn.
         """
         weight = self._tensor(f"{name}.weight", shape)
         if len(shape) == 1:
@@ -153,9 +156,8 @@ class Weights(Mapping[str, Tensor]):
         found = self._whole(whole, self._tensors[f"{whole}.weight"].shape)
         weight, bias = found.weight, None if found.bias is None else found.bias[start:end]
         if f"{name}.bias" in self._tensors:
-            if bias is not None:
-                raise GGUFError(f"{self._path}: tensors {whole}.bias and {name}.bias: one of them is too many")
-            bias = self._tensor(f"{name}.bias", (end - start,)).numpy()
+            raise GGUFError(f"{self._path}: tensor {name}.bias: the matrix is a part of {whole}.weight here, and "
+                            f"the bias of that is {whole}.bias (llama.cpp reads the other and does not add it)")
         raw = weight.raw.reshape(weight.shape[0], -1)[start:end].reshape(-1)
         name = f"{whole}.weight[{start}:{end}]"
         return Linear(weight.but(name=name, shape=(end - start, weight.shape[1]), raw=raw), bias)
