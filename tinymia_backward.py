@@ -193,7 +193,7 @@ def backward(m: Model, d: np.ndarray, tape: Tape) -> None:
     norm, cap, scaled = partial(normed, tape, c.eps), partial(capped, tape), partial(times, tape)
     product, cache = partial(linear, o), tape.cache
     turns = [(*o.rope_angles(tape.positions, r, w.rope_freqs), r.halves) for r in c.ropes]      # [n_tok, n_rot / 2]
-    heat, q_scale, kq_scale = scales(c, tape.positions, m.dtype)
+    heat, q_scale, kq_scale = scales(m, tape.positions)
 
     d = cap("result_output", None, d, c.logit_soft_cap)                             # [n_of, n_tok, n_vocab]
     d = scaled("result_output", None, d, c.logit_scale)                             # [n_of, n_tok, n_vocab]
