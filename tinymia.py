@@ -248,7 +248,7 @@ class Cache:
     float32 or float64 otherwise. The capacity is a multiple of 16, doubles as needed, and unused places hold zeros.
 
     Here the tokens of a pass continue one sequence. A subclass may hold several continuations of one prompt as the rows
-    of one pass (lab/branches.py): it overrides `positions`, `last`, `store` and `ops`.
+    of one pass (lab/measure/branches.py): it overrides `positions`, `last`, `store` and `ops`.
     """
 
     def __init__(self, c: Config, numerics: str, dtype: Any = np.float32):
@@ -297,31 +297,23 @@ class Cache:
 Start = tuple[int, np.ndarray] | None   # (il, x): a pass begins at layer il on the residual x
 
 
-def normed(t: Tap, o: Any, eps: float, base: str, name: str, il: int | None, x: np.ndarray, weight: Any) -> np.ndarray:
-    """x divided by its root mean square, then times a weight; x as it is where the model has no such norm."""
-    if weight is None:
-        return x
-    x = t(base, il, o.rms_norm(x, eps, weight.ndim))
-    return t(name, il, x * weight)
+def norms(t: Tap, o: Any, eps: float) -> Callable[..., np.ndarray]:
+    """The function that norms x in a pass: its two steps have the names `base` and `name`."""
+    def norm(base: str, name: str, il: int | None, x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+        if weight is None:          # the model has no such norm: x stays as it is
+            return x
+        x = t(base, il, o.rms_norm(x, eps, weight.ndim))
+        return t(name, il, x * weight)
+    return norm
 
 
-def times(t: Tap, name: str, il: int | None, x: np.ndarray, factor: Any) -> np.ndarray:
-    """x times a factor; x as it is where the model has none."""
-    return x if factor is None else t(name, il, x * factor)
-
-
-def capped(t: Tap, o: Any, name: str, il: int | None, x: np.ndarray, cap: float | None) -> np.ndarray:
-    """x below a soft cap; x as it is where the model has none."""
-    return x if cap is None else t(name, il, o.soft_cap(x, cap))
-
-
-def scales(c: Config, positions: np.ndarray, dtype: np.dtype) -> tuple[Any, Any, Any]:
+def scales(m: Model, positions: np.ndarray) -> tuple[Any, Any, Any]:
     """Factors of the queries by position, [n_tok, 1, 1], of all queries, and of the scores; None for those that a
     model does without."""
-    heat, scale = None, c.scale(dtype)
+    c, heat = m.config, None
     if c.temperature is not None:
-        heat = (np.log(positions // c.n_original + 1) * c.temperature + 1).astype(dtype)[:, None, None]
-    return (heat, scale, 1.0) if c.scale_queries else (heat, None, scale)
+        heat = (np.log(positions // c.n_original + 1) * c.temperature + 1).astype(m.dtype)[:, None, None]
+    return (heat, m.scale, 1.0) if c.scale_queries else (heat, None, m.scale)
 
 
 def forward(m: Model, tokens: np.ndarray, cache: Cache, t: Tap, start: Start = None, last: bool = False) -> np.ndarray:
@@ -331,14 +323,14 @@ def forward(m: Model, tokens: np.ndarray, cache: Cache, t: Tap, start: Start = N
     residual x [n_tok, n_embd] (the cache then gets keys and values of the layers from il on only).
     """
     c, w, o, n_tok = m.config, m.weights, cache.ops(m.ops), len(tokens)     # o: the functions above or kernels/'s
-    norm, cap, scaled = partial(normed, t, o, c.eps), partial(capped, t, o), partial(times, t)
+    norm, act, open_gate = norms(t, o, c.eps), f"ffn_{c.act}", getattr(o, c.act)
     positions = cache.positions(n_tok)                                              # [n_tok]
-    n_kv = int(positions[-1]) + 1
-    cache.reserve(n_kv)
+    cache.reserve(n_kv := int(positions[-1]) + 1)
     turns = [(*o.rope_angles(positions, r, w.rope_freqs), r.halves) for r in c.ropes]           # [n_tok, n_rot / 2]
-    heat, q_scale, kq_scale = scales(c, positions, m.dtype)
+    heat, q_scale, kq_scale = scales(m, positions)
+    grow, factor, cap = c.embedding_scale, c.residual_scale, c.attn_soft_cap        # None where the model has none
     first, x = start or (0, t("inp_embd", None, o.embed(w.token_embd, tokens)))     # [n_tok, n_embd]
-    x = scaled("inp_scaled", None, x, None if start else c.embedding_scale)         # [n_tok, n_embd]
+    x = x if grow is None or start else t("inp_scaled", None, x * grow)             # [n_tok, n_embd]
     for il in range(first, c.n_layer):
         blk, layer = w.blk[il], c.layers[il]
 
@@ -352,29 +344,29 @@ def forward(m: Model, tokens: np.ndarray, cache: Cache, t: Tap, start: Start = N
         if layer.rope is not None:
             q = t("Qcur", il, o.rope(q, *turns[layer.rope]))                        # [n_tok, n_head, d_head]
             k = t("Kcur", il, o.rope(k, *turns[layer.rope]))                        # [n_tok, n_head_kv, d_head]
-        q = scaled("Qcur_attn_temp_scaled", il, q, heat)                            # [n_tok, n_head, d_head]
-        q = scaled("Qcur_scaled", il, q, q_scale)                                   # [n_tok, n_head, d_head]
+        q = q if heat is None else t("Qcur_attn_temp_scaled", il, q * heat)         # [n_tok, n_head, d_head]
+        q = q if q_scale is None else t("Qcur_scaled", il, q * q_scale)             # [n_tok, n_head, d_head]
         cache.store(il, k, v, o)
         if t.wants(il, "kq", "kq_scaled_2", "kq_soft_max", "kqv"):  # step by step, so that each step has its name
             kq = t("kq", il, o.scores(q, cache.k[il], n_kv))                        # [n_head, n_tok, n_kv]
-            kq = cap("kq_scaled_2", il, kq, c.attn_soft_cap)                        # [n_head, n_tok, n_kv]
+            kq = kq if cap is None else t("kq_scaled_2", il, o.soft_cap(kq, cap))   # [n_head, n_tok, n_kv]
             pattern = t("kq_soft_max", il, o.soft_max(kq, kq_scale, positions, layer.window))   # [n_head, n_tok, n_kv]
             cur = merge(t("kqv", il, o.mix(pattern, cache.v[il])))                  # [n_tok, n_head * d_head_v]
         else:       # nobody looks: the same numbers, without an array that grows with n_tok * n_kv
-            cur = o.attention(q, cache.k[il], cache.v[il], kq_scale, positions, layer.window, c.attn_soft_cap)
+            cur = o.attention(q, cache.k[il], cache.v[il], kq_scale, positions, layer.window, cap)
         cur = t("kqv_merged", il, cur)                                              # [n_tok, n_head * d_head_v]
         cur = t("kqv_out", il, o.linear(cur, blk.attn_output))                      # [n_tok, n_embd]
-        cur = scaled("kqv_out_scaled", il, cur, c.residual_scale)                   # [n_tok, n_embd]
+        cur = cur if factor is None else t("kqv_out_scaled", il, cur * factor)      # [n_tok, n_embd]
         cur = norm("norm_attn_post", "attn_post_norm", il, cur, blk.post_attention_norm)        # [n_tok, n_embd]
         x = t("ffn_inp", il, cur + x)                                               # [n_tok, n_embd]
 
         cur = norm("norm_ffn", "ffn_norm", il, x, blk.ffn_norm)                     # [n_tok, n_embd]
         gate, up = o.linears(cur, blk.ffn_gate, blk.ffn_up)                         # [n_tok, n_ff]
         gate, up = t("ffn_gate", il, gate), t("ffn_up", il, up)                     # [n_tok, n_ff]
-        gate = t(f"ffn_{c.act}", il, getattr(o, c.act)(gate))                       # [n_tok, n_ff]
+        gate = t(act, il, open_gate(gate))                                          # [n_tok, n_ff]
         cur = t("ffn_gate_par", il, gate * up)                                      # [n_tok, n_ff]
         cur = t("ffn_out", il, o.linear(cur, blk.ffn_down))                         # [n_tok, n_embd]
-        cur = scaled("ffn_out_scaled", il, cur, c.residual_scale)                   # [n_tok, n_embd]
+        cur = cur if factor is None else t("ffn_out_scaled", il, cur * factor)      # [n_tok, n_embd]
         cur = norm("norm_ffn_post", "ffn_post_norm", il, cur, blk.post_ffw_norm)    # [n_tok, n_embd]
         x = t("l_out", il, cur + x)                                                 # [n_tok, n_embd]
     cache.n = n_kv
@@ -382,8 +374,8 @@ def forward(m: Model, tokens: np.ndarray, cache: Cache, t: Tap, start: Start = N
         x, t.positions = cache.last(x), cache.last(positions)                       # [1, n_embd]
     cur = norm("norm", "result_norm", None, x, w.output_norm)                       # [n_tok, n_embd]
     cur = t(c.product, None, o.linear(cur, w.output))                               # [n_tok, n_vocab]
-    cur = scaled("result_output", None, cur, c.logit_scale)                         # [n_tok, n_vocab]
-    return cap("result_output", None, cur, c.logit_soft_cap)                        # [n_tok, n_vocab]
+    cur = cur if c.logit_scale is None else t("result_output", None, cur * c.logit_scale)       # [n_tok, n_vocab]
+    return cur if c.logit_soft_cap is None else t("result_output", None, o.soft_cap(cur, c.logit_soft_cap))
 
 
 # ---------------------------------------------------------------------------------------- the tap
@@ -548,6 +540,7 @@ class Model:
         self.tokenizer = read_tokenizer(meta, self.path)
         self.template = meta.get("tokenizer.chat_template")
         self.dtype = np.dtype(dtype)
+        self.scale = self.config.scale(self.dtype)
         self.ops: Any = plain(self.dtype) if numerics == "plain" else fast(threads, numerics)
         self.threads = self.ops.threads
         self.table = name_table(self.config)

@@ -126,16 +126,16 @@ class Weights(Mapping[str, Tensor]):
         return self._tensors[name]
 
     def _part(self, name: str, shape: tuple[int, ...]) -> Any:
-        """A vector as float32, a matrix where it lies with the scale and the bias that may go with it."""
+        """A vector as float32, or a matrix as it lies in the file, with its scale and bias if it has them."""
         if name in self._parts:
             return self._rows_of(*self._parts[name], name)
         return self._whole(name, shape)
 
     def _whole(self, name: str, shape: tuple[int, ...]) -> Any:
-        """The same of what the file holds by itself.
+        """A vector or a matrix, in the same form, that is not joined to others in the file.
 
-        A scale multiplies the product: before a bias is added in the attention block, after it in the feed-forward
-        block. Source: llama-graph.cpp, build_lora_mm, build_qkv and build_ffn.
+        A scale multiplies the product: in the attention block before the bias is added, in the feed-forward block
+        after it. Source: llama-graph.cpp, build_lora_mm, build_qkv and build_ffn.
         """
         weight = self._tensor(f"{name}.weight", shape)
         if len(shape) == 1:

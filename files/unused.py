@@ -1,4 +1,4 @@
-"""What a model file may hold besides what the forward pass uses. Everything else in it is refused by name.
+"""The tensors and keys that `forward` does not use and that a model file may hold. All others are refused by name.
 
 llama.cpp is the judge (tests/files/test_odd_files.py asks it): it refuses a file with a tensor that its graph of the
 architecture does not create, and it does not look at metadata keys that its loader of the architecture does not read.

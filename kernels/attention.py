@@ -18,6 +18,7 @@ from .machine.threads import Pool, run
 from .soft_max_rows import soft_max_rows
 
 F32 = np.dtype(np.float32)
+NO_CAP = np.float32(0)      # as the kernels take it
 
 
 def _like(name: str, x: np.ndarray, last: int | None = None) -> None:
@@ -28,11 +29,12 @@ def _like(name: str, x: np.ndarray, last: int | None = None) -> None:
 
 
 def _cache(name: str, cache: np.ndarray, cap_axis: int, n_kv: int, n_head: int):
-    """Choose the kernels for this cache's type, and view the cache as they take it (numba has no float16 arrays).
+    """Choose the kernels for this cache's type, and view the cache as they take it.
 
     ValueError unless the cache has room for n_kv positions and fits n_head query heads.
     """
-    if cache.dtype not in KERNELS or cache.ndim != 3 or not cache.flags.c_contiguous:
+    kernels = KERNELS.get(cache.dtype)
+    if kernels is None or cache.ndim != 3 or not cache.flags.c_contiguous:
         wrong = f"{cache.dtype} {cache.shape}"
         raise ValueError(f"{name} is a contiguous float16 or float32 array of 3 dimensions, not {wrong}")
     cap = cache.shape[cap_axis]
@@ -40,7 +42,7 @@ def _cache(name: str, cache: np.ndarray, cap_axis: int, n_kv: int, n_head: int):
         raise ValueError(f"{name} has room for {cap} positions; {n_kv} are needed, and a multiple of 16")
     if cache.shape[0] == 0 or n_head % cache.shape[0]:
         raise ValueError(f"{n_head} query heads are not a multiple of the {cache.shape[0]} heads of {name}")
-    return KERNELS[cache.dtype], cache.view(np.uint16) if cache.dtype == np.float16 else cache
+    return kernels, cache.view(kernels.bits)
 
 
 def _alone(n_tok: int, alone: bool | None) -> bool:
@@ -52,9 +54,11 @@ def _alone(n_tok: int, alone: bool | None) -> bool:
 
 def _window(window: int | None) -> int:
     """The number of positions that a token sees, as the kernels take it; ValueError for a window of none."""
-    if window is not None and window < 1:
+    if window is None:
+        return 2**62
+    if window < 1:
         raise ValueError(f"a window of {window} positions")
-    return 2**62 if window is None else window
+    return window
 
 
 def put(keys: np.ndarray, values: np.ndarray, k: np.ndarray, v: np.ndarray, n_past: int) -> None:
@@ -142,6 +146,7 @@ def attention(
         raise ValueError(f"n_past {n_past}, k {k.dtype} {k.shape}, v {v.dtype} {v.shape}: they do not fit each other")
     out = np.empty((n_tok, n_head * v.shape[1]), np.float32)
     work = 8 * n_head * n_tok * (n_past + n_tok)
-    args = q, k, v, n_past, np.float32(scale), _window(window), np.float32(cap or 0), _alone(n_tok, alone), out
+    cap = NO_CAP if cap is None else np.float32(cap)
+    args = q, k, v, n_past, np.float32(scale), _window(window), cap, _alone(n_tok, alone), out
     run(pool, work, kernels.attention, n_head * -(-n_tok // 4), *args)
     return out

@@ -7,6 +7,8 @@ With F16 caches, ggml sums the only token of a pass (`alone`) in another order t
 ggml_vec_dot_f16, over positions padded with zeros (llama.cpp reads a multiple of 256 positions).
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from .formats.floats import F16, F32
@@ -196,7 +198,19 @@ class F32Attention(CachedAttention):
 
 F16Attention.stamp()
 F32Attention.stamp()
-KERNELS: dict[np.dtype, type[CachedAttention]] = {
-    np.dtype(np.float16): F16Attention,
-    np.dtype(np.float32): F32Attention,
+
+
+class Kernels(NamedTuple):
+    """The kernels for a cache, and the type as which they take it: numba has no float16 arrays."""
+
+    put: Any
+    kq: Any
+    kqv: Any
+    attention: Any
+    bits: np.dtype
+
+
+KERNELS = {     # by the type of a cache
+    np.dtype(number): Kernels(made.put, made.kq, made.kqv, made.attention, np.dtype(bits))
+    for number, made, bits in ((np.float16, F16Attention, np.uint16), (np.float32, F32Attention, np.float32))
 }

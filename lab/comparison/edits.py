@@ -87,7 +87,7 @@ class Edits:
         return y
 
     def row(self, action: Edit, source: Any, old: np.ndarray, position: int, place: int) -> Any:
-        """What stands at a position afterwards; `source` is the row that the action was given for it."""
+        """The new row of a position; `source` is the row that the action takes for it."""
         if isinstance(action, Patch):
             return source
         if isinstance(action, Ablate):
