@@ -78,8 +78,8 @@ LAYER = _ops("""
 AFTER = _ops("""
     norm           rms_norm  n_tok,n_embd   x                  -            -
     result_norm    mul       n_tok,n_embd   norm               output_norm  -
-    result_output  mul_mat   n_tok,n_vocab  result_norm        output       result_output
     result_output_pre  mul_mat  n_tok,n_vocab  result_norm     output       result_output_pre
+    result_output  mul_mat   n_tok,n_vocab  result_norm        output       result_output
     result_output  scale     n_tok,n_vocab  result_output_pre  -            logit_scale
     result_output  soft_cap  n_tok,n_vocab  result_output_pre  -            logit_soft_cap
 """)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 import tinymia
+from tinymia_engine.names import AFTER, ALIASES, BEFORE, LAYER
+from tinymia_files import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "models" / "README.md", *sorted((ROOT / "docs").glob("*.md")),
@@ -27,16 +29,34 @@ def rows(page, first):
 
 
 def test_the_table_of_names_is_that_of_the_code():
-    want = {op.base: ", ".join(op.dims) for op in tinymia.BEFORE}
-    want |= {f"{op.base}-L": ", ".join(op.dims) for op in tinymia.LAYER}
-    want |= {op.base: ", ".join(op.dims) for op in tinymia.AFTER}
+    want = {op.base: ", ".join(op.dims) for op in BEFORE}
+    want |= {f"{op.base}-L": ", ".join(op.dims) for op in LAYER}
+    want |= {op.base: ", ".join(op.dims) for op in AFTER}
     assert {name: cells[0] for name, cells in rows("names.md", "name").items()} == want
     assert list(rows("names.md", "name")) == list(want)
 
 
 def test_the_names_of_the_post_are_on_the_page():
     said = {base for cells in rows("names.md", "name").values() for base in re.findall(r"\w+", cells[2])}
-    assert set(tinymia.ALIASES) <= said
+    assert set(ALIASES) <= said
+
+
+def test_steps_that_not_every_model_has_are_marked_and_told_of():
+    """They are those that copycat, a Llama, does not have; the page of architectures says where each one is."""
+    base = {name: name.removesuffix("-L") for name in rows("names.md", "name")}
+    copycat = {op.base for op, _ in tinymia.load(threads=1).table.values()}
+    marked = {base[name] for name, cells in rows("names.md", "name").items() if "†" in cells[1]}
+    assert marked == set(base.values()) - copycat
+    assert marked <= {name for cells in rows("architectures.md", "architecture").values()
+                      for name in re.findall(r"`(\w+)`", cells[1])}
+
+
+def test_every_architecture_is_on_its_page_and_every_test_that_it_names_is_there():
+    assert list(rows("architectures.md", "architecture")) == list(ARCHITECTURES)
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    for (cell,) in rows("architectures.md", "what").values():
+        for name in re.findall(r"`([^`]+)`", cell):
+            assert (ROOT / name).exists() if "/" in name else f"def {name}(" in tests, name
 
 
 def test_every_action_is_on_its_page():
