@@ -14,12 +14,14 @@ class WithStubs(build_py):
     """Copy what is installed, and the stubs."""
 
     def run(self) -> None:
+        """Copy the files; in a wheel, the engine once more as stubs."""
         super().run()
         if not self.editable_mode:
             Path(self.build_lib, "tinymia-stubs").mkdir(parents=True, exist_ok=True)
             self.copy_file("tinymia.py", str(Path(self.build_lib, "tinymia-stubs", "__init__.pyi")))
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        """The files that are copied, with the stubs."""
         return [*super().get_outputs(include_bytecode), str(Path(self.build_lib, "tinymia-stubs", "__init__.pyi"))]
 
 

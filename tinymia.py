@@ -248,7 +248,7 @@ class Cache:
     float32 or float64 otherwise. The capacity is a multiple of 16, doubles as needed, and unused places hold zeros.
 
     Here the tokens of a pass continue one sequence. A subclass may hold several continuations of one prompt as the rows
-    of one pass (lab/branches.py): it overrides `positions`, `last`, `store` and `ops`.
+    of one pass (lab/measure/branches.py): it overrides `positions`, `last`, `store` and `ops`.
     """
 
     def __init__(self, c: Config, numerics: str, dtype: Any = np.float32):

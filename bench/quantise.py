@@ -14,7 +14,7 @@ from tinymia_lab.comparison.ggml import package, quiet, why
 
 
 def quantise(source: Path, name: str) -> Path:
-    """Make one such file. Raises Error."""
+    """Make a file of one format. Raises Error."""
     lib = package()
     kind = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{name}", None)
     if kind is None:
@@ -32,6 +32,7 @@ def quantise(source: Path, name: str) -> Path:
 
 
 def main() -> int:
+    """Make the files that the command line names. Returns the exit status."""
     if len(sys.argv) < 3:
         print("usage: python -m bench.quantise FILE-f16.gguf FORMAT...", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ import time
 
 
 def main() -> None:
+    """Run the command, and print the four numbers."""
     if len(sys.argv) < 2:
         sys.exit("usage: python spawn.py COMMAND...")
     read, write = os.pipe()

@@ -62,11 +62,12 @@ GENERATED = 64
 
 
 def prompt(n: int, n_vocab: int) -> list[int]:
+    """A prompt of n tokens: BOS and random ids."""
     return [1, *np.random.default_rng([0, n]).integers(3, n_vocab, n - 1).tolist()]
 
 
 def formats() -> list[str]:
-    """Those above, and every other one that has kernels and that llama-quantize makes: a new one is measured too."""
+    """The formats to measure: FORMATS, and every new one that has kernels and that llama-quantize makes."""
     new = [fmt.name for fmt in tinymia_kernels.FORMATS.values() if fmt.name not in FORMATS]
     return FORMATS + [name for name in new if hasattr(package(), f"LLAMA_FTYPE_MOSTLY_{name}")] + WEIGHED
 
@@ -215,7 +216,7 @@ def main() -> int:
     try:
         package()
         for path in filter(None, (args.stories, args.vocab, args.real)):
-            tinymia_files.read_gguf(find(path))     # complain now of what is no model
+            tinymia_files.read_gguf(find(path))     # raises Error now for a file that is not a model
         with tempfile.TemporaryDirectory() as folder:
             if args.decoding:
                 decoding_table(folder, args)

@@ -199,6 +199,7 @@ class Scale(Edit):
     factor: float
 
     def bind(self, name: str, op: Any, model: Any) -> Self:
+        """Check the action for a model. Raises ActionError."""
         given.numbers(self.factor, "the factor", f"{name}: ")
         return super().bind(name, op, model)
 

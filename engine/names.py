@@ -1,7 +1,7 @@
-"""The names of what `forward` computes: a table, what of it a model has, and which names a pattern means.
+"""The names of the tensors that `forward` computes: the table of all, those that a model has, and patterns of names.
 
-The order is that of the computation. Most names are those that llama.cpp's callback `cb` gives; where it gives none, or
-one name to several tensors, docs/names.md says so.
+The table is in the order of computation. Most names are those of llama.cpp. It leaves some tensors without a name, and
+gives others the same one: docs/names.md says which.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from . import given
 
 
 class Op(NamedTuple):
-    """One line of the table below, as it holds in one layer of a model."""
+    """A line of the table below, as it applies to one layer of a model."""
 
     base: str                   # name without its layer
     op: str                     # ggml's name of the operation
     dims: tuple[str, ...]       # shape in NumPy's order
-    inputs: tuple[str, ...]     # x is the residual stream; of names with | between them, the first that is there
+    inputs: tuple[str, ...]     # x is the residual stream; A|B is A, or B in a model that has no A
     weight: str | None          # GGUF name without blk.L. and .weight
-    part: str                   # what a model must have for it: Config.has; - where all do
+    part: str                   # the part that a model must have for this line (Config.has); -: all models have it
 
 
 def _ops(table: str) -> list[Op]:
@@ -78,38 +78,43 @@ LAYER = _ops("""
 AFTER = _ops("""
     norm           rms_norm  n_tok,n_embd   x                  -            -
     result_norm    mul       n_tok,n_embd   norm               output_norm  -
-    result_output_pre  mul_mat  n_tok,n_vocab  result_norm     output       result_output_pre
     result_output  mul_mat   n_tok,n_vocab  result_norm        output       result_output
+    result_output_pre  mul_mat  n_tok,n_vocab  result_norm     output       result_output_pre
     result_output  scale     n_tok,n_vocab  result_output_pre  -            logit_scale
     result_output  soft_cap  n_tok,n_vocab  result_output_pre  -            logit_soft_cap
 """)
+LLAMA = {"-", "attn_norm", "rope", "ffn_norm", "silu", "result_output"}     # parts that every Llama has
 ALIASES = {"kq_soft_max_ext": "kq_soft_max", "kqv_merged_cont": "kqv_merged"}  # mia's names of December 2023
 
 
-def name_table(c: Config) -> dict[str, tuple[Op, int | None]]:
-    """Every exact name of a model, in the order of computation, with its op and layer."""
+def name_table(c: Config | int) -> dict[str, tuple[Op, int | None]]:
+    """Every exact name of a model, in the order of computation, with its op and layer; of a Llama, where only the
+    number of layers is given."""
+    n_layer = c if isinstance(c, int) else c.n_layer
+
     def there(table: list[Op], il: int | None) -> Iterator[Op]:
         found = ["tokens", "x"]
         for op in table:
-            if c.has(op.part, il):
+            if op.part in LLAMA if isinstance(c, int) else c.has(op.part, il):
                 inputs = [next(name for name in one.split("|") if name in found) for one in op.inputs]
                 found.append(op.base)
                 yield op._replace(inputs=tuple(inputs))
 
     names: dict[str, tuple[Op, int | None]] = {op.base: (op, None) for op in there(BEFORE, None)}
-    names.update({f"{op.base}-{il}": (op, il) for il in range(c.n_layer) for op in there(LAYER, il)})
+    names.update({f"{op.base}-{il}": (op, il) for il in range(n_layer) for op in there(LAYER, il)})
     return names | {op.base: (op, None) for op in there(AFTER, None)}
 
 
 def stream(c: Config, il: int) -> str:
-    """The name of the residual stream that layer il gets; for il = n_layer, of what the last layer leaves."""
+    """The name of the residual stream that layer il reads; for il = n_layer, that of the last layer's output."""
     return f"l_out-{il - 1}" if il else "inp_embd" if c.embedding_scale is None else "inp_scaled"
 
 
 def match(pattern: str, names: Mapping[str, Any]) -> list[str]:
     """Exact names for an exact name, a base name (every layer), a glob or `all`; never a substring.
 
-    `norm` is an exact name, the final norm's: the layers' are `norm-*`. Raises UnknownName with the closest names.
+    `norm` is an exact name, that of the final norm; `norm-*` are those of the layers. Raises UnknownName, which gives
+    the closest names.
     """
     if not isinstance(pattern, str):
         raise UnknownName(f"a tensor is chosen by its name, such as l_out-3, and not by {short(pattern)}")
@@ -122,7 +127,9 @@ def match(pattern: str, names: Mapping[str, Any]) -> list[str]:
         bases = dict.fromkeys(n.rpartition("-")[0] or n for n in names)
         layers = [n for n in names if n.startswith(f"{pattern.partition('-')[0]}-")]
         hint = given.closest(pattern, [*bases, *names])
-        if layers and layer.isdecimal() and int(layer) >= len(layers):
-            hint = f": this model has layers 0 to {len(layers) - 1}, {layers[0]} to {layers[-1]}"
+        if layers and layer.isdecimal():
+            last = max(int(n.rpartition("-")[2]) for n in names if "-" in n)
+            hint = (f": this model has layers 0 to {last}, {layers[0]} to {layers[-1]}" if int(layer) > last else
+                    f": layer {layer} of this model does without it; the first that has it is {layers[0]}")
         raise UnknownName(f"no tensor is called {pattern!r}{hint}")
     return hits

@@ -89,7 +89,8 @@ class Weights(Mapping[str, Tensor]):
         """Find the matrices of a layer that the file holds as one."""
         for whole in self._arch.fused:
             parts = FUSED[whole]
-            if f"{block}{whole}.weight" not in self._tensors or f"{block}{parts[0]}.weight" in self._tensors:
+            apart = f"{block}{whole}.weight" not in self._tensors or f"{block}{parts[0]}.weight" in self._tensors
+            if apart and whole not in parts:
                 continue
             end = 0
             for name in parts:
@@ -109,7 +110,7 @@ class Weights(Mapping[str, Tensor]):
         if output is not None and arch.output != "tied":
             used |= {"output.weight", *["output.bias"] * arch.output_bias}
             matrices += ["output"] * (output.type_name == "NVFP4")  # llama.cpp looks for no scale of another output
-        used |= {f"{name}.scale" for name in matrices}
+        used |= {f"{name}.scale" for name in matrices if arch.ffn_scales or ".ffn_" not in name}
         check_tensors(self._tensors, used, matrices, c.arch, c.n_layer, self._path)
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -123,16 +124,16 @@ class Weights(Mapping[str, Tensor]):
         return self._tensors[name]
 
     def _part(self, name: str, shape: tuple[int, ...]) -> Any:
-        """A vector as float32, a matrix where it lies with the scale and the bias that may go with it."""
+        """A vector as float32, or a matrix as it lies in the file, with its scale and bias if it has them."""
         if name in self._parts:
             return self._rows_of(*self._parts[name], name)
         return self._whole(name, shape)
 
     def _whole(self, name: str, shape: tuple[int, ...]) -> Any:
-        """The same of what the file holds by itself.
+        """A vector or a matrix, in the same form, that is not joined to others in the file.
 
-        A scale multiplies the product: before a bias is added in the attention block, after it in the feed-forward
-        block. Source: llama-graph.cpp, build_lora_mm, build_qkv and build_ffn.
+        A scale multiplies the product: in the attention block before the bias is added, in the feed-forward block
+        after it. Source: llama-graph.cpp, build_lora_mm, build_qkv and build_ffn.
         """
         weight = self._tensor(f"{name}.weight", shape)
         if len(shape) == 1:

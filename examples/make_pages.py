@@ -100,14 +100,14 @@ def notebook(text: str) -> str:
 
 
 def render(name: str, write: bool = False) -> tuple[str, str]:
-    """The page as it stands, and as it should."""
+    """A page as it is in the file, and as its commands write it today."""
     path = ROOT / name
     text = path.read_text("utf-8")
     return text, notebook(text) if path.suffix == ".ipynb" else page(path, write)
 
 
 def lacking(name: str) -> str:
-    """Why a page cannot be run here, or nothing."""
+    """The reason why a page cannot be run here; "" if it can."""
     if "smollm2" not in (ROOT / name).read_text("utf-8"):
         return ""
     try:
@@ -118,13 +118,14 @@ def lacking(name: str) -> str:
 
 
 def same(a: str, b: str) -> bool:
-    """Whether two pages agree: all words, and the scores to 5 %."""
+    """Return whether two pages agree: in all words, and in the scores within 5 %."""
     if SCORE.sub("#", a) != SCORE.sub("#", b):
         return False
     return all(abs(float(x) - float(y)) <= 0.02 + 0.05 * float(x) for x, y in zip(SCORE.findall(a), SCORE.findall(b)))
 
 
 def main(argv: list[str]) -> int:
+    """Write the pages, or compare them with --check. Returns the exit status."""
     check = argv[:1] == ["--check"]
     names = argv[check:] or list(PAGES)
     if not set(names) <= set(PAGES):

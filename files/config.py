@@ -1,4 +1,4 @@
-"""The shape of a model: what `forward` needs to know beside the weights. hparams.py reads it from a file's metadata."""
+"""The shape of a model: all that `forward` needs except the weights. hparams.py reads it from a file's metadata."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Rope(NamedTuple):
-    """How far RoPE turns the pairs of a head, which grows with the position."""
+    """The numbers that say how far RoPE turns each pair of a head at a position."""
 
     n_rot: int      # leading elements of each head that are turned
     base: float
@@ -20,7 +20,7 @@ class Rope(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What may differ from layer to layer."""
+    """The properties that may differ from layer to layer."""
 
     rope: int | None = 0            # which of the model's ropes; None: queries and keys are not turned
     window: int | None = None       # how many positions a token sees, itself included; None: all before it
@@ -28,7 +28,7 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a model, as the metadata of its file give it. None stands for what a model does without."""
+    """The shape of a model, as the metadata of its file give it. None stands for a step that a model does not have."""
 
     name: str           # general.name
     arch: str           # general.architecture
@@ -46,7 +46,7 @@ class Config:
     ropes: tuple[Rope, ...]
     layers: tuple[Layer, ...]               # n_layer of them
     norms: tuple[str, ...]                  # norms of a layer that have a weight, by its GGUF name
-    act: str                                # what opens the feed-forward block's channels: "silu" or "gelu"
+    act: str                                # activation function of the feed-forward block: "silu" or "gelu"
     freqs: str | None                       # the tensor that RoPE's angles are divided by
     d_scale: int                            # scores are divided by its square root ...
     attention_scale: float | None           # ... or multiplied by this
@@ -64,12 +64,12 @@ class Config:
         return "result_output_pre" if self.logit_scale or self.logit_soft_cap else "result_output"
 
     def scale(self, dtype: np.dtype) -> np.floating:
-        """What the scores, or the queries, are multiplied by; rounded step by step as a dtype has it."""
+        """The factor of the scores, or of the queries, computed in a dtype and rounded to it after each step."""
         real = dtype.type
         return 1 / np.sqrt(real(self.d_scale)) if self.attention_scale is None else real(self.attention_scale)
 
     def has(self, part: str, il: int | None) -> bool:
-        """Whether a layer, or what stands around the layers, has a part of the table of names."""
+        """Return whether a layer has a part of the table of names; il None: whether the model has it outside layers."""
         if part in ("silu", "gelu"):
             return self.act == part
         if part == "rope":
@@ -79,5 +79,5 @@ class Config:
         return part == "-" or part in self.norms or bool(getattr(self, part, None))
 
     def sizes(self) -> dict[str, int]:
-        """Sizes of the dimensions in the table of names, but for n_tok and n_kv, which depend on the prompt."""
+        """The sizes of the dimensions in the table of names, except n_tok and n_kv, which depend on the prompt."""
         return {**vars(self), "n_head*d_head_v": self.n_head * self.d_head_v}

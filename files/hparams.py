@@ -1,4 +1,4 @@
-"""A model's shape, read from the metadata of its file, as its architecture has them (architectures.py)."""
+"""The shape of a model, read from the metadata of its file. architectures.py says which keys an architecture has."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ NONE = {  # keys that must be 0, and why
 def read_hparams(
     meta: dict[str, Any], tensors: dict[str, Tensor], path: Path, n_ctx: int | None = None
 ) -> Config:
-    """The shape of a model; refuses what the forward pass would compute wrongly.
+    """The shape of a model. Raises GGUFError for a model that `forward` would compute wrongly.
 
-    n_ctx: the positions that a run may have, where they are to be other than the metadata say.
+    n_ctx: the number of positions that a run may have; None: as the metadata say.
     """
     r = Reader(meta, path)
     arch, n_layer = r.arch, r.n_layer
@@ -101,9 +101,10 @@ def read_hparams(
 def _context(
     arch: Architecture, tensors: dict[str, Tensor], path: Path, asked: int | None, trained: int, original: int
 ) -> int:
-    """The positions that a run may have: those that were asked for, or what the model is good for as it stands.
+    """The number of positions that a run may have: `asked`, or else the context that the model was trained for.
 
-    A file with other RoPE factors for long contexts is run with those for short ones unless more is asked for.
+    A file with separate RoPE factors for long contexts is run with those for short ones, and with the short context,
+    unless more positions are asked for.
     """
     long = "rope_factors_long" in arch.factors and "rope_factors_long.weight" in tensors
     if asked is None:
@@ -115,7 +116,7 @@ def _context(
 
 
 def _freqs(arch: Architecture, tensors: dict[str, Tensor], long: bool) -> str | None:
-    """The tensor that RoPE's angles are divided by, if there is one: of two, that for long contexts or the other.
+    """The tensor that RoPE's angles are divided by; None if there is none. Of two, one is for long contexts.
 
     Source: llama-model.cpp, get_rope_factors.
     """
@@ -126,7 +127,7 @@ def _freqs(arch: Architecture, tensors: dict[str, Tensor], long: bool) -> str | 
 
 
 def _cap(r: Reader, key: str, default: float | None) -> float | None:
-    """The number that scores or logits stay below, None where they are not capped."""
+    """The soft cap of a key; None if there is none."""
     if default is None:
         return None
     value: float = r.get(key, default, 0 if default == 0 else 1e-30, float)

@@ -1,4 +1,4 @@
-"""How far RoPE turns in each layer, and how far a layer sees: what the metadata say of positions."""
+"""The metadata about positions: how far RoPE turns in each layer, and how many positions a token sees there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ f32 = np.float32
 def read_layers(
     r: Reader, d_head: int, n_original: int, tensors: dict[str, Tensor]
 ) -> tuple[tuple[Rope, ...], tuple[Layer, ...]]:
-    """(the ropes of a model, its layers). n_original: the context that its angles were trained for."""
+    """The kinds of RoPE that a model has, and its layers. n_original: the context that its angles were trained for."""
     arch = r.arch
     n_rot = r.get("rope.dimension_count", d_head, 2)
     if n_rot % 2 or n_rot > d_head:
@@ -60,7 +60,7 @@ def read_layers(
 
 
 def _flag(r: Reader, key: str) -> bool:
-    """True or false; true where the key is missing."""
+    """Read a key that is true or false; true if it is missing."""
     value = r.raw(key)
     if value is not None and not isinstance(value, bool):
         raise r.refuse(key, "; it must be true or false")
@@ -68,7 +68,7 @@ def _flag(r: Reader, key: str) -> bool:
 
 
 def _window(r: Reader) -> int | None:
-    """How many positions a token sees in the layers that have a window."""
+    """The number of positions that a token sees in layers with a window; None if there are no such layers."""
     if r.arch.windows is None:
         return None
     size: int = r.get("attention.sliding_window", r.arch.windows.size or 0, 1 if r.arch.windows.size else 0)
@@ -76,7 +76,7 @@ def _window(r: Reader) -> int | None:
 
 
 def _pattern(r: Reader) -> list[bool]:
-    """Which layers have a window: as the file lists them, or all but the last one of every so many.
+    """For each layer, whether it has a window: as the file lists them, or all layers but the last of every few.
 
     Source: llama-model.cpp, load_swa_pattern; llama-hparams.cpp, set_swa_pattern.
     """
@@ -92,11 +92,11 @@ def _pattern(r: Reader) -> list[bool]:
 
 
 def _gain(attn_factor: float, yarn: float | None, factor: float, multiplier: float | None) -> float:
-    """What cos and sin are multiplied by: attn_factor, with yarn times 1 + 0.1 ln(factor), step by step in float32.
+    """The factor of cos and sin: attn_factor, with YaRN times 1 + 0.1 ln(factor), step by step in float32.
 
-    llama.cpp divides attn_factor by that gain where ggml will multiply by it, and yarn's own gain comes back: all that
-    remains of it are roundings, and a factor below 1, which gives no gain. yarn is the model's factor, `factor` that of
-    the layer. A multiplier divides by 1 + 0.1 * multiplier * ln(factor) besides.
+    llama.cpp first divides attn_factor by YaRN's gain, and ggml multiplies by it again. The two cancel except for
+    float32 rounding; both steps are repeated here to get the same bits. A factor below 1 has no gain. `yarn` is the
+    model's factor, `factor` that of the layer. A multiplier also divides by 1 + 0.1 * multiplier * ln(factor).
     Source: llama-context.cpp, llama_context (yarn_attn_factor); ggml-cpu/ops.cpp, rope_yarn (mscale).
     """
     if yarn is None:
@@ -115,10 +115,10 @@ def _gain(attn_factor: float, yarn: float | None, factor: float, multiplier: flo
 
 
 def _corrections(r: Reader, n_rot: int, n_ctx: int, base: float) -> tuple[float, float]:
-    """The pairs between which yarn goes over from turning as trained (before) to turning slower (after).
+    """The range of pairs (low, high) in which YaRN blends: pairs below it keep their angle, pairs above it are scaled.
 
-    A pair that turns 32 times or more in the context it was trained for is left as it is, one that turns once or less
-    is slowed; some architectures have other numbers than 32 and 1 in their metadata.
+    A pair that turns 32 times or more within the trained context keeps its angle, one that turns once or less is
+    scaled. The metadata of some architectures give other numbers than 32 and 1.
     Source: ggml.c, ggml_rope_yarn_corr_dims; llama-hparams.h, yarn_beta_fast and yarn_beta_slow.
     """
     def pair(turns: float) -> np.float32:

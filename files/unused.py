@@ -1,4 +1,4 @@
-"""What a model file may hold besides what the forward pass uses. Everything else in it is refused by name.
+"""The tensors and keys that `forward` does not use and that a model file may hold. All others are refused by name.
 
 llama.cpp is the judge (tests/files/test_odd_files.py asks it): it refuses a file with a tensor that its graph of the
 architecture does not create, and it does not look at metadata keys that its loader of the architecture does not read.
@@ -75,6 +75,8 @@ def check_tensors(
     why = f"is not part of the architecture {arch} as tinymia computes it: the numbers would be wrong without it"
     own = re.sub(r"\.weight[._]scale(_2)?$", ".scale", name)
     hint = f" (the scale of this matrix would be called {own})" if own != name and own in used else ""
+    if name.endswith(".scale") and name.removesuffix(".scale") in matrices:
+        hint = " (llama.cpp reads this scale and does not multiply by it, so what the file means is not certain)"
     raise GGUFError(f"{path}: tensor {name}{more} {why}{hint}")
 
 

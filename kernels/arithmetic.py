@@ -29,7 +29,7 @@ class Arithmetic:
         self.alone: bool | None = None  # a pass of one token is recognised by its one row
 
     def several(self) -> "Arithmetic":
-        """The same functions for a single row out of a pass of several tokens.
+        """These functions, for a single row that comes from a pass of several tokens.
 
         ggml sums the only token of a pass in another order, so the kernels must know which of the two a row is.
         """

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .commands.sweep import Sweep, sweep
     from .commands.task_vector import TaskVector, task_vector
     from .commands.trace import Trace, trace
-    from .comparison.verify import verify, verify_self
+    from .comparison.verify import SelfVerification, Verification, verify, verify_self
 
 WHERE = {
     "commands.ablate": ("Ablation", "ablate"), "commands.attend": ("Attention", "attend"),
@@ -41,13 +41,13 @@ WHERE = {
     "commands.steer": ("Steering", "steer"), "commands.story": ("Story", "story"),
     "commands.sweep": ("Sweep", "sweep"),
     "commands.task_vector": ("TaskVector", "task_vector"), "commands.trace": ("Trace", "trace"),
-    "comparison.verify": ("verify", "verify_self"),
+    "comparison.verify": ("SelfVerification", "Verification", "verify", "verify_self"),
 }
 MODULES = {name: module for module, names in WHERE.items() for name in names}
 
 __all__ = [
-    "Ablation", "Attention", "Attribution", "FunctionVector", "Lens", "PairsResult", "Report", "Steering", "Story",
-    "Sweep", "TaskVector", "Trace",
+    "Ablation", "Attention", "Attribution", "FunctionVector", "Lens", "PairsResult", "Report", "SelfVerification",
+    "Steering", "Story", "Sweep", "TaskVector", "Trace", "Verification",
     "ablate", "attend", "attribute", "function_vector", "lens", "over_pairs", "report", "steer", "story",
     "sweep", "task_vector", "trace", "verify", "verify_self",
 ]

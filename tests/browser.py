@@ -102,7 +102,7 @@ class Browser:
         return answer["result"].get("value")
 
     def middle(self, selector):
-        """Where an element is, scrolled to: x, y of its middle."""
+        """The place of an element after scrolling to it: x, y of its middle."""
         return self.js(f"(e=>{{e.scrollIntoView({{block:'center',inline:'center'}});const b=e.getBoundingClientRect();"
                        f"return[b.x+b.width/2,b.y+b.height/2]}})(document.querySelector({json.dumps(selector)}))")
 

@@ -40,7 +40,7 @@ CONTAINERS = dict, set, list
 
 
 def state(model):
-    """What a test could change in a model, by name: attributes of it and of its parts, and its vectors of weights.
+    """Everything that a test could change in a model, by name: its attributes, those of its parts, its weight vectors.
 
     Matrices are mapped read-only. Names that a test adds are seen, other than those that a cached_property makes;
     containers are compared by what they hold.
@@ -144,7 +144,7 @@ def prompt(n, n_vocab=384, seed=0):
 
 @contextlib.contextmanager
 def nobody():
-    """Without root's right to open anything: as the user nobody where the tests run as root."""
+    """Take root's right to open any file away: tests that run as root go on as the user nobody."""
     root = hasattr(os, "geteuid") and os.geteuid() == 0
     if root:
         os.seteuid(65534)

@@ -1,4 +1,4 @@
-"""What tests of kernels know about weight formats: random weights in them, and quantised activations, all in NumPy."""
+"""Weight formats for tests of kernels: random weights in each, and quantised activations, all in NumPy."""
 
 import gguf
 import numpy as np

@@ -1,4 +1,4 @@
-"""What a PNG shows: the texts of the figure that it was written from, and the colours of the file's own pixels."""
+"""The contents of a PNG: the texts of the figure that it was written from, and the colours of the file's own pixels."""
 import io
 
 import numpy as np
@@ -14,7 +14,7 @@ class Map:
         self.texts = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in axes.texts}
 
     def text(self, row, column):
-        """What stands in a cell, by the labels of its row and column or by their numbers."""
+        """The text of a cell, by the labels of its row and column or by their numbers."""
         down, across = place(row, self.rows, self.downs), place(column, self.columns, self.acrosses)
         return self.texts[round(down), round(across)]
 
@@ -32,7 +32,7 @@ def labels(axis):
 
 
 def place(which, names, places):
-    """Where a row or a column lies, by its label or by its number."""
+    """The place of a row or a column, by its label or by its number."""
     return places[names.index(which) if isinstance(which, str) else which]
 
 

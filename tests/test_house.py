@@ -74,7 +74,7 @@ def test_no_two_files_of_the_lab_import_each_other():
 
 @pytest.mark.parametrize("folder", ["kernels", "engine", "files"])
 def test_no_two_files_below_the_engine_import_each_other(folder):
-    """A package's __init__, which collects what its files have, is no circle with them."""
+    """A package's __init__, which collects names from its files, does not count."""
     assert not circles({name for name in of(folder) if modules()[name].name != "__init__.py"})
 
 
@@ -141,7 +141,7 @@ def nodes(kind):
 
 
 def test_a_skipped_test_says_what_it_needs():
-    """In words that begin with "needs": what is missing, and how to get it where one can."""
+    """The reason begins with "needs": what is missing and, if possible, how to get it."""
     mute = []
     for place, call in nodes(ast.Call):
         kind = ast.unparse(call.func)
@@ -153,7 +153,7 @@ def test_a_skipped_test_says_what_it_needs():
 
 
 def test_an_expected_error_is_expected_with_its_message():
-    """By match=, or by looking at what `as` gives: any other error would pass otherwise. Ctrl-C has no message."""
+    """It uses match=, or looks at what `as` gives; otherwise any other error would pass. Ctrl-C has no message."""
     bare = []
     for place, node in nodes(ast.With):
         for call in [item.context_expr for item in node.items if not item.optional_vars]:
@@ -161,3 +161,30 @@ def test_an_expected_error_is_expected_with_its_message():
                     and not call.keywords and ast.unparse(call.args[0]) != "KeyboardInterrupt"):
                 bare.append(place)
     assert not bare
+
+
+def described():
+    """(place, docstring) of every module, public class, function and method of the project, and of every kernel."""
+    kernels = {"inline", "kernel", "part", "template"}
+    for folder in ("engine", "kernels", "files", "lab", "models", "training", "bench", "."):
+        paths = (ROOT / folder).rglob("*.py") if folder != "." else [ROOT / "tinymia.py", ROOT / "setup.py"]
+        for path in sorted(paths):
+            tree = ast.parse(path.read_text("utf-8"))
+            yield f"{path.relative_to(ROOT)}", ast.get_docstring(tree)
+            for node in [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]:
+                inside = [n for n in getattr(node, "body", ()) if isinstance(node, ast.ClassDef)]
+                for one in [node, *(n for n in inside if isinstance(n, ast.FunctionDef))]:
+                    marks = {ast.unparse(d).partition("(")[0] for d in one.decorator_list}
+                    hidden = one.name.startswith("_") or node.name.startswith("_")
+                    if not hidden or marks & kernels:
+                        yield f"{path.relative_to(ROOT)}:{one.lineno} {one.name}", ast.get_docstring(one)
+
+
+def test_every_public_function_and_every_kernel_has_a_docstring():
+    assert not [place for place, text in described() if not text]
+
+
+def test_a_docstring_makes_sense_without_the_name_of_its_function():
+    """It begins with a verb or with a noun phrase, and not with a word that continues the name."""
+    wrong = {"Of", "As", "What", "Whether", "Where", "If", "By"}
+    assert not [place for place, text in described() if text and text.split()[0] in wrong]

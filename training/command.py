@@ -1,4 +1,4 @@
-"""What the programs of this folder share on the command line: an error is one line, and Ctrl-C is no error."""
+"""The command line of the programs in this folder: an error is one line, and Ctrl-C is not an error."""
 
 from __future__ import annotations
 

@@ -76,6 +76,8 @@ MODE = ("b" if config.BOUNDSCHECK else "") + ("p" if PORTABLE else "")
 
 
 class _Locator(_CacheLocator):
+    """The answers to numba's questions about its cache: the folder, the stamp of the sources, and the mode."""
+
     def __init__(self, py_func, py_file):
         self._py_file = py_file
 
@@ -168,7 +170,7 @@ def compiling() -> bool:
 
 
 def announce_done() -> None:
-    """If kernels were compiled since the last call, print on stderr how many, and how long that took."""
+    """Print on stderr how many kernels were compiled since the last call, and how long that took, if there were any."""
     count, seconds = _announcer.kernels, _announcer.seconds
     if count:
         _announcer.kernels, _announcer.seconds = 0, 0.0

@@ -170,6 +170,7 @@ class FloatPairs(Floats):
 
     @part
     def products(row, x):
+        """The 32 products of the next weights with activations."""
         return fmt.weights(row) * load_f32x32(x)
 
     @part

@@ -1,4 +1,4 @@
-"""What the products of all families share: loops over rows and tokens, and how a class becomes a format.
+"""The parts that products of all families share: loops over rows and tokens, and the base class of formats.
 
 Weights are read 16 rows at a time, and multiplied with the activations of all tokens before the next 16 are read, so
 that they stay in the CPU's nearest cache:

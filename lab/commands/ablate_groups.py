@@ -46,6 +46,9 @@ class GroupAblation(Result):
         """The metrics minus those of the unchanged run: float64 [n_metric, n_group]."""
         return self.values - self.plain[:, None]
 
+    def __str__(self) -> str:
+        return groups_text(self)
+
 
 def ablate_groups(
     model: Model, prompt: str | Sequence[int], groups: Sequence[str], answer: str | int | None = None,
@@ -100,9 +103,6 @@ def groups_table(found: GroupAblation, metric: str, k: int) -> str:
 def groups_text(found: GroupAblation, metric: str = METRICS[0], k: int = 20) -> str:
     """The text that the terminal shows."""
     return f"change of {in_words(found, metric)}, the largest first\n{groups_table(found, metric, k)}"
-
-
-text = groups_text      # for the result's __repr__
 
 
 def groups_map(found: GroupAblation, metric: str = METRICS[0]) -> Heatmap:

@@ -35,6 +35,9 @@ class Ablation(Result):
         """The metrics minus those of the unchanged run: float64 [n_metric, n_layer, n_head]."""
         return self.values - self.plain[:, None, None]
 
+    def __str__(self) -> str:
+        return text(self)
+
 
 def ranked(found: Ablation, metric: str) -> list[tuple[int, int]]:
     """The heads, as (layer, head), by the size of their effect, the largest first."""

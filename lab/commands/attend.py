@@ -50,6 +50,9 @@ class Attention(Result):
     induction: np.ndarray           # float32 [n_layer, n_head], on random tokens that repeat
     induction_here: np.ndarray      # float32 [n_layer, n_head], on the prompt; NaN where no token has an earlier copy
 
+    def __str__(self) -> str:
+        return text(self)
+
 
 SCORES = {
     "previous": "to the token before",

@@ -6,10 +6,10 @@ stream. The stream is a sum of terms, so a logit is a sum, too: over the terms, 
     direction = (W_output[answer] - W_output[against]) * output_norm / rms(x)       x = l_out of the last layer
     head h of layer l: Wo[:, its columns] @ kqv_merged-l[its columns] . direction   and so on for each term
 
-Where a norm, or a factor, stands between a block and the stream, a part passes it at the size that the block's output
-had in this run; where logits are scaled or capped, each token's row of W_output is multiplied by what the scale or the
-cap made of its logit in this run (logit / product). The effect of a part through later layers is not included. Two more
-kinds of part make the sum exact:
+Some models have a factor or a norm between a block and the stream: the scale of this norm, too, is kept at its value in
+this run (measure/passage.py). Some models scale or cap their logits: the row of each token in W_output is then
+multiplied by logit / product, as they were in this run. The effect of a part through later layers is not included. Two
+more kinds of part make the sum exact:
 
     rounding    the engine rounds activations before a product with weights that are not float32 (--numerics ggml), and
                 sums in float32. Heads are computed here without rounding, from kqv_merged and the decoded weights;
@@ -18,7 +18,7 @@ kinds of part make the sum exact:
                 l_out, and at the output norm, result_norm, result_output; without actions, the float32 rounding of
                 sums, norms and caps, about 1e-6
 
-A single logit also contains what raises all tokens equally; a difference of two logits (`against`) does not.
+A single logit also contains terms that raise all tokens equally; a difference of two logits (`against`) does not.
 Source: Elhage et al., A Mathematical Framework for Transformer Circuits (2021), direct paths through the stream.
 """
 
@@ -41,7 +41,7 @@ from ..flags.arguments import prompt_flags, prompt_ids
 from ..flags.command import Command
 from ..flags.pair_flags import pair_flags
 from ..flags.parser import Parser, least
-from ..measure.answers import token_or
+from ..measure.answers import check_apart, token_or
 from ..measure.passage import passage
 from ..measure.selection import position_of
 from ..measure.sinks import tell_sink
@@ -52,7 +52,7 @@ from .attribute_result import Attribution, kinds, largest, pictures, text, title
 __all__ = [
     "Attribution", "attribute", "back", "command", "kinds", "largest",
     "pictures", "text", "title", "top_neurons",
-]  # fmt: skip
+]
 
 TERMS = ("kqv_merged", "kqv_out", "ffn_out", "l_out", "result_norm")    # read after actions
 DECODED = 256   # rows of a matrix that are decoded at a time
@@ -127,8 +127,7 @@ def _output(
     """Fill in the logit and the final norm. Returns the direction that each part is multiplied by, float64 [n_embd]."""
     found.answer = int(logits.argmax()) if wanted is None else wanted
     found.answer_piece, found.against = model.piece(found.answer), other
-    if found.answer == other:
-        raise Error(f"the answer and what it is held against are the same token, {found.answer_piece!r} (#{other})")
+    check_apart(model, found.answer, other)
     found.against_piece = None if other is None else model.piece(other)
     c, (weight, bias) = model.config, model.weights.output
     ids, signs = ([found.answer], [1.0]) if other is None else ([found.answer, other], [1.0, -1.0])
@@ -148,7 +147,7 @@ def _output(
 
 
 def _made_of(product: np.ndarray, scale: float | None, cap: float | None) -> np.ndarray:
-    """The logit divided by the product with the output matrix, for each product: what scale and soft cap make of it."""
+    """The logit divided by its product with the output matrix, for each product: the effect of scale and soft cap."""
     factor = np.full(product.shape, 1.0 if scale is None else scale)
     if cap is not None:
         safe = np.where(product == 0, 1.0, product * factor)

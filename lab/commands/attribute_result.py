@@ -47,6 +47,9 @@ class Attribution(Result):
         named += [("bias of output", self.output_bias)] * bool(self.output_bias)
         return [(name, float(v)) for name, v in named]
 
+    def __str__(self) -> str:
+        return text(self)
+
 
 def title(found: Attribution) -> str:
     """The name of the sum of the parts: logit of ▁Paris, or logit of ▁Paris minus that of ▁Italy."""

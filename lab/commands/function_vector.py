@@ -41,7 +41,7 @@ from .function_vector_result import FunctionVector, charts, heatmaps, pictures, 
 __all__ = [
     "FunctionVector", "charts", "command", "function_vector", "heatmaps", "pictures",
     "tables", "text", "write_html", "write_png",
-]  # fmt: skip
+]
 
 EPILOG = """\
 TASK is a name (--list) or a JSON file: [["France", "Paris"], ...] or {"template": "{x} -> {y}", "pairs": [...]}.

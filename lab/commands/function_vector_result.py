@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from ..pictures.charts import Chart, draw_png
 from ..pictures.heatmap import Heatmap
-from ..pictures.page import page, write_page
+from ..pictures.page import page, preformatted, write_page
 from ..pictures.terminal import screen, signed, table
 from ..runs.result import Result
 
@@ -46,6 +45,9 @@ class FunctionVector(Result):
         """
         with_it = self.dev_accuracy[..., 1:-1]
         return np.where(with_it.max(-1) > self.dev_accuracy[..., 0], with_it.argmax(-1), -1)
+
+    def __str__(self) -> str:
+        return text(self)
 
 
 def tables(found: FunctionVector) -> list[str]:
@@ -116,5 +118,5 @@ def write_png(found: FunctionVector, path: Path) -> None:
 
 def write_html(found: FunctionVector, path: Path) -> None:
     """Write the page: pictures, then all tables."""
-    shown = [picture.html() for picture in pictures(found)]
-    write_page(path, page(title(found), [*shown, *(f"<pre>{escape(t)}</pre>" for t in tables(found))]))
+    sections = [*(picture.html() for picture in pictures(found)), *map(preformatted, tables(found))]
+    write_page(path, page(title(found), sections))

@@ -53,6 +53,9 @@ class Lens(Result):
     target_score: np.ndarray        # float32 [n_name, n_tok]
     target_probability: np.ndarray  # float32 [n_name, n_tok]
 
+    def __str__(self) -> str:
+        return text(self)
+
 
 def lens(
     model: Model,

@@ -77,6 +77,7 @@ def of_sweep(model: Model, pair: Pair, options: Options) -> np.ndarray:
 
 
 def of_sweep_layout(model: Model, options: Options) -> tuple[str, list[str], str, list[str]]:
+    """The layout of a sweep: layers by roles of positions, or layers by heads."""
     layers = [str(il) for il in chosen(options.get("layers"), model.config.n_layer, "layer")]
     if options.get("tensor", "l_out") in BY_POSITION:
         return "layer", layers, "position", list(ROLES)
@@ -95,6 +96,7 @@ def of_attribute(model: Model, pair: Pair, options: Options) -> np.ndarray:
 
 
 def of_attribute_layout(model: Model, options: Options) -> tuple[str, list[str], str, list[str]]:
+    """The layout of an attribution: layers, with the embedding and the output, by parts."""
     c = model.config
     return "layer", ["tokens", *numbers(c.n_layer), "output"], "part", [*(f"head {i}" for i in range(c.n_head)), "FFN",
                                                                         "rest"]
@@ -129,10 +131,12 @@ def of_lens(model: Model, pair: Pair, options: Options) -> np.ndarray:
 
 
 def of_lens_layout(model: Model, options: Options) -> tuple[str, list[str], str, list[str]]:
+    """The layout of a lens: layers by roles of positions."""
     return "layer", numbers(model.config.n_layer), "position", list(ROLES)
 
 
 def always(options: Options) -> bool:
+    """Return True: prompts must have the same number of tokens with all options."""
     return True
 
 

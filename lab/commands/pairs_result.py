@@ -51,6 +51,9 @@ class PairsResult(Result):
         squares = np.nansum((self.values - self.mean) ** 2, 0)
         return np.where(n > 1, np.sqrt(squares / np.maximum(n - 1, 1) / np.maximum(n, 1)), np.nan)
 
+    def __str__(self) -> str:
+        return text(self)
+
 
 def picture(found: PairsResult, of: np.ndarray, what: str, diverging: bool) -> Heatmap:
     """A heatmap of the shown quantity, without columns that no pair has."""

@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tinymia_files import dumps
-
 from ..pictures.colours import rgb
-from ..pictures.page import page, table_html
+from ..pictures.page import page, repeat, table_html
 from ..pictures.terminal import signed, visible
 from . import attend, lens
 from .attribute_result import Attribution, kinds, pictures, title
@@ -43,7 +41,7 @@ def report_page(found: Report) -> str:
         ("text", "Text", _texts(found)), ("tokens", "Tokens", _tokens(found)),
         ("interventions", "Interventions", _interventions(found)),
         ("lens", "Lens", _lens(found)), ("attention", "Attention", _attention(found)),
-        ("attribution", "Attribution", _attribution(found)), ("repeat", "To repeat this", _repeat(found)),
+        ("attribution", "Attribution", _attribution(found)), ("repeat", "To repeat this", repeat(found.about)),
     ]
     nav = "<nav>" + "".join(f"<a href=#{key}>{head}</a>" for key, head, _ in sections) + "</nav>"
     lead = f"<p>{escape(name)}, numerics {found.about['model']['numerics']}, {n} tokens</p>"
@@ -126,11 +124,6 @@ def bars(one: Attribution, most: float) -> str:
     rows.append(f"<tr><th scope=row>sum<td>{signed(one.logit, 3)}<td>")
     return (f"<figure class=bars><figcaption>{escape(title(one))}, in logits</figcaption><div class=scroll>"
             f"<table>{''.join(rows)}</table></div></figure>")
-
-
-def _repeat(found: Report) -> str:
-    told = escape(dumps(found.about, 1))
-    return f"<details><summary>model, settings, tokens, versions</summary><pre>{told}</pre></details>"
 
 
 def _named(fragments: Sequence[str]) -> str:

@@ -23,6 +23,9 @@ class Report(Result):
     attention: Attention            # with the interventions
     attributions: list[Attribution]
 
+    def __str__(self) -> str:
+        return text(self)
+
 
 def text(found: Report) -> str:
     """The text that the terminal shows."""

@@ -31,6 +31,9 @@ class Steering(Result):
         """The vectors of the chosen layers, float32 [n_embd] by layer."""
         return {il: self.vectors[il] for il in self.layers}
 
+    def __str__(self) -> str:
+        return text(self)
+
 
 def text(found: Steering) -> str:
     """The text that the terminal shows: a table of the layers' vectors, and the continuations.

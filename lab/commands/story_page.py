@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinymia_files import dumps
-
 from ..pictures.heatmap import Heatmap
-from ..pictures.page import page, table_html, write_page
+from ..pictures.page import page, repeat, table_html, write_page
 from ..pictures.terminal import signed, visible
 from .story_result import BRIGHT, Story, about_head, answers, honest, name, pictures, stretches, where
 
@@ -36,8 +34,7 @@ def story_page(found: Story) -> str:
         ("layers", "3. What each layer writes at the last token", _layers(found)),
         ("heads", "4. The heads that move it", _heads(found, head_maps)),
         ("whole", "5. Is it the whole story?", "".join(f"<p>{escape(line)}</p>" for line in honest(found))),
-        ("repeat", "To repeat this", "<details><summary>model, settings, tokens, versions</summary><pre>"
-         f"{escape(dumps(found.about, 1))}</pre></details>"),
+        ("repeat", "To repeat this", repeat(found.about)),
     ]
     nav = "<nav>" + "".join(f"<a href=#{key}>{head}</a>" for key, head, _ in sections) + "</nav>"
     model = found.about["model"]

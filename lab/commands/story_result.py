@@ -35,6 +35,9 @@ class Story(Result):
     without: list[list[object]]         # first head silenced: [prompt, best piece, its probability, best piece without,
                                         # probability of the first piece without]
 
+    def __str__(self) -> str:
+        return text(self)
+
 
 def stretches(found: Story) -> list[tuple[int, int, int | None]]:
     """Successive layers whose brightest cell is at the same token: (first layer, last layer, position or None)."""

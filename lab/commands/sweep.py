@@ -84,6 +84,9 @@ class Sweep(Result):
         """The chosen metric: float64 [n_layer, n_column]."""
         return getattr(self, self.metric.replace("-", "_"))
 
+    def __str__(self) -> str:
+        return text(self)
+
 
 def sweep(
     model: Model, clean: str | Sequence[int], corrupt: str | Sequence[int], answer: str | int | None = None,

@@ -52,7 +52,7 @@ from .task_vector_result import TaskVector, accuracy_by_layer, charts, pictures,
 __all__ = [
     "VECTORS", "TaskVector", "accuracy_by_layer", "charts", "command", "pictures",
     "tables", "task_vector", "text", "write_html", "write_png",
-]  # fmt: skip
+]
 
 EPILOG = """\
 TASK is a name (--list) or a JSON file: [["France", "Paris"], ...] or {"template": "{x} -> {y}", "pairs": [...]}.

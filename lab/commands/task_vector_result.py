@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from ..pictures.charts import BLUE, GREEN, GREY, Chart, draw_png
 from ..pictures.heatmap import Heatmap
-from ..pictures.page import page, write_page
+from ..pictures.page import page, preformatted, write_page
 from ..pictures.terminal import screen, table, visible
 from ..runs.result import Result
 
@@ -41,6 +40,9 @@ class TaskVector(Result):
     tests: np.ndarray           # float64 [n_task, n_test, 3, 3]: right, probability, rank; as in `accuracy`
     conflict_hits: np.ndarray   # float64 [n_task, n_task, n_test, 4]: the prompt unchanged, share of answers of its
                                 # own task, of the other; with the other's vector, of its own task, of the other
+
+    def __str__(self) -> str:
+        return text(self)
 
 
 def no_layer(found: TaskVector) -> list[int]:
@@ -115,5 +117,5 @@ def write_png(found: TaskVector, path: Path) -> None:
 
 def write_html(found: TaskVector, path: Path) -> None:
     """Write the page: pictures, then all tables."""
-    shown = [picture.html() for picture in pictures(found)]
-    write_page(path, page(title(found), [*shown, *(f"<pre>{escape(t)}</pre>" for t in tables(found))]))
+    sections = [*(picture.html() for picture in pictures(found)), *map(preformatted, tables(found))]
+    write_page(path, page(title(found), sections))

@@ -42,6 +42,9 @@ class Trace(Result):
     ops: list[dict[str, Any]]       # in the order of computation; see `told`, `trace` and, for "changed", `change`
     best: list[list[Any]]           # [piece, probability] of the next token, the most probable first
 
+    def __str__(self) -> str:
+        return text(self)
+
 
 def trace(
     model: Model,

@@ -18,7 +18,6 @@ from ..measure.answers import kl as kl_of
 from .llama import Item
 
 END = object()
-Progress = Callable[[str, int], None]  # (the tensor at hand, the number of tensors done)
 
 
 class Closed(Exception):
@@ -175,21 +174,21 @@ def compare(
     actions: Sequence[Action] = (),
     inject: bool = False,
     on_pair: Callable[[Item], None] | None = None,
-    progress: Progress | None = None,
+    on_step: Callable[[], object] = lambda: None,
     steps: int = 0,
 ) -> Compared:
     """Run our pass over the prompt, and compare each tensor of `names` with the other engine's as it is computed.
 
     With inject, it is then replaced by the other engine's. Only tensors in `shown` get a row. on_pair is called with
-    each tensor of the other engine. Up to `steps` passes follow, each over the other engine's best token.
+    each tensor of the other engine, on_step for each of ours. Up to `steps` passes follow, each over the other engine's
+    best token.
     """
     out = Compared()
     edited = {name for action in actions for name in tinymia.match(action.name, model.table)}
 
     def pair(x: np.ndarray, ctx: tinymia.Context) -> np.ndarray | None:
         item = others.take(ctx.name)
-        if progress:
-            progress(ctx.name if others.step == 0 else f"pass {others.step} {ctx.name}", len(out.rows))
+        on_step()
         if item is None:
             if ctx.name not in out.absent:
                 out.absent.append(ctx.name)

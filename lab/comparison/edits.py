@@ -42,7 +42,7 @@ class Edits:
             if isinstance(action, (Lens, Log, Save)):
                 raise Error(f"verify keeps nothing but what it compares: {type(action).__name__} does not go with it")
             if action.when != "prompt":
-                raise Error(f"verify compares the pass over the prompt: when={action.when} does not go with it")
+                raise Error(f"verify changes the pass over the prompt only: when={action.when} does not go with it")
             for name in match(action.name, model.table):
                 self.by_name.setdefault(name, []).append(action)
 
@@ -87,7 +87,7 @@ class Edits:
         return y
 
     def row(self, action: Edit, source: Any, old: np.ndarray, position: int, place: int) -> Any:
-        """What stands at a position afterwards; `source` is the row that the action was given for it."""
+        """The new row of a position; `source` is the row that the action takes for it."""
         if isinstance(action, Patch):
             return source
         if isinstance(action, Ablate):

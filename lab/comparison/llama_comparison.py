@@ -13,14 +13,16 @@ from typing import Any
 
 import tinymia
 from tinymia import Action, Error, Model
-from tinymia_files import check_target, short, write_atomic
+from tinymia_files import check_apart, check_target, short, write_atomic
 
-from ..runs.result import files_in
-from .compare import Compared, Feed, Others, Progress, compare, divergence
+from ..runs.progress import Progress
+from ..runs.result import about, describe, files_in, resume
+from .compare import Compared, Feed, Others, compare, divergence
 from .edits import Edits
 from .llama import Outcome, compute
 from .llama_names import FLASH, FUSED
 from .recording import Recorder, check_recorded, read_recording
+from .verify_result import Verification
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -42,9 +44,8 @@ def default_tolerance(model: Model, inject: bool, flash: bool) -> float:
     return (1e-5 if floats else 5e-3) if flash else (1e-6 if floats else 1e-4)
 
 
-def selection(model: Model, only: str | Sequence[str], flash: bool) -> tuple[list[str], set[str]]:
+def selection(model: Model, asked: Sequence[str], flash: bool) -> tuple[list[str], set[str]]:
     """The names of tensors that llama.cpp can have, and the set of names to show. Raises Error."""
-    asked = [only] if isinstance(only, str) else list(only)
     shown = {name for pattern in asked or ["all"] for name in tinymia.match(pattern, model.table)}
     lacking = {**FUSED, **(FLASH if flash else {})}
     names = [name for name, (op, _) in model.table.items() if op.base not in lacking]
@@ -75,15 +76,16 @@ def verify(
     against: str | Path | None = None,
     actions: Sequence[Action] = (),
     n_predict: int = 0,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Compare every tensor of a prompt with llama.cpp's: the table and the verdict as plain data.
+    out: str | Path | None = None,
+) -> Verification:
+    """Compare every tensor of a prompt with llama.cpp's.
 
     tolerance: the NMSE that is allowed (see default_tolerance). only: patterns of names. inject: each op gets
     llama.cpp's inputs. flash, repack: let llama.cpp use its flash attention, or repacked weights, which round
     differently: unless a tolerance is given, the verdict is then that of each op by itself. record: write llama.cpp's
     tensors to an .npz file; against: read them from one. actions: done in both engines. n_predict: generate this many
-    tokens greedily, one pass each, and compare these passes and the text. Raises Error.
+    tokens greedily, one pass each, and compare these passes and the text. out: an .npz or .json file that keeps the
+    result; an earlier one of the same run is made anew, since it is about the programs of its day. Raises Error.
     """
     model = open_model(model, threads)
     by_op = (flash or repack) and not inject and tolerance is None
@@ -96,8 +98,15 @@ def verify(
         raise Error(f"{record}: recordings are .npz files")
     if record is not None:
         check_target(record, inputs=files_in(list(actions)))
+        check_apart([record, *files_in(out)])
     text = prompt if isinstance(prompt, str) else None
     ids, actions = model.ids(prompt), tinymia.listed(actions)
+    only = [only] if isinstance(only, str) else list(only)
+    settings = {"only": only, "tolerance": tolerance, "inject": inject, "flash": flash, "repack": repack,
+                "actions": describe(actions), "n_predict": n_predict,
+                "against": None if against is None else str(against)}
+    info = about(model, "verify", settings, prompt=prompt)
+    resume(out, info, Verification, [*actions, *files_in(against)])     # raises Error for a file that holds another run
     if not 0 < len(ids) + n_predict <= model.config.n_ctx:
         raise Error(f"{len(ids)} tokens and {n_predict} more: the context has room for {model.config.n_ctx}")
     how = {"flash": flash, "repack": repack, "actions": [repr(action) for action in actions]}
@@ -120,16 +129,19 @@ def verify(
     watched = [n for n in names if n in wanted and (n in shown or model.table[n][0].base not in FLASH)]
 
     def run(recorder: Recorder | None) -> tuple[Compared, Outcome]:
+        with Progress(len(watched) * (1 + n_predict), "verify op by op" if inject else "verify") as bar:
+            return both(bar, recorder)
+
+    def both(bar: Progress, recorder: Recorder | None) -> tuple[Compared, Outcome]:
         on_pair = None if recorder is None else recorder.add
+        how_many = (actions, inject, on_pair, bar.step, n_predict)
         if given is not None:
-            others = Others(iter(given[0]), model)
-            return compare(model, ids, others, watched, shown, actions, inject, on_pair, progress, n_predict), given[1]
+            return compare(model, ids, Others(iter(given[0]), model), watched, shown, *how_many), given[1]
         feed = Feed(lambda put: compute(
             model, ids, text, set(watched) | edits.by_name.keys(), edits, put,
             threads=model.threads, flash=flash, repack=repack, n=n_predict), ahead(model, len(ids)))
         try:
-            others = Others(iter(feed), model)
-            found = compare(model, ids, others, watched, shown, actions, inject, on_pair, progress, n_predict)
+            found = compare(model, ids, Others(iter(feed), model), watched, shown, *how_many)
             outcome = feed.finish()
         finally:
             feed.close()
@@ -144,55 +156,67 @@ def verify(
         done: list[tuple[Compared, Outcome]] = []
         write_atomic(record, lambda f: done.append(run(Recorder(f))))
         found, outcome = done[0]
-    out: dict[str, Any] = {
-        "tinymia": tinymia.__version__, "llama_cpp": outcome.version, "model": str(model.path), "prompt": text,
-        "tokens": ids, "tokens_equal": outcome.tokens is None or outcome.tokens == ids, "tolerance": tolerance,
-        "inject": inject, **how, "threads": model.threads, "passes": 1 + found.steps,
-        "rows": [row | {"over": not row["nmse"] <= tolerance} for row in found.rows],
-        "decoding": [row | {"over": not row["nmse"] <= tolerance} for row in found.later.values()],
-        "lacking": lacking, "absent": outcome.absent, "unknown": dict(outcome.unknown), "steps": dict(outcome.steps),
-    }
+    rows, later = ([row | {"over": not row["nmse"] <= tolerance} for row in these]
+                   for these in (found.rows, found.later.values()))
+    logits: dict[str, Any] = {"kl": None, "greedy": None}
     if found.ours is not None and found.theirs is not None:
-        out |= divergence(found.ours, found.theirs)
-    if n_predict:
-        out["output"] = output(model.generate(ids, n_predict, actions).tokens, outcome.output or [], found)
-    if record is not None:
-        out["recorded"] = str(record)
+        logits = divergence(found.ours, found.theirs)
+    inner: Verification | None = None
     if by_op:
-        out["by_op"] = verify(
-            model, prompt, only=only, inject=True, flash=flash, repack=repack, against=against, actions=actions,
-            n_predict=n_predict, progress=progress)
-    return judge(out)
+        inner = verify(model, prompt, only=only, inject=True, flash=flash, repack=repack, against=against,
+                       actions=actions, n_predict=n_predict)
+    whole = Verification(
+        about=info, rows=rows, decoding=later, tokens=ids, tolerance=tolerance, llama_cpp=outcome.version,
+        threads=model.threads, passes=1 + found.steps, tokens_equal=outcome.tokens is None or outcome.tokens == ids,
+        lacking=lacking, absent=outcome.absent, unknown=dict(outcome.unknown), steps=dict(outcome.steps), **logits,
+        output=output(model, model.generate(ids, n_predict, actions).tokens, outcome.output or [], found)
+        if n_predict else None, recorded=None if record is None else str(record),
+        by_op=None if inner is None else {name: inner[name] for name in BY_OP}, **counts(rows, later),
+        ok=False, verdict="")
+    whole.ok, whole.verdict = judge(whole)
+    if out is not None:
+        whole.save(out)
+    return whole
 
 
-def output(ours: list[int], theirs: list[int], found: Compared) -> dict[str, Any]:
+BY_OP = ("tolerance", "rows", "decoding", "first", "worst", "ok", "verdict")    # what is kept of the ops by themselves
+
+
+def counts(rows: list[dict[str, Any]], later: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many tensors are identical, and which is the first that is not, the first over, and the worst."""
+    every = [*rows, *later]
+    worst = max(every, key=lambda r: r["nmse"], default=None)
+    return {
+        "identical": sum(r["identical"] for r in rows), "identical_decoding": sum(r["identical"] for r in later),
+        "of_decoding": sum(r["passes"] for r in later), "first": next((r["name"] for r in every if r["over"]), None),
+        "first_not_identical": next((r["name"] for r in every if r["identical"] < r.get("passes", 1)), None),
+        "worst": worst and {"name": worst["name"], "nmse": worst["nmse"]}}
+
+
+def output(model: Model, ours: list[int], theirs: list[int], found: Compared) -> dict[str, Any]:
     """Both continuations and, if they differ, the first token that does and the margins of the two best logits."""
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
     equal = ours == theirs
     parts = None if equal else {"token": same}
     if parts and found.parts and found.parts["token"] == same:
         parts = found.parts
-    return {"ours": ours, "theirs": theirs, "equal": equal, "same": same, "parts": parts}
+    texts = {"theirs": model.detokenize(theirs), "their_rest": model.detokenize(theirs[same:]),
+             "our_rest": model.detokenize(ours[same:])}
+    pieces = [model.piece(parts[who]) for who in ("ours", "theirs")] if parts and "ours" in parts else []
+    return {"ours": ours, "theirs": theirs, "equal": equal, "same": same, "parts": parts, "texts": texts,
+            "pieces": pieces}
 
 
-def judge(out: dict[str, Any]) -> dict[str, Any]:
-    """Add the verdict: from the rows or, if llama.cpp rounds differently, from the rows of each op by itself."""
-    rows, later, faults = out["rows"], out["decoding"], []
-    every = [*rows, *later]
-    same, of = sum(r["identical"] for r in rows), len(rows)
-    same_later, of_later = sum(r["identical"] for r in later), sum(r["passes"] for r in later)
+def judge(found: Verification) -> tuple[bool, str]:
+    """The verdict: from the rows or, if llama.cpp rounds differently, from the rows of each op by itself."""
+    every, faults = [*found.rows, *found.decoding], []
     over = [r for r in every if r["over"]]
-    out["first"] = next((r["name"] for r in rows if r["over"]), over[0]["name"] if over else None)
-    out["first_not_identical"] = next((r["name"] for r in every if r["identical"] < r.get("passes", 1)), None)
-    out["identical"], out["identical_decoding"], out["of_decoding"] = same, same_later, of_later
-    worst = max(every, key=lambda r: r["nmse"], default=None)
-    out["worst"] = worst and {"name": worst["name"], "nmse": worst["nmse"]}
-    by_op, parts = out.get("by_op"), parted(out)
-    if not out["tokens_equal"]:
+    worst, by_op, parts = found.worst, found.by_op, parted(found.output)
+    if not found.tokens_equal:
         faults.append("llama.cpp cuts the prompt into other tokens")
-    if out["absent"]:
-        faults.append(f"llama.cpp has no {short(', '.join(out['absent']))}")
-    far = f"{len(over)} of {len(every)} tensors are further apart than {out['tolerance']:g}, first " + (
+    if found.absent:
+        faults.append(f"llama.cpp has no {short(', '.join(found.absent))}")
+    far = f"{len(over)} of {len(every)} tensors are further apart than {found.tolerance:g}, first " + (
         f"{over[0]['name']} ({over[0]['nmse']:.2g})" if over else "")
     if over and by_op is None:
         faults.append(far)
@@ -200,22 +224,20 @@ def judge(out: dict[str, Any]) -> dict[str, Any]:
         faults.append(parts)
     if by_op and not by_op["ok"]:
         faults.append(f"op by op {by_op['verdict'].removeprefix('DIFFERENT: ')}")
-    alike = f"{same} of {of} tensors bit-identical"
-    if later:
-        alike += f", and {same_later} of {of_later} in {out['passes'] - 1} passes of decoding"
-    if worst and out["first_not_identical"]:
+    alike = f"{found.identical} of {len(found.rows)} tensors bit-identical"
+    if found.decoding:
+        alike += (f", and {found.identical_decoding} of {found.of_decoding} in {found.passes - 1} passes of decoding")
+    if worst and found.first_not_identical:
         alike += f", the worst is {worst['name']} (NMSE {worst['nmse']:.2g})"
     if by_op and by_op["ok"] and by_op["worst"]:
         alike = f"each op by itself is within {by_op['tolerance']:g} (worst {by_op['worst']['nmse']:.2g}); {alike}"
         alike += "".join(f"; by rounding {what}" for what in ([far] if over else []) + ([parts] if parts else []))
-    out["ok"] = not faults
-    out["verdict"] = f"DIFFERENT: {'; '.join(faults)}; {alike}" if faults else f"equal: {alike}"
-    return out
+    return not faults, f"DIFFERENT: {'; '.join(faults)}; {alike}" if faults else f"equal: {alike}"
 
 
-def parted(out: dict[str, Any]) -> str:
+def parted(output: dict[str, Any] | None) -> str:
     """A sentence on where the continuations differ; "" if they are the same."""
-    parts = out.get("output", {}).get("parts")
+    parts = output and output["parts"]
     if not parts:
         return ""
     at = f"the greedy continuations differ from token {parts['token'] + 1} on"

@@ -1,4 +1,4 @@
-"""llama.cpp's names of tensors and ours: a table, and what goes by the order in which tensors come."""
+"""The names that llama.cpp gives its tensors, and ours: a table, and rules for those that only their order tells."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ NAMES: dict[tuple[str, str], tuple[str, ...]] = {
     ("result_norm", ""): ("result_norm",),
     ("result_output", ""): ("result_output",),
 }
-CUT = {"Qcur": "Qcur_pre", "Kcur": "Kcur_pre", "Vcur": "Vcur"}     # as they are cut into heads, or flat before that
-# What has no name there, by its operation and the tensor of ours that came last.
+CUT = {"Qcur": "Qcur_pre", "Kcur": "Kcur_pre", "Vcur": "Vcur"}     # names of projections when they are cut into heads
+# Tensors that have no name there, by their operation and the tensor of ours that came last.
 UNNAMED = {
     ("GET_ROWS", ""): "inp_embd", ("MUL_MAT", "result_norm"): "result_output_pre", ("ADD", "kqv_out"): "ffn_inp",
     **{("SCALE", base): f"{base}_scaled" for base in ("kqv_out", "ffn_out")},
@@ -68,7 +68,7 @@ STEPS = {  # pattern of "name OPERATION": other tensors of llama.cpp, which have
 
 
 class Names:
-    """Translates llama.cpp's names to ours, in the order in which its tensors come."""
+    """A translation of llama.cpp's names into ours; it must be asked in the order in which llama.cpp's tensors come."""
 
     def __init__(self, model: Model):
         self.table, self.seen, self.last = model.table, set[str](), ""
@@ -86,7 +86,7 @@ class Names:
             self.both |= {str(il)} if block.ffn_gate.weight.name.startswith(f"blk.{il}.ffn_up") else set()
 
     def ours(self, name: str, op: str) -> list[str]:
-        """Our exact names for this tensor, side by side in it where they are several."""
+        """Our exact names for a tensor of llama.cpp: two if it holds two side by side, none if it has no name here."""
         base, dash, layer = name.rpartition("-")
         base = base or layer
         if name in self.before:
@@ -108,7 +108,7 @@ class Names:
         return self.first(found)
 
     def first(self, names: Sequence[str]) -> list[str]:
-        """The first of these that is ours and has not come yet, as a list of it alone."""
+        """A list of the first of these names that the model has and that has not come yet; empty if there is none."""
         for exact in names:
             if exact in self.table and exact not in self.seen:
                 self.seen.add(exact)

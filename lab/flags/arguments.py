@@ -68,18 +68,18 @@ def prompt_flags(g: argparse._ActionsContainer) -> None:
 
 def parser(
     command: str, description: str, epilog: str = "", pictures: Sequence[str] = PICTURES, numerics: str = "f32",
-    results: Sequence[str] = RESULTS,
+    results: Sequence[str] = RESULTS, resumes: bool = True,
 ) -> Parser:
     """Make the parser of a command, with the flags that every command of the lab has.
 
-    pictures: suffixes of the files that the command draws; results: suffixes of those that keep its result. The default
-    numerics are float32, because the rounding of ggml's numerics is as large as many effects that the lab measures.
+    pictures: suffixes of the files that the command draws; results: suffixes of those that keep its result,
+    from which a stopped run continues if it `resumes`.
     """
     p = Parser(f"tinymia {command}", description=description, epilog=epilog, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.set_defaults(specs=[], kinds=(*results, *pictures))
     model_flags(p, numerics)
-    kept = [f"{' or '.join(results)} keeps the result, and long work goes on from there"] * bool(results)
+    kept = [f"{' or '.join(results)} keeps the result" + ", and long work goes on from there" * resumes] * bool(results)
     drawn = [f"{', '.join(pictures)} the picture"] * bool(pictures)
     p.add_argument("-o", "--out", action="append", type=Output, default=[], metavar="FILE",
                    help=f"{'; '.join(kept + drawn)}; more than once")
@@ -114,22 +114,21 @@ def load_model(args: argparse.Namespace) -> Model:
     path = find_model(args.model)
     if path is None:
         note(f"no -m: the bundled model {DEFAULT} runs")
-    return tinymia.load(path, args.threads, getattr(args, "numerics", "ggml"))
+    return tinymia.load(path, args.threads, args.numerics)
 
 
 def read_prompt(args: argparse.Namespace) -> str | None:
     """The text of -p or -f; None without either. Raises Error for flags that do not go together."""
     check_chat(args)
-    escapes, keep = getattr(args, "escapes", False), getattr(args, "keep_line_end", False)  # verify has neither
-    if escapes and args.prompt is None:
+    if args.escapes and args.prompt is None:
         raise Error("-e goes with -p: a file has its line ends already")
-    if keep and args.file is None:
+    if args.keep_line_end and args.file is None:
         raise Error("--keep-line-end goes with -f")
     prompt = args.prompt
     if args.file is None and prompt is not None and sys.getfilesystemencoding() != "utf-8":
         prompt = os.fsencode(prompt).decode("utf-8", "surrogateescape")     # a C locale without Python's UTF-8 mode
     if args.file is None:
-        if prompt is not None and escapes:
+        if prompt is not None and args.escapes:
             return unescape(prompt)
         if prompt is not None:
             tell_of_prompt(prompt)
@@ -137,7 +136,7 @@ def read_prompt(args: argparse.Namespace) -> str | None:
     if args.prompt is not None:
         raise Error("-p and -f: one prompt at a time")
     text = read_text(args.file, "the prompt")
-    if keep:
+    if args.keep_line_end:
         return text
     return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
 

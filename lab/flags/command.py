@@ -13,7 +13,6 @@ Help, checks, loading the model, resuming from a file of -o, saving, drawing and
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +29,11 @@ from .parser import Parser
 def nothing(found: Any) -> list[Any]:
     """No pictures: for a command that draws none."""
     return []
+
+
+def well(found: Any) -> int:
+    """The exit status of a command whose results are neither right nor wrong."""
+    return 0
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,14 @@ class Command:
     writers: Mapping[str, Callable[[Any, Path], None]] = field(default_factory=dict)    # by suffix, for kinds of file
                                                                     # that show more than the pictures, or are not drawn
     with_pairs: Sequence[str] = ()                                  # flags of its own that go with --pairs
+    numerics: str = "f32"                                           # default: ggml's rounding is as large as many
+                                                                    # effects that the lab measures
+    status: Callable[[Any], int] = well                             # the exit status for a result
+    resumes: bool = True                                            # whether a kept result is continued, or made anew
 
     def parser(self) -> Parser:
         """Make the parser, with the flags of every command and those of this one."""
-        p = parser(self.name, self.about, self.epilog, self.drawn, results=self.results)
+        p = parser(self.name, self.about, self.epilog, self.drawn, self.numerics, self.results, self.resumes)
         p.set_defaults(kinds=tuple(dict.fromkeys([*self.results, *self.drawn, *self.writers])))
         self.add_flags(p)
         return p
@@ -78,13 +86,13 @@ class Command:
         args = p.parse_args(argv)
         check_pair_flags(p, args, self.with_pairs)
         model, out = open_model(args), out_file(args)
-        found = run_pairs(self.name, args, model, out, self.with_pairs)
-        pages = sys.modules[type(found).__module__]
-        return emit(args, found, pages.text(found), pages.pictures(found), kept=out)
+        found, pictures = run_pairs(self.name, args, model, out, self.with_pairs)
+        return emit(args, found, str(found), pictures, kept=out)
 
     def show(self, args: argparse.Namespace, found: Any, out: Path | None) -> int:
         """Print the result, and write the files of -o, of which `out` is written already. Returns the exit status."""
         words, look = ({name: getattr(args, name) for name in names} for names in (self.text_flags, self.picture_flags))
         asked = {Path(path).suffix for path in args.out} & {*PICTURES} - self.writers.keys()
-        return emit(args, found, self.text(found, **words), self.pictures(found, **look) if asked else None,
-                    {suffix: partial(write, found) for suffix, write in self.writers.items()}, kept=out)
+        emit(args, found, self.text(found, **words), self.pictures(found, **look) if asked else None,
+             {suffix: partial(write, found) for suffix, write in self.writers.items()}, kept=out)
+        return self.status(found)

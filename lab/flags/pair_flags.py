@@ -47,8 +47,10 @@ def check_pair_flags(p: Parser, args: argparse.Namespace, options: Sequence[str]
                     "those of the pairs, and they run as they are")
 
 
-def run_pairs(command: str, args: argparse.Namespace, model: Model, out: Path | None, options: Sequence[str]) -> Any:
-    """Run the command over the pairs of --pairs. Returns a PairsResult."""
+def run_pairs(
+    command: str, args: argparse.Namespace, model: Model, out: Path | None, options: Sequence[str]
+) -> tuple[Any, list[Any]]:
+    """Run the command over the pairs of --pairs. Returns a PairsResult and its heatmaps."""
     texts = read_pairs(args.pairs)
     tell_unknown(model, [pair[key] for pair in texts for key in ("clean", "corrupt")])
     prompts = [(in_chat(args, model, pair["clean"]), in_chat(args, model, pair["corrupt"])) for pair in texts]
@@ -58,5 +60,6 @@ def run_pairs(command: str, args: argparse.Namespace, model: Model, out: Path | 
     elif given.get("mode") == "mean":
         given["prompts"] = [corrupt for _, corrupt in prompts]
     quantity = getattr(args, "metric", None) or getattr(args, "quantity", None)
-    found = importlib.import_module("tinymia_lab.commands.over_pairs")     # late: it imports the commands
-    return found.over_pairs(model, command, texts, quantity, prompts=prompts, out=out, options=given)
+    here = importlib.import_module("tinymia_lab.commands.over_pairs")      # late: it imports the commands
+    found = here.over_pairs(model, command, texts, quantity, prompts=prompts, out=out, options=given)
+    return found, here.pictures(found)

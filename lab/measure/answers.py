@@ -68,9 +68,14 @@ def answer_and_rival(
     first, second = map(int, best(row, 2))
     token = token_or(model, answer, prompt, first)
     rival = token_or(model, against, prompt, second if token == first else first)
-    if token == rival:
-        raise Error(f"the answer and what it is against are the same token: {model.piece(token)!r}")
+    check_apart(model, token, rival)
     return token, rival
+
+
+def check_apart(model: Model, answer: int, against: int | None) -> None:
+    """Raise Error if an answer is compared with itself."""
+    if answer == against:
+        raise Error(f"the answer and its rival are the same: {model.piece(answer)!r}")
 
 
 def _told(model: Model, token: int) -> str:

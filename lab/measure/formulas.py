@@ -160,7 +160,7 @@ def told(model: Model, op: Op, il: int | None, graph: dict[str, dict[str, Any]])
 
 
 def words_of(model: Model, op: Op, il: int | None) -> dict[str, str]:
-    """What the formulas say of a model, and of a layer of it."""
+    """The words that fill the placeholders of TOLD, for an op of a layer."""
     c, group, first = model.config, model.config.n_head // model.config.n_head_kv, op.inputs[0]
     words = {"kv": "h" if group == 1 else f"h // {group}", "read": first, "query": first, "key": op.inputs[-1],
              "attention": first, "ffn": first, "added": first,
@@ -180,7 +180,7 @@ def words_of(model: Model, op: Op, il: int | None) -> dict[str, str]:
 
 
 def wide(model: Model, op: Op, il: int | None) -> bool:
-    """Whether the norm of queries or keys is over all heads together."""
+    """Return whether the norm of queries or keys is over all heads together."""
     block = model.weights.blk[il or 0]
     weight = block.attn_q_norm if op.base == "norm_q" else block.attn_k_norm
     return weight is not None and weight.ndim > 1
@@ -196,7 +196,7 @@ def logits_of(c: Config) -> str:
 
 
 def angle(model: Model, il: int) -> str:
-    """By how much RoPE turns pair p at position i in a layer."""
+    """The formula of the angle by which RoPE turns pair p at position i in a layer."""
     layer = model.config.layers[il]
     if layer.rope is None:
         return ""
@@ -221,7 +221,7 @@ def _named(dims: Sequence[str], shape: Sequence[int]) -> list[list[Any]]:
 
 
 def cgraph(model: Model, n_tok: int | None) -> list[dict[str, Any]]:
-    """All ops in the order of computation: name, op, shape, inputs, weight and its type; n_tok None: shapes by name."""
+    """All ops in the order of computation, with shape, inputs, weight and its type; n_tok None: shapes by name."""
     sizes = {**model.config.sizes(), "n_tok": n_tok or "n_tok", "n_kv": n_tok or "n_kv"}
     rows = []
     for name, (op, il) in model.table.items():

@@ -116,7 +116,7 @@ def written(model: Model, means: np.ndarray, heads: Sequence[Sequence[int]]) -> 
 
 
 def measure_query(model: Model, prompts_vector: tuple[tuple[Prompt, Prompt, Prompt], np.ndarray]) -> np.ndarray:
-    """Whether the answer is right, 1 or 0, without and with the vector: [2, 1 + n_layer + 1].
+    """Measure a query: 1 if its answer is right, or 0, without and with the vector: [2, 1 + n_layer + 1].
 
     Rows: the bare query, and the query after shuffled demonstrations. Columns: unchanged; the vector added to l_out of
     each layer at the last token; and, in both rows, after the right demonstrations.

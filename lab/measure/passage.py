@@ -1,4 +1,4 @@
-"""What becomes of a block's output on its way into the residual stream: it may be scaled, and a norm may follow."""
+"""The path from a block's output into the residual stream: the output may be scaled, and a norm may follow."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ NORMS = {"kqv_out": "post_attention_norm", "ffn_out": "post_ffw_norm"}      # th
 
 
 def passage(model: Model, name: str, whole: np.ndarray) -> np.ndarray:
-    """By what the stream gets each number of a block's output multiplied: [n_embd] of whole's dtype.
+    """The factor of each number of a block's output on its way into the stream: [n_embd] of whole's dtype.
 
-    name: kqv_out-L or ffn_out-L, and `whole` a row of it. A norm divides by the size of the whole, so that what passes
-    is a sum over the parts of the block's output once that size is known: Wo times a head for one.
+    name: kqv_out-L or ffn_out-L; whole: a row of that tensor. A norm divides by the root mean square of the whole row.
+    With that kept at its value in this run, each part of the output, such as that of one head, passes by itself.
     """
     c, (base, _, il) = model.config, name.rpartition("-")
     weight = getattr(model.weights.blk[int(il)], NORMS[base])

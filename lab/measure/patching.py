@@ -26,7 +26,7 @@ METRICS = ("logit-difference", "probability", "kl", "rank")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is patched, from which run into which, and the tokens whose logits are measured."""
+    """The settings of a sweep: what is patched, from which run into which, and the tokens whose logits are measured."""
 
     clean: tuple[int, ...]      # token ids
     corrupt: tuple[int, ...]

@@ -71,7 +71,10 @@ def extract(reader: Reader, dummies: list[Prompt]) -> np.ndarray:
 
 
 def by_layer(model: Model, bare: Prompt, rows: np.ndarray, add: bool = False) -> np.ndarray:
-    """Whether a bare query is answered right, 1 or 0, [1 + n_layer]: unchanged; with rows[L] put in, or added, at L."""
+    """Run a bare query unchanged, and with rows[L] put in, or added, at each layer L: 1 if right, 0 if not.
+
+    The result is [1 + n_layer].
+    """
     reader, k = Reader(model), len(bare.answer)
     alone = reader.run(bare).logits
 
@@ -122,10 +125,10 @@ class Given(NamedTuple):
 
 
 def measure_trial(model: Model, item: tuple[Trial, int, Given | None]) -> np.ndarray:
-    """Whether the answer is right, its probability and its rank, under three conditions: [3, 3].
+    """Measure a trial under three conditions: [3, 3].
 
-    Columns: the bare query alone; with the vector at the layer; and after the demonstrations. The vector is the query's
-    own theta, or the one given.
+    Rows: 1 if the answer is right, or 0; its probability; its rank. Columns: the bare query alone; with the vector at
+    the layer; and after the demonstrations. The vector is the query's own theta, or the one given.
     """
     trial, layer, given = item
     shown, bare = Reader(model), Reader(model)
@@ -137,9 +140,10 @@ def measure_trial(model: Model, item: tuple[Trial, int, Given | None]) -> np.nda
 
 
 def conflict_trial(model: Model, item: tuple[list[Prompt], list[Prompt], int, Given | None]) -> np.ndarray:
-    """Whether A's prompt is answered as task A, and as task B, says; then both with B's vector: 1 or 0, [4].
+    """Run A's prompt without and with B's vector: [4], each 1 or 0.
 
-    The vector is theta from B's dummies, or the one given.
+    Without: is the answer that of task A, is it that of task B; then the same with the vector, which is theta from B's
+    dummies, or the one given.
     """
     dummies, prompts, layer, given = item
     row, reader = extract(Reader(model), dummies)[layer] if given is None else given.row, Reader(model)
@@ -152,8 +156,8 @@ def conflict_trial(model: Model, item: tuple[list[Prompt], list[Prompt], int, Gi
 def conflict_prompts(
     model: Model, a: Task, b: Task, tests: list[Draw], shots: int, dummies: int, seed: int
 ) -> list[tuple[list[Prompt], list[Prompt]]]:
-    """For every test query that tasks A and B answer differently: B's prompts with dummy queries, and A's prompt
-    paired with A's and with B's answer."""
+    """The prompts of a conflict: for every test query that tasks A and B answer differently, B's prompts with dummy
+    queries, and A's prompt paired with A's and with B's answer."""
     other, found = dict(b.pairs), []
     rng = np.random.default_rng([seed, zlib.crc32(a.name.encode()), zlib.crc32(b.name.encode())])
     for (x, y), shown, _ in tests:

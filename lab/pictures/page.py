@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from tinymia_files import printable, write_atomic
+from tinymia_files import dumps, printable, write_atomic
 
 from ..runs.streams import KEEP
 
@@ -85,6 +86,16 @@ def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["<tr>" + "".join(f"<th scope=col>{escape(cell)}" for cell in head)]
     lines += ["<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
     return f"<div class=scroll><table class=plain>{''.join(lines)}</table></div>"
+
+
+def preformatted(text: str) -> str:
+    """Lines of text as an HTML fragment, in columns as on a terminal."""
+    return f"<pre>{escape(text)}</pre>"
+
+
+def repeat(about: Mapping[str, Any]) -> str:
+    """All that is needed to repeat a run, as an HTML fragment that opens at a click."""
+    return f"<details><summary>model, settings, tokens, versions</summary>{preformatted(dumps(about, 1))}</details>"
 
 
 def write_page(path: str | Path, html: str) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -41,12 +40,15 @@ class Result:
         super().__init_subclass__(**how)
         setattr(cls, "__repr__", Result.__repr__)   # noqa: B010  or @dataclass would write one that prints every number
 
+    def __str__(self) -> str:
+        """The text that the command prints. Each kind of result has its own."""
+        raise NotImplementedError
+
     def __repr__(self) -> str:
-        """The lines that the command prints, cut to the screen; the names of the fields if that is not possible yet."""
-        words: Any = getattr(sys.modules[type(self).__module__], "text", None)   # of the result's module
+        """The lines of the text, cut to the screen; the names of the fields if the result is not complete yet."""
         try:
-            lines = words(self).splitlines()
-        except Exception:   # not the result of a command, or not complete
+            lines = str(self).splitlines()
+        except Exception:
             return f"{type(self).__name__}({', '.join(f.name for f in fields(self))})"
         width, height = shutil.get_terminal_size(SCREEN)
         shown = [line if len(line) <= width or "\x1b" in line else line[: width - 1] + "…" for line in lines]

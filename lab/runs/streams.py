@@ -3,7 +3,7 @@
 Texts from files may hold control characters and escape sequences, which a terminal would obey. They are removed here;
 only the colours and the bar that the lab itself draws on a terminal stay. Generated text is cleaned for a terminal, and
 written unchanged to a file or a pipe. A stream that is closed or missing drops what it is given; so does stderr if it
-cannot be written, since a lost note is no reason to stop.
+cannot be written, because a lost note is not a reason to stop.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def is_terminal(stream: Any) -> bool:
 
 
 def json_safe(text: str) -> str:
-    """The same JSON, with characters that a terminal must not get written as \\u escapes."""
+    """JSON in which characters that a terminal must not get are written as \\u escapes."""
     def escape(c: str) -> str:
         half = c.encode("utf-16-be", "surrogatepass")
         return "".join(f"\\u{half[i]:02x}{half[i + 1]:02x}" for i in range(0, len(half), 2))

@@ -241,7 +241,7 @@ def test_ctrl_c_prints_what_was_measured(bench, no_llama_cpp, tiny, monkeypatch)
 
 
 @live
-def test_quantise(tiny, capsys, monkeypatch):
+def test_quantise_makes_files_of_other_formats(tiny, capsys, monkeypatch):
     from bench import quantise
 
     source = tiny(wtype="F16", seed=5)
@@ -266,9 +266,32 @@ def test_every_script_without_llama_cpp_or_with_a_wrong_flag_ends_with_one_line(
     assert ran.returncode == 2 and ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1, ran.stderr
 
 
+def test_a_random_model_has_the_shape_of_a_real_one(tmp_path, monkeypatch, capsys):
+    """It has as many weights, values about 1 in every layer, and the same seed gives the same file."""
+    from bench import random_model
+
+    sizes = {name: sum(int(np.prod(shape)) for shape, _ in random_model.tensors(shape).values())
+             for name, shape in random_model.SHAPES.items()}
+    assert sizes["tinyllama"] == 1_100_048_384 and sizes["llama2-7b"] == 6_738_415_616      # as their authors count
+    monkeypatch.setattr(random_model, "N_VOCAB", 512)
+    paths = [str(tmp_path / f"{i}.gguf") for i in range(2)]
+    for path in paths:
+        monkeypatch.setattr(sys, "argv", ["random_model", path, "small"])
+        assert random_model.main() == 0
+    a, b = (Path(path).read_bytes() for path in paths)
+    model = tinymia.load(paths[0], threads=1)
+    assert len(model.tokenize(measure.TEXT)) == 6
+    run = model.run(prompt(9, 512), keep=["l_out", "result_norm"])
+    assert a == b and model.config.n_head_kv == 2 and model.config.n_vocab == 512
+    assert {w.type_name for w in model.weights.values()} == {"F16", "F32"}
+    assert all(0.2 < np.sqrt(np.mean(run[name] ** 2)) < 5 for name in run)
+    monkeypatch.setattr(sys, "argv", ["random_model", str(tmp_path / "no" / "x.gguf"), "small"])
+    assert random_model.main() == 2 and capsys.readouterr().err.startswith("error: ")
+
+
 @live
 def test_the_table_of_decoding(tmp_path, monkeypatch, capsys):
-    """As docs/verify.md prints it, of one format and two prompts."""
+    """It is the table of docs/verify.md, here for one format and two prompts."""
     from bench import verify_figures as figures
 
     monkeypatch.setattr(figures, "SCRIPTS", ["法国的首都是"])

@@ -3,6 +3,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import architectures
 import pytest
 
 import tinymia
@@ -10,8 +11,8 @@ from tinymia_engine.names import AFTER, ALIASES, BEFORE, LAYER
 from tinymia_files import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "models" / "README.md", *sorted((ROOT / "docs").glob("*.md")),
-         *sorted((ROOT / "examples").glob("*.md"))]
+PAGES = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in ("models", "bench", "training")),
+         *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
@@ -28,35 +29,51 @@ def rows(page, first):
     return table
 
 
-def test_the_table_of_names_is_that_of_the_code():
-    want = {op.base: ", ".join(op.dims) for op in BEFORE}
-    want |= {f"{op.base}-L": ", ".join(op.dims) for op in LAYER}
-    want |= {op.base: ", ".join(op.dims) for op in AFTER}
-    assert {name: cells[0] for name, cells in rows("names.md", "name").items()} == want
-    assert list(rows("names.md", "name")) == list(want)
+def label(op, il):
+    """The name of an op as the page writes it."""
+    return op.base if il is None else f"{op.base}-L"
+
+
+def test_the_table_of_names_is_that_of_the_code(copycat):
+    """First the names of a Llama, in the order of computation, then all others."""
+    llama = {label(op, il): ", ".join(op.dims) for op, il in copycat.table.values()}
+    every = {label(op, None): ", ".join(op.dims) for op in (*BEFORE, *AFTER)}
+    every |= {label(op, 0): ", ".join(op.dims) for op in LAYER}
+    first, more = rows("names.md", "name"), rows("names.md", "further name")
+    assert {name: cells[0] for name, cells in first.items()} == llama and list(first) == list(llama)
+    assert {name: cells[0] for name, cells in more.items()} == {k: v for k, v in every.items() if k not in llama}
+    order = [label(op, il) for part, il in ((BEFORE, None), (LAYER, 0), (AFTER, None)) for op in part]
+    assert list(more) == [name for name in dict.fromkeys(order) if name in more]
+
+
+def test_the_page_of_names_says_which_architectures_have_a_name(tmp_path):
+    """An architecture counts if one of its shapes in tests/architectures.py has the name."""
+    have = {}
+    for arch, name in architectures.EVERY:
+        model = tinymia.load(architectures.write(tmp_path / "a.gguf", arch, name), numerics="plain")
+        for op, il in model.table.values():
+            have.setdefault(label(op, il), dict())[arch] = True
+    said = {name: cells[2].split(", ") for name, cells in rows("names.md", "further name").items()}
+    assert {name: sorted(some) for name, some in said.items()} == {name: sorted(have[name]) for name in said}
+
+
+def test_every_architecture_is_on_its_page():
+    assert list(rows("architectures.md", "architecture")) == list(ARCHITECTURES)
+    text = (ROOT / "docs" / "architectures.md").read_text("utf-8")
+    neighbours = text.partition("of a head together in ")[2].partition(", and `i`")[0]
+    assert set(neighbours.replace(" and ", ", ").split(", ")) == {k for k, a in ARCHITECTURES.items() if not a.halves}
+
+
+def test_every_test_that_the_page_of_architectures_names_is_there():
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    for (cell,) in rows("architectures.md", "what").values():
+        for name in re.findall(r"`([^`]+)`", cell):
+            assert (ROOT / name).exists() if "/" in name else f"def {name}(" in tests, name
 
 
 def test_the_names_of_the_post_are_on_the_page():
     said = {base for cells in rows("names.md", "name").values() for base in re.findall(r"\w+", cells[2])}
     assert set(ALIASES) <= said
-
-
-def test_steps_that_not_every_model_has_are_marked_and_told_of():
-    """They are those that copycat, a Llama, does not have; the page of architectures says where each one is."""
-    base = {name: name.removesuffix("-L") for name in rows("names.md", "name")}
-    copycat = {op.base for op, _ in tinymia.load(threads=1).table.values()}
-    marked = {base[name] for name, cells in rows("names.md", "name").items() if "†" in cells[1]}
-    assert marked == set(base.values()) - copycat
-    assert marked <= {name for cells in rows("architectures.md", "architecture").values()
-                      for name in re.findall(r"`(\w+)`", cells[1])}
-
-
-def test_every_architecture_is_on_its_page_and_every_test_that_it_names_is_there():
-    assert list(rows("architectures.md", "architecture")) == list(ARCHITECTURES)
-    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    for (cell,) in rows("architectures.md", "what").values():
-        for name in re.findall(r"`([^`]+)`", cell):
-            assert (ROOT / name).exists() if "/" in name else f"def {name}(" in tests, name
 
 
 def test_every_action_is_on_its_page():
@@ -71,7 +88,7 @@ def test_every_mode_of_numerics_is_on_its_page():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(page):
+def test_every_link_leads_somewhere(page):
     text = FENCED.sub("", page.read_text("utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = target.partition("#")

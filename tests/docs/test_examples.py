@@ -4,7 +4,7 @@ import pytest
 
 
 @pytest.mark.parametrize("name", make_pages.PAGES)
-def test_page(name):
+def test_a_page_is_what_its_commands_print(name):
     if reason := make_pages.lacking(name):
         pytest.skip(reason)
     old, new = make_pages.render(name)

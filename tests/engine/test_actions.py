@@ -78,7 +78,7 @@ def test_patching_the_whole_residual_makes_the_other_run(model, other):
     np.testing.assert_array_equal(run.logits, other.logits)
 
 
-def test_nothing_stays_attached(model, clean):
+def test_nothing_stays_attached_to_the_model(model, clean):
     do(model, Scale("all", 0.5), keep=[])
     np.testing.assert_array_equal(model.run(IDS).logits, clean.logits)
 
@@ -103,7 +103,7 @@ def token_axis(x, name):
 @pytest.mark.parametrize("at,rows", [(0, [0]), (-1, [8]), ([2, 5], [2, 5]), ([-2, 0], [0, 7]), (np.array([4]), [4]),
                                      (None, list(range(9)))],
                          ids=str)
-def test_positions(model, clean, name, at, rows):
+def test_an_action_changes_the_rows_of_its_positions(model, clean, name, at, rows):
     for action in (Scale(name, 2.0, at=at), Ablate(name, at=at, mode="value", value=9.0)):
         run = do(model, action)
         assert differs_only_at(token_axis(run[name], name), token_axis(clean[name], name),
@@ -113,7 +113,7 @@ def test_positions(model, clean, name, at, rows):
 @pytest.mark.parametrize("name,axis", [("Qcur-0", 1), ("Qcur_pre-1", 1), ("Kcur-0", 1), ("Vcur-1", 1), ("kq-0", 0),
                                        ("kq_soft_max-1", 0),
                                        ("kqv-1", 0)])
-def test_heads(model, clean, name, axis):
+def test_an_action_changes_only_its_heads(model, clean, name, axis):
     run = do(model, Ablate(name, heads=[1]))
     want = clean[name].copy()
     want[(slice(None),) * axis + (1,)] = 0
@@ -132,7 +132,7 @@ def test_heads_of_the_merged_tensor(model, clean):
                                   clean["kqv_merged-0"].reshape(9, 4, 16)[:, 2] * np.float32(3))
 
 
-def test_ablate_mean(model, clean):
+def test_ablating_by_the_mean_takes_it_over_the_positions(model, clean):
     x = clean["l_out-0"]
     np.testing.assert_allclose(do(model, Ablate("l_out-0", mode="mean"))["l_out-0"], np.tile(x.mean(0), (9, 1)),
                                rtol=1e-5, atol=1e-6)
@@ -144,7 +144,7 @@ def test_ablate_mean(model, clean):
     np.testing.assert_allclose(do(model, Ablate("kqv-0", heads=2, mode="mean"))["kqv-0"], kqv, rtol=1e-5, atol=1e-6)
 
 
-def test_ablate_resample(model, clean, other):
+def test_ablating_by_resampling_takes_the_rows_of_another_run(model, clean, other):
     got = do(model, Ablate("kqv-1", heads=[1], at=[3, 4], mode="resample", source=other))["kqv-1"]
     want = clean["kqv-1"].copy()
     want[1, 3:5] = other["kqv-1"][1, 3:5]
@@ -156,7 +156,7 @@ def test_ablate_value_of_a_row(model):
     assert (do(model, Ablate("l_out-1", mode="value", value=row, at=2))["l_out-1"][2] == row).all()
 
 
-def test_add(model, clean):
+def test_add_adds_a_vector_times_a_coefficient(model, clean):
     v = np.linspace(-1, 1, 64, dtype=np.float32)
     x = clean["l_out-0"]
     np.testing.assert_allclose(do(model, Add("l_out-0", v))["l_out-0"], x + v, rtol=1e-6)
@@ -165,7 +165,7 @@ def test_add(model, clean):
     np.testing.assert_allclose(got[8], x[8] - 3 * v, rtol=1e-5, atol=1e-6)
 
 
-def test_project_out(model, clean):
+def test_project_out_removes_the_part_along_a_direction(model, clean):
     d = np.random.default_rng(0).standard_normal(64).astype(np.float32) * 7
     x, unit = clean["l_out-0"].astype(np.float64), d.astype(np.float64) / np.linalg.norm(d.astype(np.float64))
     got = do(model, ProjectOut("l_out-0", d))["l_out-0"]
@@ -177,7 +177,7 @@ def test_project_out(model, clean):
         do(model, ProjectOut("l_out-0", np.zeros(64, np.float32)))
 
 
-def test_patch_sources(model, other, tmp_path):
+def test_every_source_of_a_patch_gives_the_same_rows(model, other, tmp_path):
     """A run, an array of the whole tensor, one row, a saved file of each kind, and the mean of two."""
     want = other["l_out-0"]
     model.run(OTHER, actions=[Save("l_out-0", tmp_path / f"x{suffix}") for suffix in ("", ".npy", ".npz")])
@@ -245,7 +245,7 @@ def test_nan_and_infinity_are_found(model):
             do(model, Ablate("l_out-0", mode="value", value=bad))
 
 
-def test_replace(model, clean):
+def test_replace_puts_in_what_the_function_returns(model, clean):
     run = do(model, Replace("l_out-0", lambda x, ctx: x[::-1]))
     np.testing.assert_array_equal(run["l_out-0"], clean["l_out-0"][::-1])
     run = do(model, Replace("l_out-0", lambda x, ctx: x.astype(np.float64)))
@@ -323,7 +323,7 @@ def logits_of(model, *actions, n=5):
     return rows
 
 
-def test_when(model):
+def test_when_chooses_the_passes_of_an_action(model):
     """`prompt` and `decode` at a tensor that the cache does not keep act on their own passes only; `all` on both."""
     fired = {w: [] for w in ("prompt", "decode", "all")}
     model.generate(IDS, n=4, actions=[Replace("l_out-1", lambda x, ctx, w=w: fired[w].append(ctx.phase),
@@ -344,7 +344,7 @@ def test_the_cache_keeps_what_the_prompt_pass_left(model):
         assert len(after) == 5 and all((a != b).any() for a, b in zip(after, plain, strict=True)), name
 
 
-def test_positions_while_decoding(model):
+def test_positions_count_on_while_decoding(model):
     """`at` counts in the whole sequence, and -1 is the newest token."""
     seen = []
     look = Replace("l_out-0", lambda x, ctx: seen.append(list(ctx.positions)), when="all")
@@ -362,7 +362,7 @@ def test_positions_while_decoding(model):
     assert rows == [[i != 8 for i in range(9)], [False], [False]]
 
 
-def test_a_bad_when(model):
+def test_an_unknown_when_is_refused(model):
     for action in (Scale("l_out-0", 2.0, when="sometimes"), Lens("l_out-0", when="")):
         with pytest.raises(tinymia.Error, match="prompt"):
             do(model, action)
@@ -386,7 +386,7 @@ def test_names_bases_globs_and_aliases(load, pattern, want):
     assert load(n_layer=3).run(IDS, keep=[pattern]).names == want
 
 
-def test_all(model):
+def test_the_pattern_all_means_every_name(model):
     assert do(model).names == model.names()
 
 
@@ -396,7 +396,7 @@ def test_all(model):
     ("l_out-", "; closest: l_out-"), ("l_out-01", "; closest: l_out-"), ("cur", "; closest: "),
     ("attn_out-0", "; closest: attn_norm-0, "), ("l_out-[", "; closest: l_out-"),
 ])
-def test_unknown_names(model, name, hint):
+def test_an_unknown_name_is_refused_with_the_closest_ones(model, name, hint):
     says = "^" + re.escape(f"no tensor is called {name!r}{hint}") + ("" if hint.endswith((" ", "-")) else "$")
     for action in (Scale(name, 2.0), Lens(name), Save(name), Patch(name, np.zeros(64))):
         with pytest.raises(tinymia.UnknownName, match=says) as e:
@@ -459,7 +459,7 @@ def lens_oracle(model, m, x, score, eps=1e-5):
 
 
 @pytest.mark.parametrize("score", ["raw", "logit", "prob"])
-def test_lens(model, tiny, clean, score):
+def test_the_lens_is_that_of_the_oracle(model, tiny, clean, score):
     import naive
 
     want = lens_oracle(model, naive.read(tiny()), clean["l_out-0"], score)
@@ -488,7 +488,7 @@ def test_lens_of_one_row_and_of_all_tokens(model, clean):
             model.lens(bad)
 
 
-def test_records(model, clean):
+def test_records_hold_what_the_actions_kept(model, clean):
     lens, log, save = Lens("l_out", 3), Log("kq-0"), Save("Kcur-1")
     records = do(model, lens, log, save, keep=[]).records
     assert [(r.name, r.layer) for r in records] == [("kq-0", 0), ("l_out-0", 0), ("Kcur-1", 1), ("l_out-1", 1)]
@@ -502,7 +502,7 @@ def test_records(model, clean):
     np.testing.assert_allclose(got, [x.mean(), np.sqrt((x * x).mean()), x.min(), x.max()], rtol=1e-5)
 
 
-def test_actions_are_values(model):
+def test_actions_are_values_that_cannot_be_changed(model):
     """They print themselves, compare, and cannot be changed under a run's feet."""
     assert Scale("l_out-0", 2.0, at=3) == Scale("l_out-0", 2.0, at=3) != Scale("l_out-0", 3.0, at=3)
     assert "Scale" in repr(Scale("l_out-0", 2.0)) and "l_out-0" in repr(Scale("l_out-0", 2.0))
@@ -513,7 +513,7 @@ def test_actions_are_values(model):
 # ------------------------------------------------------------------------------------------------ files
 
 
-def test_saved_files(model, clean, tmp_path):
+def test_a_saved_file_holds_the_tensor_and_where_it_is_from(model, clean, tmp_path):
     """Raw: ggml's bytes, as mia wrote them. With NumPy's formats come shape and where the numbers are from."""
     saves = [Save("Qcur-1", tmp_path / f"q{s}") for s in ("", ".npy", ".npz")]
     model.run(IDS, actions=[*saves, Save("l_out", tmp_path / "all.npz")])
@@ -539,7 +539,7 @@ def test_one_raw_file_holds_one_tensor(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_save_while_decoding(model, tmp_path):
+def test_save_joins_the_passes_while_decoding(model, tmp_path):
     gen = model.generate(IDS, n=4, actions=[Save("l_out-0", tmp_path / "x.npy", when="all")])
     whole = model.run([*IDS, *gen.tokens[:3]], keep=["l_out-0"])["l_out-0"]
     np.testing.assert_allclose(np.load(tmp_path / "x.npy"), whole, rtol=1e-4, atol=1e-5)
@@ -556,7 +556,7 @@ def test_saving_where_one_cannot(model, tmp_path):
                                      b"\x93NUMPY\x01\x00\xff\xff{'descr': '|O'}",
                                      np.lib.format.magic(1, 0)], ids=range(6))
 @pytest.mark.parametrize("suffix", ["", ".npy", ".npz"])
-def test_broken_files(model, tmp_path, content, suffix):
+def test_a_broken_file_is_not_a_saved_tensor(model, tmp_path, content, suffix):
     (tmp_path / f"x{suffix}").write_bytes(content)
     says = "not a saved tensor: " if suffix else r"(\d bytes are not a|not) raw float32"
     with pytest.raises(tinymia.Error, match=rf"x{re.escape(suffix)}: {says}") as e:

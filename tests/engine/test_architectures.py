@@ -53,7 +53,7 @@ def test_every_tensor_is_llama_cpps(path, arch, name):
 
 @pytest.mark.parametrize("arch", architectures.SHAPES)
 @pytest.mark.parametrize("wtype", ["Q8_0", "Q4_0", "F16"])
-def test_quantised_weights(path, arch, wtype):
+def test_quantised_weights_give_llama_cpps_bits(path, arch, wtype):
     """The first shape of each, in formats whose blocks the matrices that are fused are cut at too."""
     pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install 'tinymia[verify]'", exc_type=ImportError)
     from tinymia_lab.comparison.llama_comparison import verify
@@ -93,8 +93,20 @@ def test_the_kernels_compute_the_same(path, arch, name):
 
 @EVERY
 def test_a_cache_continues_the_sequence(path, arch, name):
-    """In parts that end before, in and after a window."""
+    """The parts end before a window, inside it, and after it."""
     model, ids = tinymia.load(path(arch, name), threads=1, numerics="f32", n_ctx=longer(arch, name)), prompt(41)
     whole, cache = model.run(ids).logits, model.cache()
     parts = [model.run(ids[a:b], cache=cache).logits for a, b in ((0, 3), (3, 4), (4, 30), (30, 41))]
     assert nmse(np.concatenate(parts), whole) <= 1e-10
+
+
+def test_a_name_that_a_layer_does_without_says_which_layer_has_it(path):
+    model = tinymia.load(path("smollm3", "every fourth layer without RoPE"), threads=1)
+    with pytest.raises(tinymia.UnknownName, match=r"'Qcur-3': layer 3 of this model does without it; .* Qcur-0"):
+        model.run(prompt(3), keep="Qcur-3")
+    with pytest.raises(tinymia.UnknownName, match="'Qcur-5': this model has layers 0 to 4"):
+        model.run(prompt(3), keep="Qcur-5")
+
+
+def test_a_number_of_layers_stands_for_a_llama(path):
+    assert tinymia.name_table(2) == tinymia.name_table(tinymia.load(path("llama", "plain", n_layer=2)).config)

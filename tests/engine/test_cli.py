@@ -67,7 +67,7 @@ def test_long_and_short_names(cli):
 
 
 def test_lens_to_the_letter(cli, model):
-    """`Layer #1 kqv_out-1:`, then a line a position: `0: дар 0.35|oure 0.35|`, two significant digits."""
+    """`Layer #1 kqv_out-1:`, then one line per position: `0: дар 0.35|oure 0.35|`, two significant digits."""
     for flag in ("--logit-lens", "--ll"):
         status, out, _ = cli("-p", PROMPT, flag, "kqv_out", 3)
         run, want = model.run(PROMPT, keep=["kqv_out"]), []
@@ -78,7 +78,7 @@ def test_lens_to_the_letter(cli, model):
         assert status == 0 and out.splitlines()[:-1] == want and out.splitlines()[-1].startswith('output: "')
 
 
-def test_lens_scores(cli, model):
+def test_the_flag_of_lens_scores_chooses_them(cli, model):
     x = model.run(PROMPT, keep=["l_out-1"])["l_out-1"]
     for score in ("raw", "logit", "prob"):
         out = cli("-p", PROMPT, "--ll", "l_out-1", 1, "--lens-score", score)[1].splitlines()
@@ -104,7 +104,7 @@ def test_prompt_from_a_file(cli, tmp_path):
     fails(cli("-f", tmp_path / "p.txt", "-p", "x"))
 
 
-def test_bos_and_special(cli):
+def test_the_flags_of_bos_and_special_tokens_hold(cli):
     def ids(*args):
         return [int(line.split()[1]) for line in cli(*args)[2].splitlines() if re.match(r"\d+ ", line)]
 
@@ -116,7 +116,7 @@ def test_bos_and_special(cli):
     assert ids("-p", "") == [1]
 
 
-def test_numerics(cli, tiny, load):
+def test_the_flag_of_numerics_chooses_them(cli, tiny, load):
     path = tiny(wtype="Q4_0")
     for numerics in ("ggml", "f32"):
         out = cli("-p", PROMPT, "--numerics", numerics, model=path, n=8)[1]
@@ -124,7 +124,7 @@ def test_numerics(cli, tiny, load):
     fails(cli("-p", PROMPT, "--numerics", "f16"), "f16")
 
 
-def test_sampling_flags(cli, model):
+def test_the_flags_of_sampling_reach_the_sampler(cli, model):
     how = dict(temp=1.2, top_k=20, top_p=0.9, min_p=0.01, repeat_penalty=1.3, seed=4)
     args = [x for k, v in how.items() for x in ("--" + k.replace("_", "-"), v)]
     assert cli("-p", PROMPT, *args, n=8)[1] == f'output: "{model.generate(PROMPT, n=8, **how).text}"\n'
@@ -133,7 +133,7 @@ def test_sampling_flags(cli, model):
         fails(cli("-p", PROMPT, "--temp", 1, flag, value), value)
 
 
-def test_stop(cli, model):
+def test_the_flag_of_stop_texts_ends_the_text(cli, model):
     text = model.generate(PROMPT, n=12).text
     stop = text[4:6]
     out = cli("-p", PROMPT, "--stop", "never there", "--stop", stop, n=12)[1]
@@ -146,7 +146,7 @@ def test_the_contexts_end_is_said(cli, tiny):
     fails(cli("-p", "the " * 50, model=tiny(n_ctx=8)), "8")
 
 
-def test_version_and_help(cli):
+def test_version_and_help_are_printed(cli):
     status, out, _ = cli("--version")
     assert status == 0 and tinymia.__version__ in out
     status, out, _ = cli("--help")
@@ -166,7 +166,7 @@ def test_verbose_goes_to_stderr(cli):
     assert loud[1] == quiet[1] and len(loud[2]) > len(quiet[2])
 
 
-def test_print_cgraph(cli, model, tiny):
+def test_the_graph_is_printed_op_by_op(cli, model, tiny):
     """Every op in order: name, op, shape, inputs, weight and its type."""
     for args in (("-p", PROMPT), ()):
         status, out, _ = cli("--print-cgraph", *args)
@@ -179,21 +179,21 @@ def test_print_cgraph(cli, model, tiny):
     assert "token_embd.weight" in out.splitlines()[-1] and "Q5_0" in out.splitlines()[-1]
 
 
-def test_list_tensors(cli, model):
+def test_all_weights_are_listed(cli, model):
     status, out, _ = cli("--list-tensors")
     assert status == 0 and len(out.splitlines()) == len(model.weights)
     for line, w in zip(out.splitlines(), model.weights.values(), strict=True):
         assert w.name in line and w.type_name in line and str(w.shape[0]) in line
 
 
-def test_log(cli, model):
+def test_the_log_has_a_line_per_tensor(cli, model):
     out = cli("-p", PROMPT, "--log", "l_out", "--log", "norm")[1].splitlines()
     assert [line.split()[0] for line in out[:3]] == ["l_out-0", "l_out-1", "norm"]
     x = model.run(PROMPT, keep=["l_out-0"])["l_out-0"]
     assert f"rms {np.sqrt((x.astype(float) ** 2).mean()):.4g}" in out[0] and str(list(x.shape)) in out[0]
 
 
-def test_json(cli, model, tmp_path):
+def test_everything_is_in_one_json_object(cli, model, tmp_path):
     status, out, _ = cli("-p", PROMPT, "--json", "--ll", "l_out-1", 2, "--log", "norm", "--save", "l_out-0",
                            tmp_path / "x")
     d = json.loads(out)
@@ -238,7 +238,7 @@ def test_patching_with_the_same_prompt_changes_nothing(cli, tmp_path):
             assert cli("-p", PROMPT, "--patch", name, f, 2, 2, n=8)[1] == want
 
 
-def test_save_many(cli, tmp_path):
+def test_many_tensors_are_saved_in_one_file(cli, tmp_path):
     for name, suffix in (("l_out-0", ".npy"), ("l_out", ".npz"), ("all", ".npz")):
         assert cli("-p", PROMPT, "--save", name, tmp_path / f"{name}{suffix}")[0] == 0
     x = np.load(tmp_path / "l_out-0.npy")
@@ -294,7 +294,7 @@ def test_changes_equal_the_python_ones(cli, model, tmp_path):
         assert (got != plain).any(), args
 
 
-def test_when(cli, model):
+def test_the_flag_when_chooses_the_passes(cli, model):
     for when in ("prompt", "decode", "all"):
         out = cli("-p", PROMPT, "--scale", "l_out-1", "-1", "--when", when, n=6)[1]
         want = model.generate(PROMPT, n=6, actions=[tinymia.Scale("l_out-1", -1.0, when=when)]).text
@@ -302,7 +302,7 @@ def test_when(cli, model):
     fails(cli("-p", PROMPT, "--scale", "l_out-1", "-1", "--when", "never"), "never")
 
 
-def test_draw(drawn, cli, model, tmp_path):
+def test_attention_patterns_are_drawn(drawn, cli, model, tmp_path):
     from matplotlib import colormaps
 
     assert cli("-p", PROMPT, "-d", tmp_path / "a.png")[0] == 0
@@ -344,12 +344,12 @@ def test_draw(drawn, cli, model, tmp_path):
                                         (["-p", "x", "--stop", ""], []),
     (["-p", "\udcff"], []), (["stray"], ["stray"]),
 ], ids=lambda v: " ".join(v).replace("\udcff", "bytes") if isinstance(v, list) else None)
-def test_errors(cli, args, words):
+def test_wrong_flags_are_one_line_each(cli, args, words):
     fails(cli(*args), *words)
 
 
-def test_no_model(capsys):
-    """Without -m the bundled model runs, and says so; a file that is not there is no reason to fall back on it."""
+def test_without_a_model_the_bundled_one_runs(capsys):
+    """A line says so. If the file of -m does not exist, that is an error, and the bundled model does not run."""
     assert tinymia.main(["-p", "France ->", "-n", "1"]) == 0
     out = capsys.readouterr()
     assert out.out == 'output: " Italy"\n' and out.err.startswith("no -m: the bundled model copycat runs\n")
@@ -456,7 +456,7 @@ def test_output_in_any_locale(tiny):
 
 
 @pytest.mark.parametrize("state", ["read-only", "a file", "absent"])
-def test_cache_directories(tiny, tmp_path, state):
+def test_kernels_work_where_no_cache_can_be_kept(tiny, tmp_path, state):
     """Kernels still work where compiled ones cannot be kept."""
     cache = tmp_path / "cache"
     if state == "read-only":
@@ -471,15 +471,15 @@ def test_cache_directories(tiny, tmp_path, state):
     assert code == 0 and out.startswith('output: "') and "Traceback" not in err and "error" not in err.lower()
 
 
-def test_as_a_script(tiny):
+def test_the_file_runs_as_a_script(tiny):
     """`python tinymia.py` is the same command."""
     p = subprocess.run([sys.executable, IMPORT_NAMES / "tinymia.py", "--version"], capture_output=True,
                        env=environment(), timeout=60)
     assert p.returncode == 0 and tinymia.__version__ in p.stdout.decode()
 
 
-def test_import_is_light():
-    """Nothing that is not needed to start: plotting, llama.cpp, torch."""
+def test_importing_loads_only_what_starting_needs():
+    """Plotting, llama.cpp and torch are not loaded."""
     heavy = ("matplotlib", "llama_cpp", "torch", "sentencepiece", "tinymia_lab")
     code = f"import sys, tinymia; print(*(m for m in {heavy} if m in sys.modules))"
     p = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment(), timeout=60)

@@ -80,7 +80,7 @@ def check(model, path, ids, op, whole):
 @pytest.mark.parametrize("numerics", ["f32", "ggml"])
 @pytest.mark.parametrize("wtype", TYPES)
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
-def test_every_weight_type(tiny, load, wtype, numerics, tied):
+def test_every_weight_type_is_near_the_naive_reference(tiny, load, wtype, numerics, tied):
     how = dict(wtype=wtype, tied=tied)
     whole = whole_bound(numerics, wtype)
     for n in (1, 2, 37):
@@ -90,7 +90,7 @@ def test_every_weight_type(tiny, load, wtype, numerics, tied):
 @pytest.mark.parametrize("numerics", ["f32", "ggml"])
 @pytest.mark.parametrize("wtype", ["F32", "Q8_0"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape(tiny, load, shape, wtype, numerics):
+def test_every_shape_is_near_the_naive_reference(tiny, load, shape, wtype, numerics):
     how = dict(wtype=wtype, **SHAPES[shape])
     model, path = load(numerics, **how), tiny(**how)
     whole = whole_bound(numerics, wtype)
@@ -102,7 +102,7 @@ def test_every_shape(tiny, load, shape, wtype, numerics):
 
 @pytest.mark.parametrize("numerics", ["f32", "ggml"])
 @pytest.mark.parametrize("wtype", ["F16", "Q4_0"])
-def test_every_length(tiny, load, wtype, numerics):
+def test_every_length_is_near_the_naive_reference(tiny, load, wtype, numerics):
     model, m = load(numerics, wtype=wtype), naive.read(tiny(wtype=wtype))
     for n in LENGTHS:
         ids = prompt(n)
@@ -144,7 +144,7 @@ def test_names_are_in_the_order_of_computation(model):
     assert seen == model.names()
 
 
-def test_attention_pattern(model):
+def test_an_attention_pattern_sums_to_1_and_sees_no_future(model):
     """Rows sum to 1, nothing looks ahead, and kq is full: the mask comes with the softmax."""
     run = model.run(prompt(9), keep=["kq-1", "kq_soft_max-1"])
     p = run["kq_soft_max-1"]
@@ -157,7 +157,7 @@ def test_attention_pattern(model):
 @pytest.mark.parametrize("how", [dict(), dict(n_head=8, n_head_kv=1, wtype="Q4_0"),
                                  dict(d_head=24, d_head_v=40, n_head_kv=4, wtype="F16")],
                          ids=["plain", "groups", "widths"])
-def test_fused_equals_materialised(load, how, numerics):
+def test_fused_attention_equals_attention_by_names(load, how, numerics):
     """The only branch of forward: bit for bit, so that looking at a pattern changes nothing."""
     model = load(numerics, **how)
     for n in (1, 2, 17, 64, 150):
@@ -171,7 +171,7 @@ def test_fused_equals_materialised(load, how, numerics):
 @pytest.mark.parametrize("numerics", ["f32", "ggml"])
 @pytest.mark.parametrize("wtype", ["F32", "BF16", "Q5_1"])
 @pytest.mark.parametrize("parts", [[1] * 12, [5, 1, 1, 5], [11, 1], [1, 11], [3, 9]], ids=str)
-def test_decode_equals_prompt(load, wtype, numerics, parts):
+def test_decoding_equals_the_prompt_pass(load, wtype, numerics, parts):
     """To the bit with f32. With ggml a token alone is summed otherwise than one of several, as in llama.cpp."""
     model, ids = load(numerics, wtype=wtype), prompt(12)
     whole = model.run(ids, keep=["l_out", "Kcur", "kqv_merged", "result_norm"])
@@ -184,7 +184,7 @@ def test_decode_equals_prompt(load, wtype, numerics, parts):
         at += n
 
 
-def test_decode_materialised(model):
+def test_patterns_while_decoding_count_what_the_cache_holds(model):
     """n_kv counts what the cache holds."""
     ids, cache = prompt(9), model.cache()
     model.run(ids[:6], cache=cache)
@@ -281,7 +281,7 @@ def test_a_cache_of_another_model(load):
 
 
 def test_a_cache_survives_a_failure(model):
-    """What raised in the middle of a pass left nothing that a later pass would see."""
+    """An error in the middle of a pass leaves nothing that a later pass would read."""
     def fail(x, ctx):
         raise ZeroDivisionError("told by the test")
 

@@ -41,7 +41,7 @@ def choosing(tokens):
 
 @pytest.mark.parametrize("numerics", ["ggml", "f32"])
 @pytest.mark.parametrize("wtype", ["F32", "F16", "Q4_0"])
-def test_greedy(load, wtype, numerics):
+def test_greedy_decoding_takes_the_best_token(load, wtype, numerics):
     model = load(numerics, wtype=wtype)
     gen = model.generate(IDS, n=10)
     want = greedy(model, IDS, 10)
@@ -51,17 +51,17 @@ def test_greedy(load, wtype, numerics):
     assert gen.text == said(model, [t for t in gen.tokens if t != 2])
 
 
-def test_text_or_ids(model):
+def test_a_text_and_its_ids_give_the_same(model):
     a, b = model.generate("the quick", n=5), model.generate(model.tokenize("the quick"), n=5)
     assert a.tokens == b.tokens and a.text == b.text and a.prompt_tokens == b.prompt_tokens
 
 
-def test_nothing_to_generate(model):
+def test_no_tokens_asked_for_are_no_tokens(model):
     gen = model.generate(IDS, n=0)
     assert (gen.text, gen.tokens, gen.stop_reason) == ("", [], "length")
 
 
-def test_stories_260k(stories):
+def test_stories260k_tells_its_story(stories):
     """A real model: the first words of its story, as every engine tells it."""
     model = tinymia.load(stories, threads=1)
     gen = model.generate("Once upon a time", n=32)
@@ -72,13 +72,13 @@ def test_stories_260k(stories):
 # ------------------------------------------------------------------------------------------------ ways to stop
 
 
-def test_end_token(model):
+def test_an_end_token_ends_the_text(model):
     for n in (3, 9):
         gen = model.generate(IDS, n=n, actions=choosing([300, 301, 2, 302, 303]))
         assert gen.tokens == [300, 301, 2] and gen.stop_reason == "eos" and gen.text == said(model, [300, 301])
 
 
-def test_stop_texts(model):
+def test_a_stop_text_is_not_part_of_the_text(model):
     ids = model.tokenize("the quick brown fox jumps over", bos=False)
     text = said(model, ids)
     for stop in (["fox"], ["never", "fox"], [" fox jumps", "nothing"], ["k brown"]):
@@ -101,7 +101,7 @@ def test_stop_text_across_tokens(model):
         assert gen.text == "ab→cd"[:"ab→cd".index(stop)] and gen.stop_reason == "stop"
 
 
-def test_the_contexts_end(load):
+def test_the_text_ends_where_the_context_is_full(load):
     """Tokens fill the n_ctx positions, and one more comes after them: it is chosen, and needs no pass of its own."""
     model = load(n_ctx=16)
     gen = model.generate(prompt(12), n=50, actions=choosing([300] * 50))
@@ -113,7 +113,7 @@ def test_the_contexts_end(load):
         model.generate(prompt(17), n=3)
 
 
-def test_ctrl_c(model):
+def test_ctrl_c_gives_the_text_so_far(model):
     calls = []
 
     def press(text):
@@ -160,7 +160,7 @@ LOGITS = np.array([1.0, 3.0, 2.0, -1.0, 2.5, 0.0, -5.0, 1.5], np.float32)
                                  dict(temp=1.0, min_p=0.2),
                                  dict(temp=1.0, min_p=1.0), dict(temp=0.7, top_k=5, top_p=0.8, min_p=0.1),
                                  dict(temp=1.0, top_k=100)], ids=str)
-def test_distribution(how):
+def test_samples_follow_the_distribution(how):
     want = probabilities(LOGITS.astype(float), **how)
     sampler, n = tinymia.Sampler(seed=1, **how), 4000
     seen = Counter(sampler.sample(LOGITS) for _ in range(n))
@@ -179,7 +179,7 @@ def test_tiny_temperatures_do_not_overflow():
     assert {tinymia.Sampler(temp=1e-30, seed=0).sample(LOGITS * 100) for _ in range(5)} == {1}
 
 
-def test_seeds(model):
+def test_the_same_seed_gives_the_same_text(model):
     def text(seed):
         return model.generate(IDS, n=12, temp=1.5, seed=seed).tokens
 
@@ -188,7 +188,7 @@ def test_seeds(model):
     assert len({tuple(text(None)) for _ in range(5)}) > 1
 
 
-def test_repeat_penalty():
+def test_a_repeat_penalty_divides_and_multiplies_logits():
     """Positive logits of seen tokens are divided, negative ones multiplied (Keskar et al. 2019, as in llama.cpp)."""
     sampler = tinymia.Sampler(repeat_penalty=2.0)
     assert sampler.sample(LOGITS, []) == 1
@@ -331,7 +331,7 @@ def test_n_is_a_whole_number(model, n):
 
 
 def test_the_best_k_are_those_of_a_stable_sort():
-    """With many ties, infinities and both zeros, for every k up to all; of equal ones the first comes first."""
+    """This holds for every k, with many ties, infinities and both zeros; of equal scores the first comes first."""
     rng = np.random.default_rng(0)
     for trial in range(300):
         n = int(rng.integers(1, 200))
@@ -346,7 +346,7 @@ def test_the_best_k_are_those_of_a_stable_sort():
             np.testing.assert_array_equal(best(x[0], k), want[0])
 
 
-def test_nan_comes_last():
+def test_nan_comes_last_among_the_best():
     np.testing.assert_array_equal(best(np.array([np.nan, 1, np.nan, 3], np.float32), 3), [3, 1, 0])
 
 
@@ -395,7 +395,7 @@ def test_numbers_at_the_ends_of_their_range(how):
 
 @pytest.mark.parametrize("logits,want", [([np.inf, 1, 2], {0}), ([1, np.inf, np.inf], {1, 2}),
                                          ([-np.inf, 1, 0], {1, 2}), ([-np.inf] * 3, {0, 1, 2})], ids=str)
-def test_infinite_logits(logits, want):
+def test_infinite_logits_are_sampled_without_a_warning(logits, want):
     x = np.array(logits, np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -108,11 +108,11 @@ def test_every_tensor_of_every_type(tiny, wtype):
     dict(d_head=32, d_head_v=32),
 ], ids=lambda how: " ".join(how))
 @pytest.mark.parametrize("wtype", ["F32", "Q8_0"])
-def test_every_feature(tiny, how, wtype):
+def test_every_feature_equals_llama_cpps(tiny, how, wtype):
     check(tiny(wtype=wtype, **how), prompt(23), wtype, bias="bias" in how)
 
 
-def test_stories_260k(stories):
+def test_stories260k_equals_llama_cpps(stories):
     for n in (1, 5, 40, 300):
         check(stories, prompt(n, 512), "F32")
 
@@ -125,7 +125,7 @@ def test_norms_and_projections_are_not_mixed_up(stories):
         assert nmse(run[a], run[b]) > 1e-2, (a, b)
 
 
-def test_bytes_are_ggmls(stories):
+def test_the_bytes_of_a_tensor_are_ggmls(stories):
     """The same tensor is the same bytes in the same order, so raw files can be exchanged."""
     for name in ("kq-1", "kqv-1", "Qcur-1", "Vcur-1", "l_out-1"):
         ours, their = same_bytes_as_mia(stories, prompt(32, 512), name)
@@ -162,7 +162,7 @@ def test_the_same_greedy_tokens(tiny, wtype):
     check_greedy(model, llama(path), ids, 24)
 
 
-def test_the_same_story(stories):
+def test_both_engines_tell_the_same_story(stories):
     model, reference = tinymia.load(stories, threads=1), llama(stories)
     ids = model.tokenize("Once upon a time")
     assert model.generate(ids, n=100).tokens == [t for t,
@@ -190,7 +190,7 @@ TEXTS = ["", " ", "the fox", " the fox", "  two  spaces ", "France -> Paris", "c
          "</s></s>", "<0x41>", "▁", "\u2581a", "x" * 60, "0 1 2 to 2 1 0"]
 
 
-def test_the_same_ids(tiny, stories):
+def test_both_engines_cut_texts_into_the_same_ids(tiny, stories):
     for path in (tiny(), stories):
         model = tinymia.load(path, threads=1)
         for text in TEXTS:

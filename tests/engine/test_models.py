@@ -107,7 +107,7 @@ def test_against_the_naive_pass(tiny, family, numerics):
 
 
 @pytest.mark.parametrize("wtype", ["F32", "Q8_0"])
-def test_against_llama_cpp(tiny, family, wtype):
+def test_tensors_and_ids_are_those_of_llama_cpp(tiny, family, wtype):
     """Every tensor of 40 tokens, and the ids of a text."""
     import test_llama  # skips where there is no llama.cpp
 
@@ -159,7 +159,7 @@ def test_yarn_by_its_definition(tiny):
 
 
 def test_infill_tokens_of_code_llama(tiny):
-    """By the metadata, or else by their text: then they are control tokens, as in llama.cpp."""
+    """The metadata name them; if not, their text does, and then they are control tokens, as in llama.cpp."""
     model = tinymia.load(tiny(meta=infill()))
     assert model.tokenizer.end == {2, 383} and 380 not in model.tokenize("the▁<PRE>fox")
     unnamed = {k: None if k.endswith(("fix_token_id", "dle_token_id")) else v for k, v in infill().items()}
@@ -168,7 +168,7 @@ def test_infill_tokens_of_code_llama(tiny):
 
 
 def test_user_defined_pieces_are_always_recognised(tiny):
-    """With and without special tokens, the longest first, as llama.cpp does."""
+    """This holds with and without special tokens; the longest piece comes first, as in llama.cpp."""
     import test_llama
 
     tokens, _, kinds = vocabulary(384)

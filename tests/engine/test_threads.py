@@ -67,7 +67,7 @@ def test_one_model_in_many_threads(tiny):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, which Linux and macOS have")
 @pytest.mark.filterwarnings("ignore:This process")
-def test_fork(tiny):
+def test_a_model_runs_on_after_a_fork(tiny):
     """The child of a process that has run a model runs it as well, and so does the parent afterwards."""
     model = tinymia.load(tiny(wtype="Q4_0"), threads=2)
     want = model.run(IDS).logits
@@ -113,7 +113,7 @@ def test_weights_outlive_the_model(tiny):
     assert np.isfinite(w.numpy()).all()
 
 
-def test_the_process_ends(tiny):
+def test_no_thread_keeps_the_process_alive(tiny):
     """No thread keeps the interpreter alive."""
     code, out, _ = command("-m", tiny(), "-p", "the", "-n", "2", "-t", "2", timeout=60)
     assert code == 0 and out.startswith('output: "')

@@ -88,7 +88,7 @@ def test_every_pre_tokenizer_keeps_every_text(bpe, pre):
         assert model.detokenize(ids) == text, repr(text)
 
 
-def test_special_tokens(bpe):
+def test_special_tokens_are_recognised_or_plain_text(bpe):
     model = bpe()
     bos, end, eot, tag, user = range(384 - len(SPECIAL), 384)
     a, b = model.tokenize("a", bos=False), model.tokenize("b", bos=False)
@@ -103,7 +103,7 @@ def test_special_tokens(bpe):
     assert model.tokenizer.end == {end, eot} and tag not in model.tokenizer.end
 
 
-def test_bos_and_eos(bpe):
+def test_bos_comes_first_where_the_pre_tokenizer_says_so(bpe):
     """Llama 3's pre-tokenizers put BOS first where the file does not say; the others do not."""
     bos, eos = 384 - len(SPECIAL), 385 - len(SPECIAL)
     plain = bpe().tokenize("the fox")[1:]
@@ -182,14 +182,14 @@ def refused(path, *words):
     return text
 
 
-def test_unknown_pre_tokenizer(tiny):
+def test_an_unknown_pre_tokenizer_is_refused(tiny):
     text = refused(tiny(meta=metadata("klingon")), "klingon", "tokenizer.ggml.pre", "llama-bpe", "smollm", "qwen2")
     assert all(name in text for name in KNOWN)
     status, out, err = command("-m", tiny(meta=metadata("klingon")), "-p", "a")
     assert status == 2 and not out and err.startswith("error: ") and err.count("\n") == 1 and "klingon" in err
 
 
-def test_no_merges(tiny, tmp_path):
+def test_a_vocabulary_without_merges_is_refused(tiny, tmp_path):
     path = tiny(meta=metadata(merges=None))
     refused(path, "tokenizer.ggml.merges", "missing")
     raw = Raw.read(tiny(meta=metadata()))
@@ -210,7 +210,7 @@ def test_merges_that_make_no_token(tiny, tmp_path, merges):
 
 @pytest.mark.parametrize("merges", [["nospace"], [" a"], [" "], ["", "x"]])
 def test_merges_that_are_no_pairs_are_passed_over(tiny, tmp_path, merges):
-    """As by llama.cpp."""
+    """llama.cpp ignores them, too."""
     raw, pair = Raw.read(tiny(meta=metadata())), metadata()["tokenizer.ggml.merges"][0]
     both = raw.set("tokenizer.ggml.merges", 9, (8, [*merges, pair])).write(tmp_path / "f.gguf")
     one = raw.set("tokenizer.ggml.merges", 9, (8, [pair])).write(tmp_path / "g.gguf")
@@ -222,7 +222,7 @@ def test_merges_that_are_no_pairs_are_passed_over(tiny, tmp_path, merges):
     ("fim_pad_token_id", 7, True), ("pre", 4, 3), ("pre", 8, ""), ("tokens", 9, (8, [])), ("model", 8, "gpt3"),
     ("pre", 9, (8, ["llama-bpe"])), ("add_bos_token", 9, (4, [1, 2])), ("add_eos_token", 8, "yes"),
 ])
-def test_wrong_metadata(tiny, tmp_path, key, kind, value):
+def test_wrong_metadata_of_a_vocabulary_are_refused(tiny, tmp_path, key, kind, value):
     raw = Raw.read(tiny(meta=metadata()))
     refused(raw.set(f"tokenizer.ggml.{key}", kind, value).write(tmp_path / "f.gguf"))
 
@@ -236,7 +236,7 @@ def test_bytes_that_no_token_spells(tiny, tmp_path):
     assert model.tokenize("ab") == [2] and model.tokenize("acb") == [0, 1] and model.tokenize("ccc") == []
 
 
-def test_without_the_library(tiny):
+def test_without_the_library_ids_run_and_texts_say_what_to_install(tiny):
     """The model opens and runs on ids; a text says what to install."""
     path = tiny(meta=metadata())
     code = f"""if True:
@@ -257,7 +257,7 @@ def test_without_the_library(tiny):
 
 
 def test_a_large_vocabulary_opens_fast(tiny, tmp_path):
-    """As many tokens and merges as Llama 3 has: no time goes into what a run on ids does not need."""
+    """It has as many tokens and merges as Llama 3: opening does no work that a run on ids does not need."""
     raw, letters = Raw.read(tiny(meta=metadata())), [LETTERS[b] for b in range(256)]
     made = [a + b + c for a in letters[:80] for b in letters[:80] for c in letters[:43]]
     tokens = (letters + [a + b for a in letters[:80] for b in letters[:80]] + made)[:128256]
@@ -342,7 +342,7 @@ def test_every_pre_tokenizer_live(tiny, pre):
 
 
 @pytest.mark.parametrize("name", [*VOCABULARIES, "gpt-neox", "aquila"])
-def test_every_vocabulary_live(name):
+def test_every_vocabulary_of_llama_cpp_gives_its_ids(name):
     tree = source_tree()
     if tree is None:
         pytest.skip("needs a source tree of llama.cpp: TINYMIA_LLAMA_CPP=folder")

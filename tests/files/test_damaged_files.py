@@ -29,7 +29,7 @@ budget = settings(max_examples=150, deadline=None, derandomize=True,
 
 @pytest.fixture(scope="module")
 def readers(model, tmp_path_factory):
-    """By name: (a valid file, its reader)."""
+    """Valid files with their readers, by name."""
     folder = tmp_path_factory.mktemp("valid")
     rng, c = np.random.default_rng(0), model.config
     rows = rng.normal(size=(3, c.n_embd)).astype(np.float32)
@@ -73,7 +73,7 @@ def value_or_error(read, path):
 
 @st.composite
 def mutations(draw):
-    """What to do to a file's bytes: places are fractions of its length, so that they shrink with it."""
+    """Changes to a file's bytes: places are fractions of its length, so that they shrink with it."""
     place = st.floats(0, 1, exclude_max=True)
     kind = draw(st.sampled_from(["flip", "cut", "insert", "zero", "drop", "text"]))
     return kind, draw(place), draw(place), draw(st.binary(min_size=1, max_size=12))
@@ -185,7 +185,7 @@ def test_zips_that_cannot_be_read_are_errors(readers, tmp_path):
 
 
 @pytest.mark.skipif(not ODD.is_dir(), reason="needs odd-files of the folder `shared` beside the project")
-def test_the_odd_files(readers):
+def test_odd_saved_tensors_are_read_or_refused_by_all_readers(readers):
     _, read = readers
     for path in sorted(ODD.glob("*.np[yz]")):
         for name, reader in read.items():

@@ -34,7 +34,7 @@ def test_the_models_whose_mutants_are_tried_run(tmp_path, name):
     assert fuzz.command(fuzz.SEEDS[name](tmp_path / "f.gguf")) == 0
 
 
-def test_forty_mutants(tmp_path, monkeypatch, capfd):
+def test_forty_mutants_are_errors_or_models(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["fuzz.py", "20", "Q4_K_M", "gpt2"])
     assert not fuzz.main()
     assert capfd.readouterr().out.count("20 mutants") == 2

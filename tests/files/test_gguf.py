@@ -36,7 +36,7 @@ def refused(path, *words, run=False):
 
 
 @pytest.mark.parametrize("wtype", TYPES)
-def test_tensors_equal_gguf(tiny, load, wtype):
+def test_tensors_are_those_of_gguf_py(tiny, load, wtype):
     weights, reader = load(wtype=wtype).weights, gguf.GGUFReader(tiny(wtype=wtype))
     assert set(weights) == {t.name for t in reader.tensors}
     for t in reader.tensors:
@@ -56,7 +56,7 @@ def test_weights_are_used_where_they_lie(model):
     assert w.numpy().any()
 
 
-def test_config(load):
+def test_the_config_is_read_from_the_metadata(load):
     c = load(n_embd=96, n_layer=3, n_head=6, n_head_kv=2, n_ff=80, n_vocab=397, eps=1e-3, rope_base=5e5, rope_scale=4,
              n_ctx=77,
              n_rot=8, d_head=12, d_head_v=20).config
@@ -74,12 +74,12 @@ def test_head_sizes_default_to_a_share_of_n_embd(tiny):
     assert tinymia.load(tiny(n_embd=64, n_head=4, d_head=24)).config.d_head_v == 16
 
 
-def test_version_2(load):
+def test_files_of_version_2_are_read(load):
     a, b = load(version=2), load()
     np.testing.assert_array_equal(a.run([1, 5, 300]).logits, b.run([1, 5, 300]).logits)
 
 
-def test_alignment_of_64(raw, tmp_path, model):
+def test_an_alignment_of_64_is_read(raw, tmp_path, model):
     g = raw.set("general.alignment", 4, 64)
     g.alignment, data = 64, b""
     for t in g.tensors:
@@ -115,7 +115,7 @@ def test_harmless_tensors_do_no_harm(raw, tmp_path, model):
     np.testing.assert_array_equal(got.run([1, 5]).logits, model.run([1, 5]).logits)
 
 
-def test_large_vocabulary(raw, tmp_path):
+def test_a_large_vocabulary_opens_fast(raw, tmp_path):
     """Llama-3's 128,256 tokens and 280,147 merges: gguf-py takes eight seconds to open them."""
     n = 128_256
     tokens = next(v for k, _, v in raw.kv if k == "tokenizer.ggml.tokens")[1]
@@ -155,7 +155,7 @@ def test_fifo_does_not_hang(tmp_path):
     refused(tmp_path / "pipe", "pipe", "regular file")
 
 
-def test_no_permission(tiny, tmp_path):
+def test_a_file_without_permission_is_refused(tiny, tmp_path):
     f = tmp_path / "f.gguf"
     f.write_bytes(Path(tiny()).read_bytes())
     f.chmod(0)
@@ -163,7 +163,7 @@ def test_no_permission(tiny, tmp_path):
         refused(f, "f.gguf", "permission")
 
 
-def test_versions(raw, tmp_path):
+def test_other_versions_are_refused(raw, tmp_path):
     f = tmp_path / "f.gguf"
     for version, word in ((1, "version 1"), (4, "version 4"), (0, "version 0"), (3 << 24, "big-endian")):
         g = raw.copy()
@@ -183,8 +183,8 @@ def test_versions(raw, tmp_path):
 # ------------------------------------------------------------------------------------------------ truncated
 
 
-def test_truncated_everywhere(raw, tmp_path):
-    """At every place where one thing ends and the next begins, and one byte to either side."""
+def test_a_file_that_is_cut_anywhere_is_refused(raw, tmp_path):
+    """The cuts are at every border between two parts, and one byte before and after it."""
     whole, f = raw.bytes(), tmp_path / "f.gguf"
     cuts = sorted({c for m in raw.marks for c in (m - 1, m, m + 1) if 0 < c < len(whole)})
     assert len(cuts) > 300
@@ -199,7 +199,7 @@ HUGE = [2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 
 
 @pytest.mark.parametrize("n", [0, *HUGE])
-def test_absurd_counts(raw, tmp_path, n):
+def test_absurd_counts_are_refused_at_once(raw, tmp_path, n):
     f = tmp_path / "f.gguf"
     refused(raw.write(f, n_tensors=n), "f.gguf")
     refused(raw.write(f, n_kv=n), "f.gguf")
@@ -213,7 +213,7 @@ def test_counts_off_by_one(raw, tmp_path):
 
 
 @pytest.mark.parametrize("n", HUGE)
-def test_absurd_lengths(raw, tmp_path, n):
+def test_absurd_lengths_are_refused_at_once(raw, tmp_path, n):
     f, key = tmp_path / "f.gguf", "test.key"
     n = struct.pack("<Q", n)
     refused(raw.set(key, 8, n + b"abc").write(f), "f.gguf")                              # a string
@@ -234,13 +234,13 @@ def test_absurd_number_of_dimensions(raw, tmp_path, n):
 @pytest.mark.parametrize("dims", [(0, 64), (64, 0), (64, 2**63), (2**64 - 1, 64), (2**32, 2**32), (2**31, 2**33),
                                   (63, 64), (64, 63),
                                   (4096,), (64, 64, 2), (2**16,) * 4, (32, 128), (64, 65)])
-def test_absurd_dimensions(raw, tmp_path, dims):
+def test_absurd_dimensions_are_refused_at_once(raw, tmp_path, dims):
     """Products that wrap around 2^64 among them."""
     refused(raw.tensor("blk.1.attn_q.weight", dims=dims).write(tmp_path / "f.gguf"), "blk.1.attn_q.weight")
 
 
 @pytest.mark.parametrize("offset", [1, 31, 33, 2**63, 2**64 - 32, 2**64 - 1, 2**40, 2**33])
-def test_absurd_offsets(raw, tmp_path, offset):
+def test_absurd_offsets_are_refused_at_once(raw, tmp_path, offset):
     refused(raw.tensor("blk.1.attn_q.weight", offset=offset).write(tmp_path / "f.gguf"), "blk.1.attn_q.weight")
 
 
@@ -249,14 +249,14 @@ def test_last_tensor_ends_with_the_file(raw, tmp_path):
     refused(raw.tensor(last.name, offset=last.offset + 32 * 9).write(tmp_path / "f.gguf"), last.name)
 
 
-def test_overlapping_tensors(raw, tmp_path):
+def test_tensors_that_overlap_are_refused(raw, tmp_path):
     for other in ("blk.0.attn_k.weight", "token_embd.weight"):
         for shift in (0, 32):
             g = raw.tensor("blk.1.attn_k.weight", offset=raw.where(other).offset + shift)
             refused(g.write(tmp_path / "f.gguf"), "overlap", "attn_k" if "attn_k" in other else "token_embd")
 
 
-def test_duplicates(raw, tmp_path):
+def test_a_name_that_comes_twice_is_refused(raw, tmp_path):
     g = raw.copy()
     g.tensors.append(g.tensors[3])
     refused(g.write(tmp_path / "f.gguf"), g.tensors[3].name)
@@ -269,7 +269,7 @@ def test_duplicates(raw, tmp_path):
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 33, 2**31, 2**32 - 1])
-def test_absurd_alignment(raw, tmp_path, n):
+def test_absurd_alignments_are_refused_at_once(raw, tmp_path, n):
     refused(raw.set("general.alignment", 4, n).write(tmp_path / "f.gguf"), "f.gguf")
 
 
@@ -291,7 +291,7 @@ REQUIRED = ["general.architecture", "llama.embedding_length", "llama.block_count
 
 
 @pytest.mark.parametrize("key", REQUIRED)
-def test_required_keys(raw, tmp_path, key):
+def test_a_missing_key_is_named(raw, tmp_path, key):
     f = tmp_path / "f.gguf"
     refused(raw.drop(key).write(f), key)
     refused(raw.set(key, 9, (4, [1, 2, 3])).write(f), key)
@@ -324,7 +324,7 @@ def test_sizes_out_of_range(raw, tmp_path, key):
     ("llama.rope.scaling.type", 4, 1),
     ("llama.expert_count", 4, 8), ("general.architecture", 8, ""), ("general.architecture", 8, "llama\0"),
 ])
-def test_wrong_values(raw, tmp_path, key, kind, value):
+def test_a_wrong_value_is_named(raw, tmp_path, key, kind, value):
     text = refused(raw.set(key, kind, value).write(tmp_path / "f.gguf"), "f.gguf")
     if value == "longrope":
         assert "longrope" in text and "linear" in text and "yarn" in text
@@ -343,12 +343,12 @@ WEIGHTS = ["token_embd", "output_norm", *(f"blk.1.{n}" for n in ("attn_norm", "a
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_missing_tensors(raw, tmp_path, name):
+def test_a_missing_tensor_is_named(raw, tmp_path, name):
     refused(raw.drop(name + ".weight").write(tmp_path / "f.gguf"), name + ".weight", "missing")
 
 
 @pytest.mark.parametrize("name", [*WEIGHTS, "output"])
-def test_wrong_shapes(raw, tmp_path, name):
+def test_a_wrong_shape_is_named(raw, tmp_path, name):
     t = raw.where(name + ".weight")
     less = (*t.dims[:-1], t.dims[-1] - 2)
     refused(raw.tensor(t.name, dims=less).write(tmp_path / "f.gguf"), "f.gguf")
@@ -393,7 +393,7 @@ def test_weights_that_are_no_numbers(tmp_path, name, bad):
 # ------------------------------------------------------------------------------------------------ wrong vocabularies
 
 
-def test_wrong_vocabularies(raw, tmp_path):
+def test_a_wrong_vocabulary_is_refused(raw, tmp_path):
     f = tmp_path / "f.gguf"
     value = {k: v for k, _, v in raw.kv}
     tokens, scores, types = (value["tokenizer.ggml." + k][1] for k in ("tokens", "scores", "token_type"))
@@ -429,7 +429,7 @@ def test_odd_vocabularies_still_load(raw, tmp_path):
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "x" * 10_000, "\r\0\t", "a\u2028b", "\u202eabc"], ids=ascii)
 def test_hostile_names_make_one_short_line(raw, tmp_path, name):
-    """What a file says of itself is printed: no line ends, no terminal escapes, no kilobytes."""
+    """Names from a file are printed without line ends and terminal escapes, and are cut."""
     info, f = type(raw.tensors[0]), tmp_path / "f.gguf"
     end = len(raw.data) + 32 * 99
     files = [raw.set(name, 13, b""), raw.set(name, 9, struct.pack("<IQ", 4, 2**60))]
@@ -452,7 +452,7 @@ def test_the_command_says_it_in_one_line(tmp_path):
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and "f.gguf" in err
 
 
-def test_mutants(raw, tmp_path):
+def test_every_mutant_is_an_error_or_a_model(raw, tmp_path):
     """The same mutants as the fuzzer's, in this process: an Error or a model, nothing else."""
     from conftest import SHARED
 

@@ -271,7 +271,7 @@ NVFP4 = {
 
 
 @pytest.mark.parametrize("name", NVFP4)
-def test_nvfp4(raw, tmp_path, name):
+def test_scales_of_nvfp4_are_judged_as_by_llama_cpp(raw, tmp_path, name):
     change, verdict = NVFP4[name]
     path = change(raw).write(tmp_path / "f.gguf")
     if verdict != OTHER:
@@ -286,7 +286,7 @@ def test_nvfp4(raw, tmp_path, name):
 
 
 def test_unknown_keys_are_named_once(raw, tmp_path, capsys):
-    """On stderr, since they may be meant to change something; what llama.cpp reads for no Llama is no news."""
+    """On stderr, because they may be meant to change something; a key that llama.cpp reads for no Llama is not told."""
     tinymia.load(key("no_such_key", 4, 3)(raw).write(tmp_path / "f.gguf"))
     assert "llama.no_such_key" in capsys.readouterr().err
     tinymia.load(raw.set(PIECES + "suppress_tokens", 9, (5, [3])).write(tmp_path / "f.gguf"))
@@ -300,7 +300,7 @@ ODD = {"bos_minus1": True, "causal_false": False, "dropped_types": True, "escnam
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_files(name):
+def test_every_odd_file_is_read_or_refused(name):
     path = shared(f"odd-files/{name}.gguf")
     if not ODD[name]:
         return refused(path)

@@ -138,7 +138,7 @@ def test_the_blank_that_encoding_puts_first_is_taken_off(model, text, bos):
 
 
 def test_only_the_first_blank_is_taken_off(model):
-    """What follows another special token keeps its own, as in llama.cpp."""
+    """A blank after another special token stays, as in llama.cpp."""
     assert model.detokenize(model.tokenize("a</s>b")) == "a b"
     assert model.detokenize([2, *model.tokenize("a", bos=False)]) == " a"
 

@@ -1,4 +1,4 @@
-"""Nothing is lost by writing: no input is written onto, links and modes stay, and trouble is told before the run."""
+"""Writing loses nothing: no input is overwritten, links and modes stay, and errors come before the run."""
 import errno
 import json
 import os
@@ -282,7 +282,7 @@ def test_a_model_whose_name_is_not_utf8(drawn, tiny, tmp_path):
     assert {"m\ufffd.gguf", "a", "b"} <= {*drawn(tmp_path / "x.png").words}
 
 
-def test_json_is_json(model, tmp_path, capsys):
+def test_json_holds_no_nan_or_infinity(model, tmp_path, capsys):
     from tinymia_files import dumps
     from tinymia_lab.cli import main
 

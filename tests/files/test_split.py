@@ -110,7 +110,7 @@ def test_nothing_is_read_that_is_not_used(tiny, tmp_path):
 
 @pytest.mark.parametrize("lost", range(3))
 @pytest.mark.parametrize("named", range(3))
-def test_a_missing_part(parts, lost, named):
+def test_a_missing_part_is_named(parts, lost, named):
     parts[lost].unlink()
     words = [parts[lost].name] + ([] if lost == named else [f"part {lost + 1} of 3", "missing"])
     refused(parts[named], *words)
@@ -159,7 +159,7 @@ def test_a_tensor_in_no_part(tiny, tmp_path):
 
 
 def test_a_name_that_says_nothing(parts, tmp_path):
-    """The other parts are found by their names, so a renamed part is no way in."""
+    """The other parts are found by their names, so a file cannot be opened by a renamed part."""
     shutil.copy(parts[0], tmp_path / "renamed.gguf")
     refused(tmp_path / "renamed.gguf", "renamed.gguf", "part 1 of 3", "-00001-of-00003.gguf")
 
@@ -170,21 +170,21 @@ def test_a_name_that_says_nothing(parts, tmp_path):
     ("split.no", 7, True), ("split.tensors.count", 5, -1), ("split.tensors.count", 10, 2**63),
     ("split.tensors.count", 6, 21.0),
 ])
-def test_wrong_numbers(parts, key, kind, value):
+def test_wrong_numbers_of_parts_are_refused(parts, key, kind, value):
     Raw.read(parts[0]).set(key, kind, value).write(parts[0])
     refused(parts[0], parts[0].name, key)
 
 
 @pytest.mark.parametrize("key", ["split.no", "split.tensors.count"])
-def test_missing_numbers(parts, key):
+def test_missing_numbers_of_parts_are_refused(parts, key):
     for p in parts[:2]:
         Raw.read(p).drop(key).write(p)
     refused(parts[0], parts[0].name, key, "missing")
     refused(parts[2], parts[0].name, key, "missing")
 
 
-def test_a_broken_part(parts):
-    """What is wrong with a part is said of that part."""
+def test_an_error_names_the_part_that_is_broken(parts):
+    """The other parts are not blamed."""
     whole = parts[1].read_bytes()
     for data, word in ((whole[:-100], "truncated"), (b"", "empty"), (b"GGML" + whole[4:], "not a GGUF")):
         parts[1].write_bytes(data)

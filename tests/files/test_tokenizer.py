@@ -44,13 +44,13 @@ def test_all_47_strings_of_llama_cpp(llama2):
         assert llama2.tokenize(text) == [1, *ids]
 
 
-def test_text_comes_back(llama2):
+def test_ids_of_llama_2_give_the_text_back(llama2):
     for text, ids in cases():
         assert llama2.detokenize(ids) == text, repr(text)
         assert llama2.detokenize([1, *ids]) == text                              # BOS adds nothing to a text
 
 
-def test_the_posts_prompt(llama2):
+def test_the_posts_prompt_has_the_posts_positions(llama2):
     """Token 0 is BOS and the last token of `France ->` is 2, as the post counts."""
     assert [llama2.piece(i) for i in llama2.tokenize("France ->")] == ["<s>", " France", " ->"]
     assert len(llama2.tokenize("Egypt -> Cairo, Norway -> Oslo, Estonia ->")) == 14
@@ -81,7 +81,7 @@ def test_bos_and_eos_as_the_metadata_says(tiny):
     assert model.tokenize("the fox", bos=True) == plain and model.tokenize("the fox", bos=False) == plain[1:]
 
 
-def test_no_prefix_space(tiny):
+def test_without_a_prefix_space_the_text_comes_back(tiny):
     model = tinymia.load(tiny(meta={"tokenizer.ggml.add_space_prefix": False}))
     assert model.detokenize(model.tokenize("the fox")) == "the fox"
 
@@ -90,7 +90,7 @@ def test_no_prefix_space(tiny):
                                   "🦙.cpp", "e\u0301",
                                   "\x00\x01", "▁", "<s>", "<0x41>", "\ufeff", "fox" * 50, "𝔘𝔫𝔦", "؟العربية",
                                   "\U0010ffff"])
-def test_round_trip(model, text):
+def test_every_text_comes_back_from_its_ids(model, text):
     """Every text has ids and comes back, by bytes where letters are missing."""
     ids = model.tokenize(text, special=False)
     assert all(0 <= i < model.config.n_vocab for i in ids)
@@ -103,7 +103,7 @@ def test_lone_surrogates_are_refused(model):
         model.tokenize("a\ud800")
 
 
-def test_pieces(model):
+def test_pieces_are_shown_as_people_read_them(model):
     assert model.piece(0) == "<unk>" and model.piece(1) == "<s>" and model.piece(3) == "<0x00>"
     assert model.piece(model.tokenize("the")[1]).startswith(" ")
     for i in range(model.config.n_vocab):

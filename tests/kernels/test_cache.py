@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept, and that a damaged cache mends itself."""
+"""The cache of compiled kernels: where it is, and that it repairs itself after damage."""
 import os
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What superblock formats, quantised activations and types without kernels promise."""
+"""The promises of superblock formats, of quantised activations, and of types without kernels."""
 
 import ctypes
 import os

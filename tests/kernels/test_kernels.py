@@ -1,4 +1,4 @@
-"""What the kernels promise, each beside a slow NumPy oracle."""
+"""The promises of the kernels, each beside a slow NumPy oracle."""
 
 import gc
 import os
@@ -181,7 +181,7 @@ ORDERS = ("F32", "F16", "BF16", "IQ4_NL")  # formats of which ggml adds up one t
 @pytest.mark.parametrize("numerics", ["ggml", "f32"])
 @by_name
 def test_a_token_alone_equals_the_token_in_a_prompt(fmt, numerics, rng):
-    """With "ggml" not where ggml has another order: superblocks with MANY tokens, formats of ORDERS with one."""
+    """With "ggml" there are exceptions, where ggml has another order: superblocks with MANY tokens, ORDERS with one."""
     n_in = 8 * fmt.block_size if fmt.block_size > 1 else 256
     raw, _ = random_weights(fmt, rng, 37, n_in)
     x = rng.standard_normal((37, n_in)).astype(np.float32)
@@ -254,7 +254,7 @@ def test_floats_with_one_token_are_summed_as_ggml_vec_dot_sums(name, n_in, rng):
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 8, 10, 11])
 def test_iq4_nl_with_one_token_is_summed_in_even_and_odd_groups(groups, rng):
-    """As ggml_vec_dot_iq4_nl_q8_0 does; a group that is left over comes last, its product rounded by itself."""
+    """ggml_vec_dot_iq4_nl_q8_0 does so; a group that is left over comes last, its product rounded by itself."""
     fmt = next(f for f in FORMATS if f.name == "IQ4_NL")
     raw, _ = random_weights(fmt, rng, 37, 32 * groups)
     x = rng.standard_normal((1, 32 * groups)).astype(np.float32)

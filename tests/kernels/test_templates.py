@@ -1,4 +1,4 @@
-"""What a class must bring so that kernels are made of it, and what a new format needs: one file."""
+"""Templates: the parts that a class must bring so that kernels are made from it; a new format is one file."""
 
 import os
 import shutil
@@ -138,7 +138,7 @@ def test_every_format_would_miss_each_of_its_own_parts():
         for name in own:
             inherited = next((vars(base)[name] for base in made_of.__mro__[1:] if name in vars(base)), None)
             if name == "TYPE" or not (inherited is None or isinstance(inherited, abstract)):
-                continue  # without TYPE a class is no format; and a default is not missed
+                continue  # without TYPE a class is not a format; and a default is not missed
             rest = {other: value for other, value in own.items() if other != name}
             with pytest.raises(TypeError, match=f"Incomplete lacks the (part|number) {name}, which"):
                 type("Incomplete", made_of.__bases__, rest)

@@ -24,7 +24,7 @@ def found(copycat):
 
 
 def metrics(row, plain, answer, against):
-    """In float64, as the textbook has them."""
+    """The metrics in float64, by their formulas in textbooks."""
     row, plain = row.astype(np.float64), plain.astype(np.float64)
     q, p = (np.exp(x) / np.exp(x).sum() for x in (row, plain))
     return [row[answer] - row[against], row[answer], q[answer], (p * np.log(p / q)).sum()]
@@ -100,7 +100,7 @@ def test_a_head_given_what_it_has_changes_nothing(copycat):
     assert np.abs(found.effects).max() < 1e-5
 
 
-def test_answers_by_default(copycat, found):
+def test_the_default_answers_are_the_two_best_tokens(copycat, found):
     """The model's best token against its best one after that."""
     row = copycat.run(PROMPT).logits[-1]
     first, second = np.argsort(-row)[:2]
@@ -184,7 +184,7 @@ def test_a_stopped_run_goes_on_where_it_was(copycat, monkeypatch, tmp_path, stop
     ({"mode": "resample", "other": "France ->", "at": 5}, "position 5 is out of range: the other prompt has 3"),
     ({"at": 11}, "position 11 is out of range: the prompt has 11"), ({"at": [-1, 10]}, "each only once"),
     ({"at": []}, "no position"), ({"layers": "6"}, "layer 6 is out of range"), ({"heads": [4]}, "head 4 is out of"),
-    ({"answer": "Oslo", "against": "Oslo"}, "the same token"), ({"answer": 2048}, "out of range"),
+    ({"answer": "Oslo", "against": "Oslo"}, "are the same: "), ({"answer": 2048}, "out of range"),
     ({"answer": ""}, "no text"),
 ])
 def test_what_is_wrong_is_said(copycat, how, says):
@@ -192,7 +192,7 @@ def test_what_is_wrong_is_said(copycat, how, says):
         ablate.ablate(copycat, PROMPT, **how)
 
 
-def test_the_command(drawn, tmp_path, capsys):
+def test_the_command_prints_draws_and_keeps(drawn, tmp_path, capsys):
     (tmp_path / "set").write_text("\n".join(SET) + "\n")
     outs = [tmp_path / f"heads{suffix}" for suffix in (".png", ".html", ".npz")]
     args = ["-p", PROMPT, "--answer", "Tallinn", "--mode", "mean", "--prompts", tmp_path / "set", "--metric", "kl"]

@@ -123,7 +123,7 @@ def test_wrong_groups_are_one_clear_line(model, group, says):
     assert "\n" not in str(e.value)
 
 
-def test_the_command(drawn, tmp_path, capsys):
+def test_the_command_prints_and_draws_groups(drawn, tmp_path, capsys):
     html, png = tmp_path / "g.html", tmp_path / "g.png"
     base = ["ablate", "-p", PROMPT, "--answer", "Tallinn", "--against", "Oslo"]
     groups = ["--ffn", "--layers", "1-2", "--group", "2.1,3.3", "--group", "@-1:1"]

@@ -38,7 +38,7 @@ def test_patterns_are_the_models(copycat, found):
     assert np.allclose(found.patterns.sum(-1), 1, atol=2e-3)
 
 
-def test_against_float64(stories):
+def test_patterns_are_those_of_the_float64_reference(stories):
     model = tinymia.load(stories, threads=1, numerics="f32")
     ids = model.tokenize("Once upon a time there was a time")
     found, want = attend(model, ids), naive.forward(naive.read(stories), ids)
@@ -66,7 +66,7 @@ def test_some_layers_and_heads(copycat, found):
 
 
 def naive_induction(a, tokens):
-    """By the words: for each query, the weights of all keys whose token before is the query's, among earlier ones."""
+    """The induction score by its definition: the weight of each query on keys whose token before is the query's."""
     per_query = []
     for i, token in enumerate(tokens):
         keys = [j + 1 for j in range(i) if tokens[j] == token]
@@ -103,7 +103,7 @@ def test_induction_by_its_words():
         assert induction_score(a, tokens) == pytest.approx(naive_induction(a, tokens), nan_ok=True)
 
 
-def test_random_tokens_repeat(copycat, found, stories):
+def test_induction_is_measured_on_random_tokens_that_repeat(copycat, found, stories):
     for model, copies in ((copycat, 3), (tinymia.load(stories, threads=1), 4)):  # copycat's context has 96 tokens
         ids = repeated_tokens(model, 0)
         assert ids[0] == model.tokenizer.bos and ids[1:] == ids[1:26] * copies and len(set(ids[1:])) == 25
@@ -156,7 +156,7 @@ def test_saved_and_gone_on_with(copycat, found, tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------- the command
 
 
-def test_command_prints_scores(capsys, found):
+def test_the_command_prints_the_scores(capsys, found):
     assert attend_command(["-p", PROMPT, "-t", "1"]) == 0
     out = capsys.readouterr().out
     best = np.unravel_index(found.previous.argmax(), found.previous.shape)
@@ -170,7 +170,7 @@ def test_command_prints_one_heads_pattern(capsys):
     assert block[3].split()[0] == "<s>" and block[3].split()[1:] == ["1.00", "·", "·"]
 
 
-def test_command_json(capsys, found):
+def test_the_command_gives_one_json_object(capsys, found):
     args = ["-p", PROMPT, "-t", "1", "--json", "--layers", "0", "--heads", "1", "--numerics", "ggml"]
     assert attend_command(args) == 0
     data = json.loads(capsys.readouterr().out)
@@ -182,12 +182,12 @@ def test_command_json(capsys, found):
     ([], "-p or -f"), (["-p", "x", "--layers", "9"], "layer 9"), (["-p", "x", "--heads", "a"], "0,3-5"),
     (["-p", "x", "--scores", "x.html"], "--scores"), (["-p", "word " * 100], "96"),
 ])
-def test_command_errors(args, words):
+def test_wrong_flags_of_the_command_are_one_line(args, words):
     status, out, err = command("attend", "-t", 1, *args)
     assert status == 2 and out == "" and err.splitlines()[-1].startswith("error: ") and words in err, err
 
 
-def test_command_draws(drawn, copycat_f32, tmp_path, capsys):
+def test_the_command_draws_patterns_and_scores(drawn, copycat_f32, tmp_path, capsys):
     from matplotlib import colormaps
 
     args = ["--layers", "1,3", "--heads", "2-3", "-o", str(tmp_path / "a.png"), "--scores", str(tmp_path / "s.png")]

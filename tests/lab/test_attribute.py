@@ -162,7 +162,7 @@ def test_saved_and_gone_on_with(copycat, found, tmp_path, monkeypatch, capsys):
         attribute(copycat, PROMPT, "Paris", "Italy", 2, neurons=3, out=path)
 
 
-def test_pictures_add_up(found):
+def test_the_cells_of_the_pictures_add_up(found):
     heads, layers = pictures(found)
     assert np.array_equal(heads.values, found.heads) and heads.diverging and heads.unit == "logits" and heads.upward
     assert np.nansum(layers.values) == pytest.approx(found.logit)
@@ -171,8 +171,8 @@ def test_pictures_add_up(found):
 
 
 @pytest.mark.parametrize("how,words", [
-    ({"answer": "Paris", "against": "Paris"}, "same token"), ({"answer": 9999}, "out of range"),
-    ({"against": " Paris"}, "same token"), ({"position": 11}, "position 11"), ({"neurons": 6}, "layer 6 is out of"),
+    ({"answer": "Paris", "against": "Paris"}, "are the same: "), ({"answer": 9999}, "out of range"),
+    ({"against": " Paris"}, "are the same: "), ({"position": 11}, "position 11"), ({"neurons": 6}, "layer 6 is out of"),
     ({"answer": " "}, "no text"), ({"out": "x.txt"}, "x.txt"),
 ])
 def test_what_is_wrong_is_said(copycat, how, words):
@@ -197,7 +197,7 @@ def test_command_prints_the_parts_by_size(capsys, found):
     assert sum(float(line.split()[-1]) for line in neurons[:7]) == pytest.approx(found.ffn[3], abs=1e-3)
 
 
-def test_command_json(capsys, found):
+def test_the_command_gives_one_json_object(capsys, found):
     args = ["-p", PROMPT, "-t", "1", "--answer", "Paris", "--against", "Italy", "--json"]
     assert attribute_command([*args, "--numerics", "ggml"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -208,12 +208,12 @@ def test_command_json(capsys, found):
     ([], "-p or -f"), (["-p", "x", "--neurons", "9"], "layer 9"), (["-p", "x", "--top", "0"], "--top 0"),
     (["-p", "x", "--position", "7"], "position 7"), (["-p", "x", "-o", "x.gif"], ".npz, .json, .png, .html"),
 ])
-def test_command_errors(args, words):
+def test_wrong_flags_of_the_command_are_one_line(args, words):
     status, out, err = command("attribute", "-t", 1, *args)
     assert status == 2 and out == "" and err.splitlines()[-1].startswith("error: ") and words in err, err
 
 
-def test_command_draws(drawn, tmp_path, capsys):
+def test_the_command_draws_and_keeps(drawn, tmp_path, capsys):
     outs = [str(tmp_path / f"x.{s}") for s in ("png", "html", "npz")]
     assert attribute_command(["-p", PROMPT, "-t", "1", *(x for o in outs for x in ("-o", o))]) == 0
     found, (heads, layers) = Attribution.load(outs[2]), drawn(outs[0]).maps

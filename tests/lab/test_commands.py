@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 
 import tinymia_lab
+from tinymia_lab.cli import module_of
 from tinymia_lab.flags.command import Command
 from tinymia_lab.runs.result import Result
 
 PROMPT = "Egypt -> Cairo, Norway -> Oslo, Estonia ->"
 NAMES = ["lens", "attend", "attribute", "trace", "report", "story", "sweep", "ablate", "task_vector", "function_vector",
-         "steer"]
+         "steer", "verify"]
 
 
 def module(name):
-    return importlib.import_module(f"tinymia_lab.commands.{name}")
+    return importlib.import_module(module_of(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -39,18 +40,10 @@ def test_a_command_is_a_function_its_result_its_words_its_flags_and_one_record(n
     assert here.command.parser().get_default("kinds")
 
 
-def test_verify_is_a_command_of_the_same_shape():
-    """Its result is a verdict: it is printed, or one JSON object, and decides the exit status."""
-    here = importlib.import_module("tinymia_lab.comparison.verify")
-    assert isinstance(here.command, Command) and here.command.name == "verify"
-    for part in ("add_flags", "before", "run", "text"):
-        assert getattr(here.command, part) is getattr(here, part)
-    assert here.text(here.Verified({"ok": True}, ["a", "b"])) == "a\nb"
-
-
 def test_printing_saving_and_opening_a_model_are_written_once():
-    """No file in commands/ calls what flags/command.py calls for all of them."""
-    for path in Path(tinymia_lab.__file__).parent.glob("commands/*.py"):
+    """No file in commands/ or comparison/ calls what flags/command.py calls for all of them."""
+    lab = Path(tinymia_lab.__file__).parent
+    for path in [*lab.glob("commands/*.py"), lab / "comparison/verify.py"]:
         called = {node.func.id for node in ast.walk(ast.parse(path.read_text("utf-8")))
                   if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
         assert not called & {"print", "print_json", "emit", "open_model", "out_file", "parser", "Parser"}, path
@@ -76,12 +69,13 @@ def results(model):
     yield tinymia_lab.steer(model, "France ->", ["Paris"], ["France"], n=1)
     yield tinymia_lab.task_vector(model, "copycat-capital", n_dev=2, n_test=2)
     yield tinymia_lab.function_vector(model, "copycat-capital", n_mean=2, n_effect=2, n_dev=2, n_test=2)
+    yield tinymia_lab.verify_self(model, PROMPT, only="all")
 
 
 def test_a_result_shows_what_its_command_prints_cut_to_a_screen(copycat, screen):
-    """In an interpreter or a notebook: not 22,000 characters of numbers."""
+    """An interpreter or a notebook shows this, and not 22,000 characters of numbers."""
     for found in results(copycat):
-        words = importlib.import_module(type(found).__module__).text(found).splitlines()
+        words = str(found).splitlines()
         lines = repr(found).splitlines()
         assert len(lines) <= 22 and max(map(len, lines)) <= 100, type(found)
         kept = lines if len(words) <= 22 else lines[:-1]

@@ -111,7 +111,7 @@ def test_the_tables_equal_plain_runs(copycat, found):
         np.testing.assert_array_equal(found.accuracy[i], found.hits[i].mean(0))
 
 
-def test_what_is_drawn(copycat):
+def test_prompts_are_drawn_as_the_seed_says(copycat):
     task = read_task("copycat-capital")
     prompts = prompts_of(copycat, task.name, n_test=50)
     answers, texts = dict(task.pairs), [copycat.detokenize(p.ids) for p in prompts.shuffled]
@@ -137,7 +137,7 @@ def test_copycat_has_one_head_that_carries_the_task(found):
 
 
 def test_each_layer_is_chosen_on_development_queries_for_bare_and_shuffled(copycat, found):
-    """Where the vector does nothing on one of the two, that takes nothing from the other, and a - stands there."""
+    """If the vector has no effect on one of the two, the other keeps its layer, and the table shows a -."""
     for i, name in enumerate(TASKS):
         prompts = prompts_of(copycat, name)
         tests = {tuple(bare.ids) for bare, _, _ in prompts.test}
@@ -199,7 +199,7 @@ def test_a_stopped_run_goes_on_where_it_was(copycat, found, monkeypatch, tmp_pat
         function_vector.function_vector(copycat, TASKS, out=out, **SMALL | {"top": 6})
 
 
-def test_errors(copycat):
+def test_impossible_experiments_are_refused(copycat):
     few = Task("few", tuple(read_task("copycat-capital").pairs[:12]))
     with pytest.raises(tinymia.Error, match="few has 12 pairs: 10 demonstrations and a query, apart from 4 test"):
         function_vector.function_vector(copycat, few)
@@ -210,7 +210,7 @@ def test_errors(copycat):
             function_vector.function_vector(copycat, "copycat-capital", **{name: 0})
 
 
-def test_the_command(drawn, tmp_path, capsys):
+def test_the_command_prints_draws_and_keeps(drawn, tmp_path, capsys):
     png, html, npz = (tmp_path / f"v{suffix}" for suffix in (".png", ".html", ".npz"))
     small = ["--n-mean", "8", "--n-effect", "4", "--n-test", "6", "--top", "5"]
     outs = [word for path in (png, html, npz) for word in ("-o", str(path))]

@@ -1,4 +1,4 @@
-"""What the lab's commands share: results and their files, flags, progress, heatmaps, pages, answers."""
+"""The parts that all commands of the lab share: results and their files, flags, progress, heatmaps, pages, answers."""
 import argparse
 import hashlib
 import html.parser
@@ -94,7 +94,7 @@ def test_json_has_null_for_what_is_no_number(found):
     assert data["scores"][0][1] is None and data["best"] is None and data["ids"] == [1, 1023]
 
 
-def test_resume(found, copycat, tmp_path):
+def test_a_run_resumes_only_from_its_own_file(found, copycat, tmp_path):
     path = tmp_path / "x.npz"
     assert resume(path, found.about, Found) is None and resume(None, found.about, Found) is None
     found.save(path)
@@ -152,7 +152,7 @@ def test_progress_on_a_terminal(capsys, monkeypatch):
     assert half.line(10.0).endswith("6/8, 10 s left")  # by the speed of this run alone
 
 
-def test_clock():
+def test_a_duration_is_written_as_people_read_it():
     assert [clock(s) for s in (4.6, 65, 3725)] == ["5 s", "1:05", "1:02:05"]
 
 
@@ -255,7 +255,7 @@ def test_heatmap_shows_texts_that_harm_no_terminal():
     assert "\x1b" not in text and "↵" in text and "a" * 11 + "…" in text
 
 
-def test_spans_and_colours():
+def test_colours_span_the_numbers_of_a_heatmap():
     assert grid().span == (-1, 1) and grid(limits=(0, 2)).span == (0, 2)
     assert Heatmap(np.array([[1.0, 3.0]]), ["r"], ["a", "b"], "", "", "", "", diverging=True).span == (-3, 3)
     empty = Heatmap(np.full((1, 1), np.nan), ["r"], ["a"], "", "", "", "")
@@ -285,7 +285,7 @@ class Tags(html.parser.HTMLParser):
         self.text.append(data)
 
 
-def test_heatmap_as_html():
+def test_a_heatmap_is_a_table_in_html():
     tags = Tags(grid(hovers=[['"q"\nline 2', "", ""], ["", "", "</td><script>"]]).html())
     cells = [attrs for tag, attrs in tags.seen if tag == "td"]
     assert len(cells) == 6 and cells[0]["data-tip"] == '"q"\nline 2' and cells[5]["data-tip"] == "</td><script>"
@@ -304,7 +304,7 @@ def test_page_needs_nothing_else():
     assert "prefers-color-scheme:dark" in text
 
 
-def test_png(drawn, tmp_path):
+def test_a_heatmap_is_drawn_with_its_texts(drawn, tmp_path):
     draw_png(tmp_path / "x.png", [grid(diverging=True, texts=[["$a", "\u4e2d", "x"]] * 2)])
     draw_png(tmp_path / "two.png", [grid(), Heatmap(np.zeros((3, 900)), list("abc"), ["t"] * 900, "", "", "", "")])
     (one,), (first, wide_one) = (drawn(tmp_path / name).maps for name in ("x.png", "two.png"))
@@ -373,7 +373,7 @@ def test_a_token_that_is_not_there_names_the_one_with_or_without_a_blank(copycat
         copycat.tokenizer.one(text)
 
 
-def test_metrics():
+def test_the_metrics_are_those_of_the_formulas():
     row, other = np.array([1.0, 3.0, 2.0, 3.0], np.float32), np.array([0.0, 1.0, 0.0, 0.0], np.float32)
     p, q = (np.exp(x) / np.exp(x).sum() for x in (row.astype(float), other.astype(float)))
     assert logit_difference(row, 1, 0) == 2.0
@@ -513,7 +513,7 @@ def test_the_text_of_ids_gives_the_ids_again(copycat, llama_vocab_models, text):
 
 @pytest.fixture(scope="module")
 def llama_vocab_models(load):
-    """Without a blank before texts; with EOS after them; and one that adds no BOS."""
+    """Three vocabularies: without a blank before texts; with EOS after them; without BOS."""
     return [load(meta={f"tokenizer.ggml.{key}": value}) for key, value in (
         ("add_space_prefix", False), ("add_eos_token", True), ("add_bos_token", False))]
 
@@ -550,7 +550,7 @@ def test_a_mean_while_decoding_is_refused_on_the_command_line(when, capsys):
     assert tinymia.main(args) == 2 and "one row" in capsys.readouterr().err
 
 
-def test_emit(found, drawn, tmp_path, capsys):
+def test_emit_prints_and_writes_every_file(found, drawn, tmp_path, capsys):
     outs = [str(tmp_path / f"x.{s}") for s in ("npz", "json", "html", "png")]
     assert emit(argparse.Namespace(out=outs, json=False), found, "a text", grid()) == 0
     assert capsys.readouterr().out == "a text\n" and "Title &lt;1&gt;" in (tmp_path / "x.html").read_text()

@@ -51,7 +51,7 @@ def test_as_the_models_own_lens(copycat, name, score):
         assert np.array_equal(found.scores[i], np.array([[s for _, s in row] for row in want], np.float32))
 
 
-def test_against_float64(stories):
+def test_every_layer_is_that_of_the_float64_reference(stories):
     """Every layer against the slow reference: its own residual stream, norm, output and softmax."""
     model = tinymia.load(stories, threads=1, numerics="f32")
     ids, m = model.tokenize("Once upon a time there was"), naive.read(stories)
@@ -76,7 +76,7 @@ def test_many_rows_go_in_parts(copycat, monkeypatch):
         assert np.array_equal(array, getattr(parts, name)), name
 
 
-def test_interventions_are_seen(copycat, found):
+def test_the_lens_sees_interventions(copycat, found):
     silenced = lens(copycat, PROMPT, k=4, target="Tallinn", actions=[tinymia.Scale("kqv_out-3", 0.0)])
     assert np.array_equal(silenced.scores[:3], found.scores[:3])
     logits = copycat.run(PROMPT, actions=[tinymia.Scale("kqv_out-3", 0.0)]).logits
@@ -111,7 +111,7 @@ def test_saved_and_gone_on_with(copycat, found, tmp_path, monkeypatch, capsys):
         lens(copycat, PROMPT, k=5, target="Tallinn", out=path)
 
 
-def test_pictures(copycat, found):
+def test_the_pictures_show_best_tokens_and_target(copycat, found):
     best, target = pictures(found)
     assert best.y == "layer" and list(best.rows) == list("012345") and best.columns == found.pieces and best.upward
     assert best.texts[5][-1] == " Tallinn" and best.values[5, -1] == found.probabilities[5, -1, 0]
@@ -208,14 +208,14 @@ def test_command_colours_a_terminal_unless_asked_not_to(capsys, monkeypatch):
         assert ("\x1b[48;" in capsys.readouterr().out) == want
 
 
-def test_command_json(capsys):
+def test_the_command_gives_one_json_object(capsys):
     assert lens_command(["-p", "France ->", "-t", "1", "--json", "--tensor", "l_out-5", "-k", "2"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["names"] == ["l_out-5"] and data["best_pieces"][0][-1][0] == " Italy" and data["target"] is None
     assert data["about"]["prompts"]["prompt"]["pieces"] == ["<s>", " France", " ->"]
 
 
-def test_command_with_interventions(capsys):
+def test_the_command_takes_interventions(capsys):
     assert lens_command(["-p", "France ->", "-t", "1", "--json", "--scale", "l_out-5", "0", "--at", "-1"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert max(data["probabilities"][-1][-1]) == pytest.approx(1 / 2048, rel=1e-3)
@@ -226,12 +226,12 @@ def test_command_with_interventions(capsys):
     (["-p", "x", "--tensor", "Vcur"], "the lens sees"), (["-p", "x", "--position", "9"], "position 9"),
     (["-p", "x", "--colour", "red"], "entropy"),
 ])
-def test_command_errors(args, words):
+def test_wrong_flags_of_the_command_are_one_line(args, words):
     status, out, err = command("lens", "-t", 1, *args)
     assert status == 2 and out == "" and err.splitlines()[-1].startswith("error: ") and words in err, err
 
 
-def test_command_draws(drawn, tmp_path, capsys):
+def test_the_command_draws_and_keeps(drawn, tmp_path, capsys):
     outs = [str(tmp_path / f"x.{s}") for s in ("png", "html", "npz")]
     assert lens_command(["-p", PROMPT, "-t", "1", *(x for o in outs for x in ("-o", o))]) == 0
     (best,), p = drawn(outs[0]).maps, Lens.load(outs[2]).probabilities[..., 0]

@@ -191,7 +191,7 @@ def test_a_model_by_its_name_or_near_its_name(told, tmp_path):
     assert find_model("copycat") == "copycat" and find_model(None) is None
 
 
-def test_closest():
+def test_the_closest_word_is_suggested():
     assert closest("save", ["--save", "--scale"]) == ["--save"] and closest("zzz", ["--save"]) == []
     assert closest("LOGIT_LENS", ["--logit-lens", "--log"]) == ["--logit-lens"]
 
@@ -244,7 +244,7 @@ def test_a_backslash_n_that_was_typed(told, tmp_path):
 # ------------------------------------------------------------------------------------------------ numbers and rows
 
 
-def test_scores_without_exponents():
+def test_scores_are_printed_without_exponents():
     scores = {187.3: "190", 12.34: "12", 0.456: "0.46", -3: "-3", 1234: "1200", 1.5e7: "1.5e+07"}
     assert {score: two_digits(score) for score in scores} == scores
 

@@ -59,13 +59,13 @@ def test_actions_while_decoding_change_the_text_alone(copycat, found):
     assert [row[1] for row in late.comes] == [row[2] for row in late.comes]
 
 
-def test_texts_are_escaped(copycat):
+def test_texts_in_the_page_are_escaped(copycat):
     text = "</script><script>alert(1)</script><b>&"
     page = report_page(report(copycat, text, n=2))
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
 
 
-def test_interventions_in_words():
+def test_interventions_are_described_in_words():
     action = {"action": "Ablate", "name": "kqv_merged-3", "at": [1, -1], "heads": None, "when": "all", "mode": "mean",
               "value": 0.0, "source": None}
     assert words(action) == "Ablate kqv_merged-3, at 1, -1, when all, mode mean"
@@ -92,7 +92,7 @@ def test_a_page_of_a_large_model_stays_small(load):
 
 
 @pytest.mark.parametrize("how,words", [
-    ({"n": -1}, "must be 0 or more"), ({"layers": "7"}, "layer 7"), ({"against": "Tallinn"}, "same token"),
+    ({"n": -1}, "must be 0 or more"), ({"layers": "7"}, "layer 7"), ({"against": "Tallinn"}, "are the same: "),
 ])
 def test_what_is_wrong_is_said(copycat, how, words):
     with pytest.raises(tinymia.Error, match=words):
@@ -113,7 +113,7 @@ def shown(browser):
     return browser.js("(t=>t.hidden?'':t.textContent)(document.getElementById('tip'))")
 
 
-def test_clicked_through(path, found):
+def test_the_page_can_be_clicked_through(path, found):
     with Browser(1100, 900) as browser:
         browser.open(path)
         tokens = browser.js("[...document.querySelectorAll('.token')].map(t=>[...t.childNodes].map(c=>c.textContent))")
@@ -194,7 +194,7 @@ def test_command_writes_a_page_and_prints_the_texts(tmp_path, capsys):
     assert "Scale kqv_out-4, at -1, factor 0.0" in (tmp_path / "r.html").read_text("utf-8")
 
 
-def test_command_json(capsys, found):
+def test_the_command_gives_one_json_object(capsys, found):
     assert report_command(["-p", "France ->", "-t", "1", "-n", "1", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["outputs"] == [" Italy"] and data["attributions"][0]["answer_piece"] == " Italy"
@@ -206,6 +206,6 @@ def test_command_json(capsys, found):
     (["-p", "x", "-n", "-1"], "-n -1: it must be a whole number, 0 or more"),
     (["-p", "x", "--scale", "lout-1", "0"], "closest"),
 ])
-def test_command_errors(args, words):
+def test_wrong_flags_of_the_command_are_one_line(args, words):
     status, out, err = command("report", "-t", 1, *args)
     assert status == 2 and out == "" and err.splitlines()[-1].startswith("error: ") and words in err, err

@@ -52,7 +52,7 @@ def test_the_texts_are_those_of_add_actions(copycat, found, when):
 
 
 def test_the_vector_makes_copycat_name_capitals(found):
-    """Without it the list of countries goes on."""
+    """Without the vector, copycat continues the list of countries."""
     assert found.plain.startswith(" Italy") and found.texts[0]["text"].startswith(" Paris")
 
 
@@ -275,7 +275,7 @@ def test_what_is_wrong_is_said(copycat, how, says):
         steer.steer(copycat, PROMPT, **how)
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command_makes_and_uses_a_vector(tmp_path, capsys):
     for name, prompts in (("positive", POSITIVE), ("negative", NEGATIVE)):
         (tmp_path / name).write_text("\n\n".join(prompts) + "\n")
     sets, made = ["--positive", tmp_path / "positive", "--negative", tmp_path / "negative"], tmp_path / "v.gguf"

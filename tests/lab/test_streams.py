@@ -1,4 +1,4 @@
-"""Where lines leave: streams that are closed, missing, full or no real streams; and what files say, cleaned."""
+"""The streams of the output: closed, missing, full, or replaced; and texts from files, cleaned."""
 import io
 import json
 import os
@@ -43,8 +43,8 @@ def shell(redirect, *argv):
 
 
 @pytest.mark.parametrize("argv", COMMANDS, ids=lambda argv: argv[0] if argv[0] != "-p" else "tinymia")
-def test_closed_streams(argv):
-    """Nothing spilt into the other stream, JSON stays JSON, the status stays what it was."""
+def test_a_closed_stream_does_not_spoil_the_other(argv):
+    """No line moves to the other stream, JSON stays JSON, and the exit status stays the same."""
     status, out, err = shell("", *argv, "--json")
     assert status == 0 and json.loads(out), err
     assert shell("2>&-", *argv, "--json")[:2] == (0, out) or argv[0] == "verify"   # its JSON has seconds
@@ -56,7 +56,7 @@ def test_closed_streams(argv):
 
 
 @pytest.mark.parametrize("redirect", ["2>&-", ">&- 2>&-", "2>/dev/full"])
-def test_errors_without_stderr(redirect):
+def test_errors_without_stderr_keep_their_status(redirect):
     assert shell(redirect, "-m", "absent.gguf", *P) == (2, "", "")
     assert shell(redirect, "lens", "--nonsense") == (2, "", "")
 
@@ -83,7 +83,7 @@ def test_a_saved_file_never_gets_the_number_of_a_closed_stream(tmp_path):
 
 
 class Bare:
-    """What a GUI puts in place of a stream: it writes, and no more."""
+    """A stream as a GUI puts it in place of stdout: it has a method to write, and no others."""
 
     def __init__(self):
         self.text = ""
@@ -132,7 +132,7 @@ def test_in_python_notes_and_bars_need_no_stderr(monkeypatch, capsys):
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202edlrow\u2066\r\x00\ud800"
 
 
-def test_printable():
+def test_control_characters_do_not_reach_a_terminal():
     assert printable("ab→é漢 \U0001f600") == "ab→é漢 \U0001f600" and printable("a\tb", "\t") == "a\tb"
     clean = printable(HOSTILE)
     assert len(clean) == len(HOSTILE) and not set(clean) & set("\x1b\x07\x9b\u202e\u2066\r\x00\ud800")
@@ -232,7 +232,7 @@ def test_the_corner_tells_what_columns_of_bare_numbers_are():
     assert tokens.corner == "layer"
 
 
-def test_no_minus_zero():
+def test_a_cell_is_never_minus_zero():
     heatmap = Heatmap(np.array([[-0.004, 0.5]]), ["0"], ["0", "1"], "t", "head", "layer", "u", diverging=True)
     assert [heatmap.text(0, j) for j in (0, 1)] == ["0.00", "0.50"]
     assert (signed(-1e-9), signed(-0.5), signed(0.0, 3), signed(2)) == ("+0.0000", "-0.5000", "+0.000", "+2.0000")

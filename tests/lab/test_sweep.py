@@ -1,4 +1,4 @@
-"""The sweep against plain runs of whole prompts, a Patch a cell: no cache, no batch."""
+"""The sweep against plain runs of whole prompts, one Patch per cell: no cache, no batch."""
 import json
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
@@ -65,7 +65,7 @@ def check(model, clean, corrupt, tensor, atol=1e-4, **how):
 
 @pytest.mark.parametrize("noising", [False, True], ids=["denoising", "noising"])
 @pytest.mark.parametrize("tensor", POSITIONS + HEADS)
-def test_copycat(copycat, tensor, noising):
+def test_a_sweep_of_copycat_equals_a_run_per_cell(copycat, tensor, noising):
     clean, corrupt = copycat.tokenize(CLEAN), copycat.tokenize(CORRUPT)
     check(copycat, clean, corrupt, tensor, noising=noising)
 
@@ -77,7 +77,7 @@ def test_only_the_last_row_of_a_head(copycat, tensor):
 
 @pytest.mark.parametrize("numerics", ["ggml", "f32"])
 @pytest.mark.parametrize("tensor", POSITIONS + HEADS)
-def test_stories(tensor, numerics):
+def test_a_sweep_of_stories260k_equals_a_run_per_cell(tensor, numerics):
     model = tinymia.load(shared("models/stories260K-f32.gguf"), threads=1, numerics=numerics)
     clean = model.tokenize("Once upon a time Tom was in the park.")
     corrupt = [*clean[:5], clean[5] + 1, *clean[6:]]
@@ -88,7 +88,7 @@ def test_stories(tensor, numerics):
     {"wtype": "Q4_0", "n_head_kv": 1}, {"wtype": "Q8_0", "bias": True}, {"wtype": "Q5_1", "d_head": 32, "d_head_v": 64},
     {"wtype": "Q4_0", "numerics": "f32"}], ids=str)
 @pytest.mark.parametrize("tensor", ["l_out", "kqv_out", *HEADS])
-def test_quantised(load, how, tensor):
+def test_a_sweep_of_quantised_weights_equals_a_run_per_cell(load, how, tensor):
     """Two words differ, one of them the last: the runs differ there from the first layer on."""
     clean = prompt(17)
     check(load(**how), clean, [*clean[:6], 9, *clean[7:16], 12], tensor)
@@ -212,8 +212,8 @@ def test_prompts_of_different_length(copycat, corrupt, message):
         sweep(copycat, CLEAN, corrupt)
 
 
-def test_words_that_moved(copycat):
-    """As many tokens, but a word of one takes two and pushes the next aside."""
+def test_prompts_whose_words_moved_do_not_align(copycat):
+    """The prompts have the same number of tokens, but a word has two in one of them, so that the next word moves."""
     def ids(*pieces):
         return [copycat.tokenizer.one(f"#{i}") for i in pieces]
 
@@ -268,7 +268,7 @@ def test_a_stopped_sweep_goes_on(copycat, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("executor", [ThreadPoolExecutor, ProcessPoolExecutor])
-def test_executors(copycat, monkeypatch, executor):
+def test_executors_give_the_same_as_one_process(copycat, monkeypatch, executor):
     alone = sweep(copycat, CLEAN, CORRUPT, tensor="kqv")
     if executor is ThreadPoolExecutor:
         monkeypatch.setattr(tinymia, "load", lambda *a: pytest.fail("threads share the model"))
@@ -278,7 +278,7 @@ def test_executors(copycat, monkeypatch, executor):
         np.testing.assert_array_equal(getattr(found, name), getattr(alone, name))
 
 
-def test_dask(copycat):
+def test_workers_of_dask_open_the_file_by_themselves(copycat):
     """Two worker processes; each opens the model's file by itself, once."""
     distributed = pytest.importorskip("distributed", reason="needs dask: pip install 'tinymia[test]'")
     alone = sweep(copycat, CLEAN, CORRUPT, tensor="kqv")
@@ -291,7 +291,7 @@ def test_dask(copycat):
         np.testing.assert_array_equal(getattr(found, name), getattr(alone, name))
 
 
-def test_picture(copycat):
+def test_the_picture_shows_the_sweep(copycat):
     found = sweep(copycat, CLEAN, CORRUPT)
     drawn = picture(found)
     assert drawn.diverging and drawn.span[0] == -drawn.span[1] and drawn.span[1] >= 1 and drawn.upward
@@ -301,7 +301,7 @@ def test_picture(copycat):
     assert not picture(found).diverging and picture(found).unit == "rank of ▁Paris"
 
 
-def test_the_command(drawn, tmp_path, capsys):
+def test_the_command_prints_draws_and_keeps(drawn, tmp_path, capsys):
     files = [tmp_path / f"s{suffix}" for suffix in (".npz", ".png", ".html")]
     flags = [x for file in files for x in ("-o", file)]
     this = ("sweep", "--clean", CLEAN, "--corrupt", CORRUPT, "--tensor", "kqv", "--at", "last")

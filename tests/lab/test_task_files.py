@@ -136,7 +136,7 @@ def test_a_prompt_that_is_too_long_says_so(copycat):
         in_context.make_prompt(copycat, task, list(task.pairs[:12]), "4 5 6", "6 5 4")
 
 
-def test_list():
+def test_the_list_has_all_tasks():
     status, out, _ = command("task-vector", "--list")
     assert status == 0 and "country-capital" in out and "copycat-capital" in out
     status, out, _ = command("function-vector", "--list", "--json")

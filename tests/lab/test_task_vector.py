@@ -138,7 +138,7 @@ def test_versions_in_a_batch_equal_runs_one_by_one(load, how, k):
     assert cache.n == len(ids) - k and all((a == b).all() for a, b in zip(before, cache.v))
 
 
-def test_versions_on_stories():
+def test_versions_of_rows_equal_runs_of_their_own():
     model = tinymia.load(shared("models/stories260K-f32.gguf"), threads=1, numerics="f32")
     ids = model.tokenize("Once upon a time there was a")
     reader, c = Reader(model), model.config
@@ -298,7 +298,7 @@ def test_a_stopped_run_goes_on_where_it_was(copycat, found, monkeypatch, tmp_pat
         task_vector.task_vector(copycat, TASKS, vector="own", conflict=True, out=out, seed=1, **SMALL)
 
 
-def test_errors(copycat):
+def test_impossible_experiments_are_refused(copycat):
     few = Task("few", tuple(read_task("copycat-capital").pairs[:7]))
     with pytest.raises(tinymia.Error, match="few has 7 pairs: 5 demonstrations, 2 dummies and a query need 8"):
         task_vector.task_vector(copycat, few)
@@ -311,7 +311,7 @@ def test_errors(copycat):
         task_vector.task_vector(copycat, "copycat-capital", seed=-1)
 
 
-def test_the_command(drawn, tmp_path, capsys):
+def test_the_command_prints_draws_and_keeps(drawn, tmp_path, capsys):
     png, html, npz = (tmp_path / f"v{suffix}" for suffix in (".png", ".html", ".npz"))
     small = ["--n-dev", "6", "--n-test", "5"]
     outs = [word for path in (png, html, npz) for word in ("-o", str(path))]

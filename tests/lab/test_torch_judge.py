@@ -55,7 +55,7 @@ class Judge:
         return torch.view_as_real(z * turn).reshape(x.shape)
 
     def heads(self, x, il):
-        """What each head reads out, [batch, n_tok, n_head, d_head], of a stream [batch, n_tok, n_embd]."""
+        """The outputs of the heads, [batch, n_tok, n_head, d_head], for a stream [batch, n_tok, n_embd]."""
         cur = self.norm(x, f"blk.{il}.attn_norm")
         q, k, v = ((cur @ self.weights[f"blk.{il}.attn_{p}"].T).unflatten(-1, (-1, self.d_head)) for p in "qkv")
         share = self.n_head // self.n_head_kv

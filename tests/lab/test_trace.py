@@ -7,6 +7,7 @@ import pytest
 from conftest import command, prompt
 
 import tinymia
+from tinymia_engine.names import AFTER, BEFORE, LAYER
 from tinymia_lab.commands.trace import Trace, op_text, text, trace
 from tinymia_lab.commands.trace import command as trace_command
 from tinymia_lab.measure.formulas import TOLD
@@ -21,7 +22,7 @@ def found(copycat):
 
 def test_every_name_is_told_in_the_order_of_computation(copycat, found):
     assert [op["name"] for op in found.ops] == copycat.names()
-    assert TOLD.keys() == {op.base for op, _ in copycat.table.values()}
+    assert TOLD.keys() == {op.base for op in [*BEFORE, *LAYER, *AFTER]}
     for op in found.ops:
         assert op["formula"].strip() and op["sentence"].endswith(".") and "{" not in op["formula"] + op["sentence"]
 
@@ -45,7 +46,7 @@ def test_values_are_the_runs(copycat_in, position, numerics):
 
 
 def rope(x, position, base=10000.0):
-    """By the words of the formula: pair p of each head is rotated by i * base^(-2p / n_rot)."""
+    """RoPE as the formula says it: pair p of each head is rotated by i * base^(-2p / n_rot)."""
     out = x.copy()
     for p in range(x.shape[-1] // 2):
         t = position * base ** (-2 * p / x.shape[-1])
@@ -144,14 +145,14 @@ def test_formulas_know_the_model(load, how, words):
                                             and op["weight"] is not None) for op in told)
 
 
-def test_interventions_are_seen(copycat):
+def test_the_trace_shows_interventions(copycat):
     told = {op["name"]: op for op in trace(copycat, PROMPT, [2], actions=[tinymia.Scale("ffn_out-2", 0.0)]).ops}
     assert not any(told["ffn_out-2"]["first"]) and told["ffn_gate_par-2"]["norm"] > 0
     assert told["l_out-2"]["first"] == told["ffn_inp-2"]["first"]
 
 
 def test_an_op_that_was_changed_says_so_and_how(copycat):
-    """What it was as computed stands beside what the actions made of it; the formula alone would tell an untruth."""
+    """The value as it was computed is shown beside the changed one, to which the formula does not apply."""
     source = copycat.run("Egypt -> Cairo, Norway ->", keep="l_out-2")
     actions = [tinymia.Patch("l_out-2", source, src=-1, at=-1), tinymia.Scale("l_out-2", 2.0, at=-1),
                tinymia.Scale("ffn_out-2", 0.5, at=[0, 2]), tinymia.Scale("kqv-2", 1.0), tinymia.Lens("l_out-2", 3),
@@ -220,7 +221,7 @@ def test_command_tells_layer_0_unless_asked(capsys):
     assert "l_out-5  [" in out and "row 0: " in out and "after <s> comes" in out
 
 
-def test_command_json(capsys, copycat):
+def test_the_command_gives_one_json_object(capsys, copycat):
     assert trace_command(["-p", "France ->", "-t", "1", "--layer", "2", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert len(data["ops"]) == 1 + 21 + 3 and data["layers"] == [2] and data["best"][0][0] == " Italy"
@@ -230,6 +231,6 @@ def test_command_json(capsys, copycat):
     ([], "-p or -f"), (["-p", "x", "--layer", "9"], "layer 9"), (["-p", "x", "--layer", "1", "--all"], "--all"),
     (["-p", "x", "--position", "-9"], "position -9"), (["-p", "x", "-o", "x.png"], ".npz, .json"),
 ])
-def test_command_errors(args, words):
+def test_wrong_flags_of_the_command_are_one_line(args, words):
     status, out, err = command("trace", "-t", 1, *args)
     assert status == 2 and out == "" and err.splitlines()[-1].startswith("error: ") and words in err, err

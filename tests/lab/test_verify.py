@@ -22,13 +22,14 @@ import tinymia
 import tinymia_kernels
 import tinymia_lab.comparison.llama
 import tinymia_lab.comparison.llama_comparison
+from tinymia_engine.names import AFTER, BEFORE, LAYER
 from tinymia_lab.comparison import compare
 from tinymia_lab.comparison.compare import Feed, Others, distance, divergence
 from tinymia_lab.comparison.edits import Edits
 from tinymia_lab.comparison.llama import Item
-from tinymia_lab.comparison.llama_names import FLASH, FUSED, NAMES, Names, step
+from tinymia_lab.comparison.llama_names import CUT, FLASH, FUSED, NAMES, UNNAMED, Names, step
 from tinymia_lab.comparison.reference import Reference
-from tinymia_lab.comparison.verify import verify, verify_self
+from tinymia_lab.comparison.verify import SelfVerification, Verification, pictures, verify, verify_self
 
 DATA = Path(__file__).parents[1] / "data"
 TEXT = "the quick brown fox jumps over"
@@ -70,8 +71,9 @@ def names(model):
 
 
 def test_every_name_has_a_counterpart_or_a_reason():
-    ours = {name for several in NAMES.values() for name in several}
-    assert ours | set(FUSED) == {n.rpartition("-")[0] or n for n in tinymia.name_table(1)}
+    """The table of names is that of all architectures."""
+    ours = {name for several in NAMES.values() for name in several} | {*CUT.values(), *UNNAMED.values()}
+    assert ours | set(FUSED) == {op.base for op in (*BEFORE, *LAYER, *AFTER)}
     assert set(FLASH) == {"kq", "kq_soft_max", "kqv"}
 
 
@@ -85,12 +87,12 @@ def test_names_that_have_moved(model):
              ("ffn_swiglu-0", "SWIGLU", "ffn_gate_par-0"),
              ("embd", "GET_ROWS", "inp_embd"), ("norm", "RMS_NORM", "norm"), ("l_out-9", "ADD", None)]
     for theirs, op, want in layer:
-        assert ours.ours(theirs, op) == want, (theirs, op)
+        assert ours.ours(theirs, op) == ([want] if want else []), (theirs, op)
 
 
 def test_with_biases_the_sum_has_the_name(load):
     ours = Names(load(bias=True))
-    assert ours.ours("ffn_gate-1", "MUL_MAT") is None and ours.ours("ffn_gate_b-1", "ADD") == "ffn_gate-1"
+    assert ours.ours("ffn_gate-1", "MUL_MAT") == [] and ours.ours("ffn_gate_b-1", "ADD") == ["ffn_gate-1"]
 
 
 def test_with_scales_the_scaled_has_the_name(load, tmp_path):
@@ -104,25 +106,25 @@ def test_with_scales_the_scaled_has_the_name(load, tmp_path):
         return Names(tinymia.load(g.write(tmp_path / "f.gguf"), threads=1))
 
     ours = names(load(bias=True).path, "ffn_gate", "ffn_up")
-    assert ours.ours("ffn_gate-1", "MUL_MAT") is None and ours.ours("ffn_gate_b-1", "ADD") is None
-    assert ours.ours("ffn_gate_s-1", "MUL") == "ffn_gate-1" and ours.ours("ffn_gate_b-0", "ADD") == "ffn_gate-0"
+    assert ours.ours("ffn_gate-1", "MUL_MAT") == ours.ours("ffn_gate_b-1", "ADD") == []
+    assert ours.ours("ffn_gate_s-1", "MUL") == ["ffn_gate-1"] and ours.ours("ffn_gate_b-0", "ADD") == ["ffn_gate-0"]
     ours = names(load().path, "ffn_up")
-    assert ours.ours("ffn_up-1", "MUL_MAT") is None and ours.ours("ffn_up_s-1", "MUL") == "ffn_up-1"
-    assert ours.ours("ffn_gate-1", "MUL_MAT") == "ffn_gate-1"
+    assert ours.ours("ffn_up-1", "MUL_MAT") == [] and ours.ours("ffn_up_s-1", "MUL") == ["ffn_up-1"]
+    assert ours.ours("ffn_gate-1", "MUL_MAT") == ["ffn_gate-1"]
 
 
 def test_steps_are_known_one_by_one():
     for name, op in (("cache_k_l0 (view)", "SET_ROWS"), ("Qcur-0", "MUL_MAT"), ("node_31", "GET_ROWS"),
                      ("kqv-3 (permuted)", "PERMUTE"), ("ffn_down-0", "MUL_MAT")):
         assert step(name, op), name
-    for name, op in (("Qcur_normed-0", "MUL"), ("node_31", "SCALE"), ("ffn_moe_out-0", "ADD")):
+    for name, op in (("Qcur_normed-0", "MUL"), ("node_31", "SOFT_MAX"), ("ffn_moe_out-0", "ADD")):
         assert step(name, op) is None, name
 
 
 # ------------------------------------------------------------------------------------------------ the machinery
 
 
-def test_distance():
+def test_a_distance_is_relative_and_equal_bits_are_said():
     b = np.array([3, 4], np.float32)
     assert distance(b, b.copy()) == {"nmse": 0.0, "max_abs": 0.0, "identical": True}
     assert distance(b + np.float32([0, 1]), b) == {"nmse": 1 / 25, "max_abs": 1.0, "identical": False}
@@ -135,7 +137,7 @@ def test_distance():
     assert distance(a, b)["max_abs"] == pytest.approx(np.abs(a.astype(float) - b).max())
 
 
-def test_divergence():
+def test_a_divergence_is_kl_and_agreement():
     a = np.array([[0, 0], [2, 1]], np.float32)
     assert divergence(a, a) == {"kl": {"mean": 0.0, "max": 0.0}, "greedy": {"equal": 2, "of": 2}}
     out = divergence(a, np.array([[0, 0], [1, 2]], np.float32))
@@ -223,7 +225,7 @@ def test_the_reference_is_the_naive_one(tiny, how):
         assert got[name].dtype == np.float64 and naive.nmse(got[name], want[name]) < 1e-26, name
 
 
-def test_self(tiny, model):
+def test_self_finds_the_rounding_of_ggml_and_none_in_f32(tiny, model):
     """f32 is the model's own function; ggml's activations of 8 bits are not, and each product adds to it."""
     out = verify_self(tiny(wtype="Q8_0"), TEXT, threads=1)
     assert out["ok"] and out["verdict"].startswith("equal: f32 is the model's own function")
@@ -234,10 +236,10 @@ def test_self(tiny, model):
     assert verify_self(model, TEXT)["ggml"]["worst"] < 1e-4                    # F32 weights: only the cache is F16
 
 
-def test_self_injected_shows_where_rounding_is_done(tiny):
+def test_self_injected_shows_where_rounding_is_done(tiny, model):
     out = verify_self(tiny(wtype="Q8_0"), prompt(9), only="all", inject=True, threads=1)
     rounding = {r["name"] for r in out["rows"] if r["ggml"]["nmse"] > 1e-9}
-    products = {op.base for op, _ in tinymia.name_table(1).values() if op.op == "mul_mat"}
+    products = {op.base for op, _ in model.table.values() if op.op == "mul_mat"}
     assert {n.partition("-")[0] for n in rounding} == products
     assert all(r["f32"]["nmse"] < 1e-11 for r in out["rows"])
 
@@ -252,7 +254,7 @@ def test_self_finds_a_fault(tiny, monkeypatch, main):
 # ------------------------------------------------------------------------------------------------ recordings
 
 
-def test_recorded_tensors(recording):
+def test_recorded_tensors_are_ours(recording):
     """Numerics without llama.cpp: every tensor that it had, from the tokens on and op by op."""
     path, npz = recording
     model = tinymia.load(path, threads=1)
@@ -260,7 +262,8 @@ def test_recorded_tensors(recording):
         out = verify(model, TEXT, against=npz, inject=inject)
         assert out["ok"], out["verdict"]
         assert [r["name"] for r in out["rows"]] == names(model) and out["absent"] == []
-        assert out["tokens_equal"] and out["llama_cpp"] and out["lacking"] == FUSED
+        assert out["tokens_equal"] and out["llama_cpp"]
+        assert out["lacking"] == {"ffn_silu": FUSED["ffn_silu"]}
         assert out["tolerance"] == {"F32": (1e-6, 1e-10), "Q8_0": (1e-4, 1e-6)}[npz.stem.split("-")[1]][inject]
     assert out["greedy"]["equal"] == out["greedy"]["of"] == len(model.tokenize(TEXT))
     assert verify(model, TEXT, against=npz, n_predict=8)["output"]["equal"]
@@ -299,7 +302,7 @@ def test_a_fault_of_decoding_alone_is_named(recording, monkeypatch):
 
 
 def test_where_texts_part_the_token_and_the_margin_are_said(recording, monkeypatch, tmp_path, main):
-    """As if llama.cpp had found another token by .25 better after the third pass."""
+    """The recording is changed: another token is better by 0.25 after the third pass."""
     path, npz = recording
     model = tinymia.load(path, threads=1)
     with np.load(npz) as f:
@@ -323,7 +326,7 @@ def test_where_texts_part_the_token_and_the_margin_are_said(recording, monkeypat
 
 
 def test_what_rounds_otherwise_is_judged_op_by_op(recording, tmp_path, monkeypatch):
-    """With flash a tensor may be far off from the tokens on, where each op by itself is right; a wrong op is wrong."""
+    """With flash, a tensor of the whole pass may be far off although each op is right; a wrong op is still found."""
     path, npz = recording
     model = tinymia.load(path, threads=1)
     with np.load(npz) as f:
@@ -355,7 +358,8 @@ def test_a_fault_is_named(recording, monkeypatch):
     """A wrong op shows where it is made: without inject it is the first of many, with inject the only one."""
     path, npz = recording
     model, right = tinymia.load(path, threads=1), tinymia_kernels.Arithmetic.rope
-    monkeypatch.setattr(tinymia_kernels.Arithmetic, "rope", lambda self, x, cos, sin: right(self, x, cos, -sin))
+    monkeypatch.setattr(tinymia_kernels.Arithmetic, "rope",
+                        lambda self, x, cos, sin, halves: right(self, x, cos, -sin, halves))
     out = verify(model, TEXT, against=npz)
     assert not out["ok"] and out["first"] == "Qcur-0" and sum(r["over"] for r in out["rows"]) > 20
     assert out["verdict"].startswith("DIFFERENT:") and "first Qcur-0" in out["verdict"]
@@ -382,7 +386,7 @@ def test_a_name_that_llama_cpp_lacks_is_said(recording, tmp_path, main):
     assert out.splitlines()[-1].startswith("DIFFERENT: llama.cpp has no 'ffn_up-1'")
 
 
-def test_refusals(tiny, recording, tmp_path, main):
+def test_what_cannot_be_compared_is_refused_in_one_line(tiny, recording, tmp_path, main):
     path, npz = recording
     other = tiny(**RECORDED["gqa-F32" if "Q8_0" in str(npz) else "tied-Q8_0"])
     same_shape = tiny(**{**RECORDED[npz.stem], "seed": 5})
@@ -427,13 +431,13 @@ def test_refusals(tiny, recording, tmp_path, main):
         assert err.count("\n") == 1
 
 
-def test_without_llama_cpp(tiny, monkeypatch, main):
+def test_without_llama_cpp_it_says_what_to_install(tiny, monkeypatch, main):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     status, out, err = main("-m", tiny(), "-p", TEXT)
     assert status == 2 and out == "" and "pip install 'tinymia[verify]'" in err
 
 
-def test_the_table(recording, main):
+def test_the_table_has_a_line_per_tensor(recording, main):
     path, npz = recording
     status, out, err = main("-m", path, "-p", TEXT, "--against", npz, "--tolerance", 1)
     lines = [line.split() for line in out.splitlines()]
@@ -447,22 +451,72 @@ def test_the_table(recording, main):
     assert "KL divergence" in out and out.splitlines()[-1].startswith("equal: ")
 
 
-def test_json(recording, main):
+def test_json_is_the_result(recording, main):
     path, npz = recording
     status, out, _ = main("-m", path, "-p", TEXT, "--against", npz, "--only", "l_out-1", "--json")
     data = json.loads(out)
     assert status == 0 and data["ok"] and [r["name"] for r in data["rows"]] == ["l_out-1"]
     want = verify(path, TEXT, against=npz, only="l_out-1", threads=1)
-    assert data == json.loads(json.dumps(want))
+    assert data == want.to_json()
     status, out, _ = main("-m", path, "-p", TEXT, "--self", "--json")
     assert status == 0 and json.loads(out)["rows"][0]["ggml"]["nmse"] > 0
+
+
+def test_a_comparison_is_kept_in_a_file_and_drawn_like_every_result(recording, tmp_path, main):
+    """A cell per tensor: the layers are the rows, and what no layer has is in the row called model."""
+    path, npz = recording
+    kept, png, html = (tmp_path / f"x.{suffix}" for suffix in ("npz", "png", "html"))
+    how = ["-m", path, "-p", TEXT, "--against", npz, "-n", 2]
+    status, out, _ = main(*how, "-o", kept, "-o", png, "-o", html)
+    found = Verification.load(kept)
+    assert status == 0 and str(found) + "\n" == out and found.ok and found["ok"] is found.ok
+    assert (found["prompt"], found["inject"], found["model"]) == (TEXT, False, str(path))
+    assert found.about["command"] == "verify" and found.about["settings"]["n_predict"] == 2
+    (picture,) = pictures(found)
+    assert list(picture.rows) == ["model", "0", "1"] and TEXT in picture.title
+    for row in found.rows:
+        base, _, il = row["name"].rpartition("-") if row["name"][-1].isdigit() else (row["name"], "", "model")
+        cell = picture.rows.index(il), picture.columns.index(base)
+        assert picture.texts[cell[0]][cell[1]] == ("=" if row["identical"] else f"{row['nmse']:.2e}")
+        assert picture.values[cell] == pytest.approx(np.log10(max(row["nmse"], 1e-16)))
+    assert np.isfinite(picture.values).sum() == len(found.rows)
+    assert png.read_bytes()[1:4] == b"PNG" and "distance from llama.cpp" in html.read_text("utf-8")
+
+
+def test_a_verdict_is_not_taken_from_a_file(recording, tmp_path, main):
+    """The program of today is verified each time; a file of another run is left as it is."""
+    path, npz = recording
+    kept = tmp_path / "x.json"
+    how = ["-m", path, "-p", TEXT, "--against", npz, "--only", "l_out", "-o", kept]
+    assert main(*how)[0] == 0
+    said = json.loads(kept.read_text())
+    kept.write_text(json.dumps(said | {"ok": False, "verdict": "DIFFERENT: once"}))
+    status, out, _ = main(*how)
+    assert status == 0 and out.splitlines()[-1].startswith("equal: ") and json.loads(kept.read_text()) == said
+    status, out, err = main("-m", path, "-p", TEXT, "--against", npz, "-o", kept)
+    assert status == 2 and out == "" and "holds another run: its settings only" in err
+    assert json.loads(kept.read_text()) == said
+    with pytest.raises(tinymia.Error, match="two outputs would go there"):
+        verify(path, TEXT, against=None, record=npz.with_name("x.npz"), out=npz.with_name("x.npz"), threads=1)
+
+
+def test_self_is_kept_and_drawn_for_both_numerics(tiny, tmp_path, main):
+    kept = tmp_path / "x.json"
+    status, out, _ = main("-m", tiny(wtype="Q8_0"), "-p", TEXT, "--self", "-o", kept)
+    found = SelfVerification.load(kept)
+    assert status == 0 and str(found) + "\n" == out
+    f32, ggml = pictures(found)
+    assert "f32 from float64" in f32.title and "ggml from float64" in ggml.title
+    assert f32.values[np.isfinite(f32.values)].max() < -11 < -7 < ggml.values[np.isfinite(ggml.values)].min()
+    status, out, err = main("-m", tiny(), "-p", TEXT, "--self", "--numerics", "f32")
+    assert status == 2 and "--numerics and --self" in err
 
 
 # ------------------------------------------------------------------------------------------------ actions, twice
 
 
 def edits_of(action, model, ids):
-    """Our tensor after the action, and what lab/edits.py makes of the one before it."""
+    """Our tensor after the action, and what lab/comparison/edits.py makes of the one before it."""
     (name,) = tinymia.match(action.name, model.table)
     before = model.run(ids, keep=[name])[name]
     return model.run(ids, actions=[action], keep=[name])[name], Edits([action], model, len(ids))(name, before), before
@@ -513,7 +567,7 @@ def test_edits_come_one_after_another(model):
 
 @live
 @pytest.mark.parametrize("wtype", TYPES)
-def test_live_every_type(tiny, wtype):
+def test_live_every_type_is_equal(tiny, wtype):
     model = tinymia.load(tiny(wtype=wtype, n_embd=128, n_ff=160, n_head=8, n_head_kv=2), threads=1)
     for inject in (False, True):
         out = verify(model, prompt(23), inject=inject)
@@ -526,7 +580,7 @@ def test_live_every_type(tiny, wtype):
     dict(bias=True), dict(tied=True, n_head_kv=1), dict(rope_scale=4.0, rope_freqs=True), dict(d_head=80, d_head_v=80),
     dict(rope_base=500000.0, n_head=8, n_head_kv=1), dict(n_embd=96, n_head=2, n_head_kv=1),
 ], ids=lambda how: " ".join(how))
-def test_live_every_feature(tiny, how):
+def test_live_every_feature_is_equal(tiny, how):
     out = verify(tiny(wtype="Q8_0", **how), TEXT, threads=1, n_predict=12)
     assert out["ok"] and not out["unknown"], (out["verdict"], out["unknown"])
     assert out["output"]["equal"] and out["tokens_equal"]
@@ -554,7 +608,7 @@ def test_live_every_pass_of_decoding_has_llama_cpps_bits(tiny, how, threads):
 
 @live
 def test_live_prompts_of_two_tokens_with_flash_are_rounding(tiny):
-    """From the tokens on such prompts have been up to .055 apart, each op by itself at most 8e-8."""
+    """Over a whole pass such prompts have been up to 0.055 apart, each op by itself at most 8e-8."""
     for wtype in ("Q4_0", "Q8_0"):
         model = tinymia.load(tiny(wtype=wtype, n_embd=128, n_ff=160), threads=1)
         for i in range(3, 360, 30):
@@ -639,7 +693,7 @@ def test_live_record_then_against(tiny, tmp_path, main):
 
 
 @live
-def test_live_partial_recording(model, tmp_path):
+def test_live_a_partial_recording_compares_what_it_holds(model, tmp_path):
     npz = tmp_path / "r.npz"
     verify(model, TEXT, only=["l_out", "kq-1"], record=npz)
     out = verify(model, TEXT, against=npz)
@@ -652,7 +706,7 @@ def test_live_partial_recording(model, tmp_path):
 
 @live
 def test_live_a_name_that_moves_is_listed(model, monkeypatch):
-    """As a version of llama.cpp with another name for a tensor would look."""
+    """A version of llama.cpp that gives a tensor another name would look like this."""
     moved = {k: v for k, v in NAMES.items() if k[0] != "ffn_inp"}
     monkeypatch.setattr(tinymia_lab.comparison.llama, "NAMES", moved)
     out = verify(model, TEXT)
@@ -663,7 +717,7 @@ def test_live_a_name_that_moves_is_listed(model, monkeypatch):
 
 @live
 def test_live_the_recordings_are_this_llama_cpps(recording, tmp_path):
-    """What is recorded is what llama.cpp computes here, to the tolerance of another CPU."""
+    """llama.cpp computes the recorded tensors here, too, to the tolerance of another CPU."""
     path, npz = recording
     verify(path, TEXT, threads=1, record=tmp_path / "r.npz", n_predict=8)
     with np.load(npz) as old, np.load(tmp_path / "r.npz") as new:
@@ -672,8 +726,8 @@ def test_live_the_recordings_are_this_llama_cpps(recording, tmp_path):
 
 
 @live
-def test_live_command(tiny):
-    """As a user runs it, llama.cpp's own chatter kept away."""
+def test_live_the_command_runs_as_for_a_user(tiny):
+    """llama.cpp's own log does not appear."""
     status, out, err = command("verify", "-m", tiny(), "-p", TEXT, "-t", 1, "--only", "l_out", "-n", 3)
     assert status == 0 and "error" not in err and "llama_" not in err
     assert out.splitlines()[-1].startswith("equal: ")

@@ -48,7 +48,7 @@ def n_tokens(model, prompt, answer):
 
 
 def patched(model, prompt, answer, patch):
-    """What comes out, as many tokens as the answer has."""
+    """The text after a patch, with as many tokens as the answer has."""
     actions = []
     if patch:
         source, src, at = patch
@@ -101,7 +101,7 @@ def test_without_that_word_the_output_is_the_same(cli, flags):
 
 
 def test_the_posts_prompts_are_cut_as_by_llama_2(copycat):
-    """With spaces of their own and at the end, so that 24 and 10 are the last tokens, as in the post."""
+    """The prompts contain their own spaces, so that 24 and 10 are the last tokens, as in the post."""
     model = copycat
     pieces = [model.tokenizer.pieces[i] for i in model.tokenize("4 5 6 to 6 ")]
     assert pieces == ["<s>", "▁", "4", "▁", "5", "▁", "6", "▁to", "▁", "6", "▁"]
@@ -117,7 +117,7 @@ def test_words_of_the_tasks_are_single_pieces(copycat):
 # ---------------------------------------------------------------------------------------- beyond the post
 
 
-def test_twenty_other_patches(copycat):
+def test_twenty_other_patches_answer_right(copycat):
     """The post's two vectors on countries and sequences that were held out from training on task vectors."""
     tasks, trials = Facts.read().tasks, []
     capital, reverse = tasks["capital"], tasks["reverse-digits"]
@@ -203,7 +203,7 @@ def test_llama_cpp_says_the_same(copycat):
         assert new == ours.generate(prompt, n=12).tokens, prompt
 
 
-def test_what_is_bundled(capsys):
+def test_the_list_of_models_has_the_bundled_one(capsys):
     import json
 
     path = bundled()["copycat"]

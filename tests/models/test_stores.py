@@ -202,6 +202,6 @@ def test_the_commands_take_names(home, gguf):
     assert status == 2 and err.startswith("error: ollama:tiny:2b") and err.count("\n") == 1
 
 
-def test_smollm2_by_name():
+def test_smollm2_is_found_by_its_name():
     model = tinymia.load(real_model(), threads=1)
     assert model.config.n_layer == 30 and model.config.n_head == 9
