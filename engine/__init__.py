@@ -12,15 +12,15 @@
 from . import given, sources
 from .action import NOT_HERE, Action, Context, Edit, Positions, Record, Source, files_read, listed
 from .actions import Ablate, Add, Lens, Log, Patch, ProjectOut, Replace, Save, Scale
-from .given import ArgumentError, indices, is_mask, out_of_range, whole
+from .given import ArgumentError, indices, is_mask, known_arguments, out_of_range, whole
 from .names import Op, match, name_table, stream
 from .sampling import Sampler, best, softmax
 from .sources import read_sources
 from .weights import Block, Linear, Weights
 
 __all__ = [
-    "NOT_HERE", "Ablate", "Action", "Add", "ArgumentError", "Block", "Context", "Edit", "Lens", "Linear", "Log", "Op",
-    "Patch", "Positions", "ProjectOut", "Record", "Replace", "Sampler", "Save", "Scale", "Source", "Weights", "best",
-    "files_read", "given", "indices", "is_mask", "listed", "match", "name_table", "out_of_range", "read_sources",
-    "softmax", "sources", "stream", "whole",
+    "NOT_HERE", "Ablate", "Action", "Add", "ArgumentError", "Block", "Context", "Edit", "Lens", "Linear", "Log",
+    "Op", "Patch", "Positions", "ProjectOut", "Record", "Replace", "Sampler", "Save", "Scale", "Source", "Weights",
+    "best", "files_read", "given", "indices", "is_mask", "known_arguments", "listed", "match", "name_table",
+    "out_of_range", "read_sources", "softmax", "sources", "stream", "whole",
 ]
