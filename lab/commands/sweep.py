@@ -60,9 +60,6 @@ pattern, at each layer and head.
   tinymia sweep --clean ... --corrupt ... --tensor kqv --noising --metric kl --answer Paris --against Oslo
 """
 
-    def __str__(self) -> str:
-        return text(self)
-
 
 def sweep(
     model: Model, clean: str | Sequence[int], corrupt: str | Sequence[int], answer: str | int | None = None,

@@ -42,6 +42,9 @@ class Sweep(Result):
         """The chosen metric: float64 [n_layer, n_column]."""
         return getattr(self, self.metric.replace("-", "_"))
 
+    def __str__(self) -> str:
+        return text(self)
+
 
 def picture(found: Sweep) -> Heatmap:
     """The heatmap, layers by positions or heads, in the chosen metric."""
