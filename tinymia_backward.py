@@ -27,7 +27,7 @@ Several numbers have gradients of their own, n_of of them. They go back together
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -164,22 +164,14 @@ SLOPE = {"silu": d_silu, "gelu": d_gelu}
 # ------------------------------------------------------------------------------- backward
 
 
-def normed(tape: Tape, eps: float, base: str, name: str, il: int | None, d: np.ndarray, weight: Any) -> np.ndarray:
-    """Back through a norm and its weight; d as it is where the model has no such norm."""
-    if weight is None:
-        return d
-    (x,), d = tape.read(base, il), tape.back(name, il, d) * weight
-    return rms_norm(tape.back(base, il, d), x, eps, weight.ndim)
-
-
-def times(tape: Tape, name: str, il: int | None, d: np.ndarray, factor: Any) -> np.ndarray:
-    """Back through a factor; d as it is where the model has none."""
-    return d if factor is None else tape.back(name, il, d) * factor
-
-
-def capped(tape: Tape, name: str, il: int | None, d: np.ndarray, cap: float | None) -> np.ndarray:
-    """Back through a soft cap; d as it is where the model has none."""
-    return d if cap is None else soft_cap(tape.back(name, il, d), tape.read(name, il)[0], cap)
+def norms(tape: Tape, eps: float) -> Callable[..., np.ndarray]:
+    """The function that goes back through a norm: its two steps have the names `base` and `name`."""
+    def norm(base: str, name: str, il: int | None, d: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+        if weight is None:          # the model has no such norm: d stays as it is
+            return d
+        d = tape.back(base, il, tape.back(name, il, d) * weight)
+        return rms_norm(d, tape.read(base, il)[0], eps, weight.ndim)
+    return norm
 
 
 def backward(m: Model, d: np.ndarray, tape: Tape) -> None:
@@ -190,13 +182,15 @@ def backward(m: Model, d: np.ndarray, tape: Tape) -> None:
     """
     c, w, t, read = m.config, m.weights, tape.back, tape.read
     o = m.ops.several() if tape.n_tok > 1 else m.ops                                # forward's arithmetic
-    norm, cap, scaled = partial(normed, tape, c.eps), partial(capped, tape), partial(times, tape)
-    product, cache = partial(linear, o), tape.cache
+    norm, product, cache = norms(tape, c.eps), partial(linear, o), tape.cache
+    act, slope = f"ffn_{c.act}", SLOPE[c.act]
     turns = [(*o.rope_angles(tape.positions, r, w.rope_freqs), r.halves) for r in c.ropes]      # [n_tok, n_rot / 2]
     heat, q_scale, kq_scale = scales(m, tape.positions)
+    grow, factor, cap = c.embedding_scale, c.residual_scale, c.attn_soft_cap        # None where the model has none
 
-    d = cap("result_output", None, d, c.logit_soft_cap)                             # [n_of, n_tok, n_vocab]
-    d = scaled("result_output", None, d, c.logit_scale)                             # [n_of, n_tok, n_vocab]
+    if c.logit_soft_cap is not None:
+        d = soft_cap(t("result_output", None, d), read("result_output", None)[0], c.logit_soft_cap)
+    d = d if c.logit_scale is None else t("result_output", None, d) * c.logit_scale     # [n_of, n_tok, n_vocab]
     d = product(t(c.product, None, d), w.output)                                    # [n_of, n_tok, n_embd]
     d = norm("norm", "result_norm", None, d, w.output_norm)                         # [n_of, n_tok, n_embd]
     d_x = np.zeros((len(d), tape.n_tok, c.n_embd), d.dtype)
@@ -209,18 +203,18 @@ def backward(m: Model, d: np.ndarray, tape: Tape) -> None:
         tape.make(il)
 
         d = norm("norm_ffn_post", "ffn_post_norm", il, d_x, blk.post_ffw_norm)      # [n_of, n_tok, n_embd]
-        d = scaled("ffn_out_scaled", il, d, c.residual_scale)                       # [n_of, n_tok, n_embd]
+        d = d if factor is None else t("ffn_out_scaled", il, d) * factor            # [n_of, n_tok, n_embd]
         d = product(t("ffn_out", il, d), blk.ffn_down)                              # [n_of, n_tok, n_ff]
         d, (gate, up) = t("ffn_gate_par", il, d), read("ffn_gate_par", il)          # [n_of, n_tok, n_ff]
-        d_gate, d_up = t(f"ffn_{c.act}", il, d * up), d * gate                      # [n_of, n_tok, n_ff]
-        d_gate = d_gate * SLOPE[c.act](read(f"ffn_{c.act}", il)[0])                  # [n_of, n_tok, n_ff]
+        d_gate, d_up = t(act, il, d * up), d * gate                                 # [n_of, n_tok, n_ff]
+        d_gate = d_gate * slope(read(act, il)[0])                                   # [n_of, n_tok, n_ff]
         d_gate, d_up = t("ffn_gate", il, d_gate), t("ffn_up", il, d_up)             # [n_of, n_tok, n_ff]
         d = product(d_gate, blk.ffn_gate) + product(d_up, blk.ffn_up)               # [n_of, n_tok, n_embd]
         d = norm("norm_ffn", "ffn_norm", il, d, blk.ffn_norm)                       # [n_of, n_tok, n_embd]
 
         d_x = t("ffn_inp", il, d_x + d)                                             # [n_of, n_tok, n_embd]
         d = norm("norm_attn_post", "attn_post_norm", il, d_x, blk.post_attention_norm)          # [n_of, n_tok, n_embd]
-        d = scaled("kqv_out_scaled", il, d, c.residual_scale)                       # [n_of, n_tok, n_embd]
+        d = d if factor is None else t("kqv_out_scaled", il, d) * factor            # [n_of, n_tok, n_embd]
         d = product(t("kqv_out", il, d), blk.attn_output)                           # [n_of, n_tok, n_head * d_head_v]
         d = unmerge(t("kqv_merged", il, d), c.n_head)                               # [n_of, n_head, n_tok, d_head_v]
         q = read("kq", il)[0]                                                       # [n_tok, n_head, d_head]
@@ -230,13 +224,13 @@ def backward(m: Model, d: np.ndarray, tape: Tape) -> None:
             d, d_v = mix(d, read("kqv", il)[0], v)                                  # [n_of, n_head, n_tok, n_kv]
             pattern = o.soft_max(*read("kq_soft_max", il), kq_scale, tape.positions, layer.window)
             d = soft_max(t("kq_soft_max", il, d), pattern, kq_scale)                # [n_of, n_head, n_tok, n_kv]
-            d = t("kq", il, cap("kq_scaled_2", il, d, c.attn_soft_cap))             # [n_of, n_head, n_tok, n_kv]
-            d_q, d_k = scores(d, q, k)                                              # [n_of, n_tok, n_head(_kv), d_head]
+            if cap is not None:
+                d = soft_cap(t("kq_scaled_2", il, d), read("kq_scaled_2", il)[0], cap)     # [n_of, n_head, n_tok, n_kv]
+            d_q, d_k = scores(t("kq", il, d), q, k)                                 # [n_of, n_tok, n_head(_kv), d_head]
         else:       # nobody looks: the same numbers, without an array that grows with n_tok * n_kv
-            d_q, d_k, d_v = attention(o, d, q, cache.k[il], cache.v[il], kq_scale, tape.positions, layer.window,
-                                      c.attn_soft_cap)
-        d_q = scaled("Qcur_scaled", il, d_q, q_scale)                               # [n_of, n_tok, n_head, d_head]
-        d_q = scaled("Qcur_attn_temp_scaled", il, d_q, heat)                        # [n_of, n_tok, n_head, d_head]
+            d_q, d_k, d_v = attention(o, d, q, cache.k[il], cache.v[il], kq_scale, tape.positions, layer.window, cap)
+        d_q = d_q if q_scale is None else t("Qcur_scaled", il, d_q) * q_scale       # [n_of, n_tok, n_head, d_head]
+        d_q = d_q if heat is None else t("Qcur_attn_temp_scaled", il, d_q) * heat   # [n_of, n_tok, n_head, d_head]
         if layer.rope is not None:
             d_q = unrope(t("Qcur", il, d_q), *turns[layer.rope])                    # [n_of, n_tok, n_head, d_head]
             d_k = unrope(t("Kcur", il, d_k), *turns[layer.rope])                    # [n_of, n_tok, n_head_kv, d_head]
@@ -246,7 +240,7 @@ def backward(m: Model, d: np.ndarray, tape: Tape) -> None:
         d_q, d_k, d_v = map(flat, (d_q, d_k, d_v))                                  # [.., n_head(_kv) * d_head(_v)]
         d = product(d_q, blk.attn_q) + product(d_k, blk.attn_k) + product(d_v, blk.attn_v)      # [n_of, n_tok, n_embd]
         d_x = d_x + norm("norm", "attn_norm", il, d, blk.attn_norm)                 # [n_of, n_tok, n_embd]
-    d_x = scaled("inp_scaled", None, d_x, c.embedding_scale)                        # [n_of, n_tok, n_embd]
+    d_x = d_x if grow is None else t("inp_scaled", None, d_x) * grow                # [n_of, n_tok, n_embd]
     t("inp_embd", None, d_x)                                                        # [n_of, n_tok, n_embd]
 
 
