@@ -29,7 +29,7 @@ REFUSED = [  # a model, what it is told otherwise in its metadata, what else is 
     (GEMMA2, {}, {"tied": False}, "tensor output.weight is not part of the architecture gemma2"),
     (GEMMA3, {}, {"norms": ("attn_norm", *QK, "ffn_norm", "post_ffw_norm")}, "post_attention_norm.*is missing"),
     (GEMMA3, {}, {"bias": True}, "bias .*is not part of the architecture gemma3"),
-    (PHI3, {"rope.dimension_count": 12}, {}, r"rope_factors_short.weight is \[8\]; the metadata ask for \[6\]"),
+    (PHI3, {"rope.dimension_count": 12}, {}, r"rope_factors_(short|long).weight is \[8\]; the metadata ask for \[6\]"),
     (PHI3, {"rope.dimension_count": 15}, {}, "dimension_count is 15; it must be even and at most 16"),
     (PHI3, {"rope.dimension_count": 18}, {}, "dimension_count is 18; it must be even and at most 16"),
     (PHI3, {"rope.dimension_count": 0}, {}, "dimension_count is 0; it must be a whole number of at least 2"),
