@@ -35,11 +35,12 @@ Which models. Llama, and those that differ from it by a few parts: a norm more o
 that see only the last positions. Such a part is there when its weight, or its number in the Config, is there: `forward`
 has a line for it, which changes nothing in a model without it. files/architectures.py says which model has which.
 
-Read on from top to bottom: the arithmetic in NumPy, the cache, `forward`, the tap, Model. Around this file, kernels/
-has the same arithmetic, fast and on quantised weights as they lie in the file; engine/ has the names and the actions;
-files/ reads GGUF files, what they say of a model's shape, and vocabularies; lab/ has the command line and experiments.
-Names of dimensions are ggml's: n_embd, n_head, n_head_kv (keys and values may have fewer heads), d_head, n_ff, n_vocab,
-n_tok, n_kv (positions that a token may look at).
+Read on from top to bottom: the arithmetic in NumPy, the cache, `forward`, the tap, Model. tinymia_backward.py tells
+`forward` once more in reverse order: by how much a number made from the logits changes with each named value. Around
+these two files, kernels/ has the same arithmetic, fast and on quantised weights as they lie in the file; engine/ has
+the names and the actions; files/ reads GGUF files, what they say of a model's shape, and vocabularies; lab/ has the
+command line and experiments. Names of dimensions are ggml's: n_embd, n_head, n_head_kv (keys and values may have fewer
+heads), d_head, n_ff, n_vocab, n_tok, n_kv (positions that a token may look at).
 """
 
 from __future__ import annotations
@@ -64,9 +65,14 @@ from tinymia_engine import (
     Add,
     Context,
     Edit,
+    Gradients,
     Lens,
     Linear,
     Log,
+    Logit,
+    LogitDifference,
+    LogProb,
+    Loss,
     Op,
     Patch,
     ProjectOut,
@@ -107,8 +113,9 @@ from tinymia_files import (
 __version__ = "0.1.0"
 __all__ = [
     "Ablate", "Action", "ActionError", "Add", "Cache", "Config", "Context", "Edit", "Error", "GGUFError", "Generation",
-    "Lens", "Log", "Model", "Note", "Op", "Patch", "ProjectOut", "Record", "Replace", "Run", "Save", "Scale", "Tensor",
-    "UnknownName", "Weights", "files_read", "listed", "load", "main", "match", "name_table",
+    "Gradients", "Lens", "Log", "LogProb", "Logit", "LogitDifference", "Loss", "Model", "Note", "Op", "Patch",
+    "ProjectOut", "Record", "Replace", "Run", "Save", "Scale", "Tensor", "UnknownName", "Weights", "files_read",
+    "listed", "load", "main", "match", "name_table",
 ]
 
 
@@ -425,16 +432,21 @@ class Tap:
                 name = base if il is None else f"{base}-{il}"
                 op = self.model.table[name][0]
                 keep = partial(self._keep, action)
+                ctx = Context(name, il, self.positions, self.phase, op, self.model, keep)
                 with np.errstate(all="ignore"):  # NaN and infinity show in the logits, and are reported there
-                    y = action.apply(x, Context(name, il, self.positions, self.phase, op, self.model, keep))
+                    y = action.apply(x, ctx)
                 if y is NOT_HERE:
                     continue
                 self.fired[i] = True
                 if y is not x:
                     if np.shape(y) != x.shape:
                         raise ActionError(f"{action} gave {name} the shape {list(np.shape(y))}, not {list(x.shape)}")
+                    self.changed(action, x, ctx)
                     x = np.ascontiguousarray(y, x.dtype)
         return x
+
+    def changed(self, action: Action, x: np.ndarray, ctx: Context) -> None:
+        """Take note that an action has changed x; nothing to note here, but for the backward pass."""
 
     def _keep(self, action: Action, ctx: Context, value: Any) -> None:
         self.records.append(Record(action, ctx.name, ctx.layer, ctx.positions, ctx.phase, value))
@@ -690,6 +702,25 @@ class Model:
         text, seconds = out.close(), (prompt_seconds, time.perf_counter() - clock - prompt_seconds)
         tap.finish(prompt, tokens=seen, output=text)
         return Generation(text, new, ids, reason, tap.records, seconds)
+
+    def gradients(
+        self,
+        prompt: str | Sequence[int],
+        of: Any,
+        wrt: str | Sequence[str],
+        actions: Action | Sequence[Action] = (),
+        keep: str | Sequence[str] = (),
+    ) -> Gradients:
+        """Differentiate a number made from the logits of a prompt with respect to named values.
+
+        of: Logit(token), LogitDifference(a, b), LogProb(token), each at the last position unless at= says otherwise;
+        Loss(); a function from logits [n_tok, n_vocab] to (value, d value / d logits); or a list of these, which share
+        the forward pass and go back together. wrt: names; the gradient is with respect to what the actions left.
+        Gradients go through the actions. keep: as in `run`; the pass is `run` of the result. Raises Error.
+        """
+        from tinymia_backward import gradients
+
+        return gradients(self, prompt, of, wrt, actions, keep)
 
     def lens(self, x: np.ndarray, k: int = 5, score: str = "raw") -> list[list[tuple[str, float]]]:
         """Apply the logit lens: for each row of x [n_tok, n_embd] its k best (piece, score), best first; none for NaN.

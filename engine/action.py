@@ -101,6 +101,14 @@ class Action:
         """
         raise NotImplementedError
 
+    def vjp(self, d: np.ndarray, x: np.ndarray, ctx: Context) -> np.ndarray:
+        """Take a gradient back through `apply`: d value / d (what apply returned) -> d value / d x.
+
+        d is [n_of, *x.shape], one gradient per metric, and is not to be changed; x is what `apply` got. It is called
+        only if `apply` returned another array than x. Raises ActionError, here because nothing is known of `apply`.
+        """
+        raise ActionError(f"no gradient goes through {self}: a class of actions needs a method vjp(d, x, ctx) for that")
+
     def __repr__(self) -> str:
         """Patch('l_out-3', row -1 of Run('Egypt -> Cairo,', 5 tokens), at=-1): the arguments, shortened."""
         parts, src = [repr(self.name)], getattr(self, "src", None)
@@ -148,10 +156,8 @@ class Edit(Action):
             new = np.broadcast_to(np.asarray(self.edit(part, rows, which), x.dtype), old.shape)
         except ValueError as e:
             raise ActionError(f"{self}: its numbers do not fit {ctx.name}, here {list(old.shape)}") from e
-        if self.heads is not None:
-            c = ctx.model.config
-            mask = np.isin(np.arange(c.n_head_kv if "n_head_kv" in ctx.op.dims else c.n_head), self.heads)
-            mask = np.repeat(mask, c.d_head_v) if ctx.op.base == "kqv_merged" else mask[:, None]
+        mask = self._mask(ctx)
+        if mask is not None:
             new = np.where(mask, new, old)
         part[rows] = new
         return y
@@ -159,6 +165,28 @@ class Edit(Action):
     def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
         """Return new values for x[rows]; x is [n_tok, ...], and which[i] is the index in `at` of rows[i]."""
         raise NotImplementedError
+
+    def _mask(self, ctx: Context) -> np.ndarray | None:
+        """Which part of a row is changed, to be broadcast with rows; None for all of it."""
+        if self.heads is None:
+            return None
+        c = ctx.model.config
+        mask = np.isin(np.arange(c.n_head_kv if "n_head_kv" in ctx.op.dims else c.n_head), self.heads)
+        return np.repeat(mask, c.d_head_v) if ctx.op.base == "kqv_merged" else mask[:, None]
+
+    def vjp(self, d: np.ndarray, x: np.ndarray, ctx: Context) -> np.ndarray:
+        """Take a gradient back through the edit: a changed part gets what `edit_vjp` says, the rest keeps its own."""
+        rows, mask = np.unique(ctx.select(self.at, self.when == "prompt")[0]), self._mask(ctx)
+        y = d.copy()
+        part = np.moveaxis(y, 1 + ctx.op.dims.index("n_tok"), 1)    # [n_of, n_tok, ...], a view of y
+        new = part[:, rows]
+        part[:, rows] = 0 if mask is None else np.where(mask, 0, new)
+        self.edit_vjp(new if mask is None else np.where(mask, new, 0), part, rows)
+        return y
+
+    def edit_vjp(self, d: np.ndarray, dx: np.ndarray, rows: np.ndarray) -> None:
+        """Add to dx [n_of, n_tok, ...] what x gets from d [n_of, n_row, ...], the gradient by what `edit` returned."""
+        raise ActionError(f"no gradient goes through {self}: a class of edits needs a method edit_vjp(d, dx, rows)")
 
 
 class Record(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -69,9 +69,14 @@ class Save(Action):
 
 @dataclass(frozen=True, repr=False)
 class Replace(Action):
-    """Continue with fn(x, ctx), an array of the same shape, or None for no change. x is a copy that fn may write to."""
+    """Continue with fn(x, ctx), an array of the same shape, or None for no change. x is a copy that fn may write to.
+
+    Gradients go through it only if `backward` is given: backward(d, x, ctx) turns d value / d fn(x) into d value / d x,
+    both of x's shape. Model.gradients may call fn twice for a tensor; it must give the same both times.
+    """
 
     fn: Callable[[np.ndarray, Context], np.ndarray | None]
+    backward: Callable[[np.ndarray, np.ndarray, Context], np.ndarray] | None = field(default=None, kw_only=True)
 
     def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | NotHere:
         """Return what fn returns, or x if that is None."""
@@ -79,6 +84,17 @@ class Replace(Action):
             raise ActionError(f"replacement of {ctx.name}: {short(self.fn)} is not a function of (x, ctx)")
         y = self.fn(x.copy(), ctx)
         return x if y is None else y
+
+    def vjp(self, d: np.ndarray, x: np.ndarray, ctx: Context) -> np.ndarray:
+        """Return what `backward` makes of each gradient. Raises ActionError if there is none, or for another shape."""
+        if self.backward is None:
+            raise ActionError(f"no gradient goes through {self}: give Replace a function backward=, which turns "
+                              "(d value / d fn(x), x, ctx) into d value / d x")
+        found = [np.asarray(self.backward(one.copy(), x.copy(), ctx)) for one in d]
+        for one in found:
+            if one.shape != x.shape:
+                raise ActionError(f"{self}: backward returned the shape {list(one.shape)}, not {list(x.shape)}")
+        return np.stack(found).astype(d.dtype)
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,6 +120,9 @@ class Patch(Edit):
             raise ActionError(f"patch of {self.name}: {len(source)} rows for {len(x)} positions: say which row goes "
                               f"where: FROM TO, such as -1 -1 (in Python src= and at=)")
         return source if len(source) == 1 else source[which]
+
+    def edit_vjp(self, d: np.ndarray, dx: np.ndarray, rows: np.ndarray) -> None:
+        """Nothing: the source's rows do not depend on x."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -151,6 +170,11 @@ class Ablate(Edit):
             return source[rows]
         return self.value if self.mode == "value" else 0.0
 
+    def edit_vjp(self, d: np.ndarray, dx: np.ndarray, rows: np.ndarray) -> None:
+        """A mean spreads its gradient evenly over all positions; the other modes put in what does not depend on x."""
+        if self.mode == "mean":
+            dx += d.sum(1, keepdims=True) / dx.dtype.type(dx.shape[1])
+
 
 @dataclass(frozen=True, repr=False)
 class Add(Edit):
@@ -169,6 +193,10 @@ class Add(Edit):
     def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
         """x[rows] + coef * vector."""
         return x[rows] + x.dtype.type(self.coef) * _read(self.vector)
+
+    def edit_vjp(self, d: np.ndarray, dx: np.ndarray, rows: np.ndarray) -> None:
+        """d (x + v) / d x = 1."""
+        dx[:, rows] += d
 
 
 @dataclass(frozen=True, repr=False)
@@ -193,6 +221,11 @@ class ProjectOut(Edit):
         along = np.tensordot(x[rows].astype(np.float64), direction.astype(np.float64), direction.ndim)  # [n_rows]
         return x[rows] - np.multiply.outer(along.astype(x.dtype), direction)
 
+    def edit_vjp(self, d: np.ndarray, dx: np.ndarray, rows: np.ndarray) -> None:
+        """The same projection of the gradient: it is symmetric."""
+        direction = _read(self.direction)
+        dx[:, rows] += d - np.multiply.outer(np.tensordot(d, direction, direction.ndim), direction)
+
 
 @dataclass(frozen=True, repr=False)
 class Scale(Edit):
@@ -208,3 +241,7 @@ class Scale(Edit):
     def edit(self, x: np.ndarray, rows: np.ndarray, which: np.ndarray) -> Any:
         """factor * x[rows]."""
         return x.dtype.type(self.factor) * x[rows]
+
+    def edit_vjp(self, d: np.ndarray, dx: np.ndarray, rows: np.ndarray) -> None:
+        """d (factor * x) / d x = factor."""
+        dx[:, rows] += dx.dtype.type(self.factor) * d

@@ -83,10 +83,10 @@ def _pattern(r: Reader) -> list[bool]:
     assert r.arch.windows is not None
     key = "attention.sliding_window_pattern"
     value = r.raw(key)
-    if isinstance(value, np.ndarray):
-        if value.dtype.kind not in "biu" or len(value) != r.n_layer:
+    if isinstance(value, (np.ndarray, list)):
+        if np.asarray(value).dtype.kind not in "biu" or len(value) != r.n_layer:
             raise r.refuse(key, f"; it must be a number, or true or false for each of the {r.n_layer} layers")
-        return [bool(v) for v in value.tolist()]
+        return [bool(v) for v in value]
     every = r.get(key, r.arch.windows.every, 0)
     return [every == 0 or il % every < every - 1 for il in range(r.n_layer)]
 
