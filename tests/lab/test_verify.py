@@ -74,7 +74,7 @@ def test_every_name_has_a_counterpart_or_a_reason():
     """The table of names is that of all architectures."""
     ours = {name for several in NAMES.values() for name in several} | {*CUT.values(), *UNNAMED.values()}
     assert ours | set(FUSED) == {op.base for op in (*BEFORE, *LAYER, *AFTER)}
-    assert set(FLASH) == {"kq", "kq_soft_max", "kqv"}
+    assert set(FLASH) == {"kq", "kq_scaled_2", "kq_soft_max", "kqv"}    # flash attention caps the scores, too
 
 
 def test_names_that_have_moved(model):
