@@ -267,6 +267,7 @@ class Tape(Tap):
         self.found: dict[str, Any] = dict.fromkeys(wanted)      # gradients by name, [n_of, ...]
         self.n_row = self.n_tok                                 # rows of what comes after the last layer
         self.layer: int | None = None                           # the layer that was run again
+        self.end = ""                                           # the last name of it that is needed
         self.values: dict[str, np.ndarray] = {}                 # as the actions left them
         self.notes: dict[str, list[tuple[Action, np.ndarray, Context]]] = {}    # each action that changed one, in order
         self.first_pass: Any = None                             # values and notes of the first pass
@@ -282,6 +283,8 @@ class Tape(Tap):
         x = super().__call__(base, il, x)
         if self.keeps(base, il):
             self.values[base if il is None else f"{base}-{il}"] = x
+        if base == self.end:
+            raise LayerMade
         return x
 
     def changed(self, action: Action, x: np.ndarray, ctx: Context) -> None:
@@ -295,7 +298,12 @@ class Tape(Tap):
         return asked or super().wants(il, *bases)
 
     def make(self, il: int) -> None:
-        """Run layer il again from the residual stream before it, and keep its values."""
+        """Run layer il again from the residual stream before it, and keep its values.
+
+        It ends before the product with ffn_down, unless something after that is needed: by a norm, or by an action.
+        """
+        post = self.model.weights.blk[il].post_ffw_norm is not None
+        self.end = "" if post or self.wants(il, "ffn_out", "ffn_out_scaled") else "ffn_gate_par"
         self.first_pass = self.first_pass or (self.values, self.notes)
         self.values, self.notes = (dict(kept) for kept in self.first_pass)
         self.layer, self.cache.n = il, 0        # the keys and values of the first pass are written once more
