@@ -1,4 +1,4 @@
-"""What a gradient is of, numbers made from the logits of a prompt, and the gradients by name that come out.
+"""Metrics, the numbers that a gradient is the gradient of, and the gradients by name that come out.
 
 A metric reads some rows of the logits. It gives its value, and by how much the value changes with each logit: the
 cotangent of the logits, with which the backward pass begins (tinymia_backward.py).
@@ -133,7 +133,7 @@ class Function(Metric):
         return replace(self, at=np.arange(len(ids)))
 
     def measure(self, logits: np.ndarray, ids: Sequence[int]) -> Value:
-        """What the function returns, checked. Raises Error."""
+        """Call the function, and check what it returns. Raises Error."""
         name, returned = given.told(self.fn), self.fn(logits.copy())
         if not isinstance(returned, tuple) or len(returned) != 2:
             raise Error(f"of={name} returned {short(returned)}; it must return (value, d value / d logits)")
