@@ -616,6 +616,7 @@ class Model:
         """An empty cache of this model's shape."""
         return Cache(self.config, self.numerics, self.dtype)
 
+    @given.known_arguments
     def run(
         self,
         prompt: str | Sequence[int],
@@ -789,6 +790,7 @@ class Model:
             raise
 
 
+@given.known_arguments
 def load(
     path: str | Path | None = None, threads: int | None = None, numerics: str = "ggml", dtype: str = "float32",
     n_ctx: int | None = None,

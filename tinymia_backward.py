@@ -273,7 +273,7 @@ class Tape(Tap):
         self.first_pass: Any = None                             # values and notes of the first pass
 
     def keeps(self, base: str, il: int | None) -> bool:
-        """Return whether a value is kept: in the first pass the stream and what is in no layer, later all of one layer."""
+        """Return whether to keep a value: in the first pass the stream and what is in no layer, later a whole layer."""
         return self.layer is not None or il is None or base == "l_out"
 
     def __call__(self, base: str, il: int | None, x: np.ndarray) -> np.ndarray:

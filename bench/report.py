@@ -100,7 +100,8 @@ def chart(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
                 bars(ax, y + 0.19, row.theirs, GREY, "llama.cpp" if first else None)
             ax.plot([median(row.ceiling)] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2,
                     label="memory ceiling" if first else None)
-        ax.set(title=f"{n} thread{'s' * (n > 1)}, {short(about['bandwidth'][n] / 1e9)} GB/s", xlabel="tokens / s")
+        ax.set(title=f"{n} thread{'s' * (n > 1)}, {short(about['bandwidth'][n] / 1e9)} GB/s",
+               xlabel="tokens per second")
         ax.set_yticks(range(len(models)), models)
         ax.grid(axis="x", color="#dddddd")
         ax.set_axisbelow(True)

@@ -175,7 +175,7 @@ class Edit(Action):
         return np.repeat(mask, c.d_head_v) if ctx.op.base == "kqv_merged" else mask[:, None]
 
     def vjp(self, d: np.ndarray, x: np.ndarray, ctx: Context) -> np.ndarray:
-        """Take a gradient back: changed parts pass on only what `edit_vjp` says, the rest of x its gradient unchanged."""
+        """Take a gradient back through the edit: a changed part gets what `edit_vjp` says, the rest keeps its own."""
         rows, mask = np.unique(ctx.select(self.at, self.when == "prompt")[0]), self._mask(ctx)
         y = d.copy()
         part = np.moveaxis(y, 1 + ctx.op.dims.index("n_tok"), 1)    # [n_of, n_tok, ...], a view of y

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from tinymia_files import ActionError
+from tinymia_files import ActionError, short
 
 from . import given, sources
 from .action import Action, Context, Edit, NotHere, Positions, Source
@@ -80,6 +80,8 @@ class Replace(Action):
 
     def apply(self, x: np.ndarray, ctx: Context) -> np.ndarray | NotHere:
         """Return what fn returns, or x if that is None."""
+        if not callable(self.fn):
+            raise ActionError(f"replacement of {ctx.name}: {short(self.fn)} is not a function of (x, ctx)")
         y = self.fn(x.copy(), ctx)
         return x if y is None else y
 

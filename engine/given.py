@@ -7,15 +7,18 @@ becomes the rows 1 and 0. So everything that chooses by number goes through `who
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 
 from tinymia_files import Error, short
 
+F = TypeVar("F", bound=Callable[..., Any])
 PLURAL = {"id": "token ids", "layer": "layers", "head": "heads", "position": "positions", "row": "rows"}
 
 
@@ -165,8 +168,7 @@ def closest(name: object, names: Iterable[str]) -> str:
     return f"; closest: {', '.join(close)}" if close else ""
 
 
-# The names that other libraries have for arguments of `generate`: llama.cpp, its Python bindings, transformers, web
-# APIs.
+# The names that other libraries have for arguments of ours: llama.cpp, its Python bindings, transformers, web APIs.
 ELSEWHERE = {
     "max_tokens": "n", "max_new_tokens": "n", "max_length": "n", "n_predict": "n", "num_predict": "n", "n_tokens": "n",
     "max_completion_tokens": "n", "temperature": "temp", "topk": "top_k", "k": "top_k", "topp": "top_p", "p": "top_p",
@@ -174,6 +176,8 @@ ELSEWHERE = {
     "stop_sequences": "stop", "stop_strings": "stop", "action": "actions", "hooks": "actions", "stream": "on_text",
     "callback": "on_text", "streamer": "on_text", "add_bos": "bos", "add_special_tokens": "bos", "text": "prompt",
     "input_ids": "prompt", "echo": "prompt", "keep": "actions (Save)",
+    "n_threads": "threads", "num_threads": "threads", "model_path": "path", "file": "path", "max_seq_len": "n_ctx",
+    "tokens": "prompt", "layer": "layers", "head": "heads", "top": "k",
 }
 
 
@@ -181,6 +185,20 @@ def check_arguments(function: str, given: Iterable[str], known: Sequence[str]) -
     """Raise ArgumentError for an argument that a function does not have."""
     for name in given:
         if name not in known:
-            meant = ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
+            elsewhere = ELSEWHERE.get(name, "")
+            near = difflib.get_close_matches(name, known, 1)
+            meant = elsewhere if elsewhere.split(" ")[0] in known else near[0] if near else None
             means = f": here it is called {meant}" if meant else f"; it has {', '.join(known)}"
             raise ArgumentError(f"{function} has no argument {short(name)}{means}")
+
+
+def known_arguments(function: F) -> F:
+    """Wrap a function so that an argument which it does not have is an ArgumentError that names the one meant."""
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **named: Any) -> Any:
+        check_arguments(function.__name__, named, known)
+        return function(*args, **named)
+
+    return cast(F, checked)

@@ -1,4 +1,4 @@
-"""Metrics, the numbers that a gradient is the gradient of, and the gradients by name that come out.
+"""Metrics, which are the numbers that a gradient is of, made from the logits; and the gradients by name, the result.
 
 A metric reads some rows of the logits. It gives its value, and by how much the value changes with each logit: the
 cotangent of the logits, with which the backward pass begins (tinymia_backward.py).

@@ -80,7 +80,9 @@ class Weights(Mapping[str, Tensor]):
         self.output = Linear(self.token_embd, None)                                 # n_embd -> n_vocab
         if self._arch.output == "own" or "output.weight" in tensors:
             self.output = self._part("output", (c.n_vocab, c.n_embd))
-        self.rope_freqs = None if c.freqs is None else self._tensor(c.freqs, (c.ropes[0].n_rot // 2,)).numpy()
+        factors = {f"{name}.weight" for name in self._arch.factors if c.ropes} & self._tensors.keys()
+        rope_factors = {name: self._tensor(name, (c.ropes[0].n_rot // 2,)) for name in sorted(factors)}
+        self.rope_freqs = None if c.freqs is None else rope_factors[c.freqs].numpy()
         if decode:
             matrices = [w.weight for b in self.blk for w in vars(b).values() if isinstance(w, Linear)]
             decode_now(path, [self.token_embd, self.output.weight, *matrices])
@@ -154,9 +156,8 @@ class Weights(Mapping[str, Tensor]):
         found = self._whole(whole, self._tensors[f"{whole}.weight"].shape)
         weight, bias = found.weight, None if found.bias is None else found.bias[start:end]
         if f"{name}.bias" in self._tensors:
-            if bias is not None:
-                raise GGUFError(f"{self._path}: tensors {whole}.bias and {name}.bias: one of them is too many")
-            bias = self._tensor(f"{name}.bias", (end - start,)).numpy()
+            raise GGUFError(f"{self._path}: tensor {name}.bias: the matrix is a part of {whole}.weight here, and "
+                            f"the bias of that is {whole}.bias (llama.cpp reads the other and does not add it)")
         raw = weight.raw.reshape(weight.shape[0], -1)[start:end].reshape(-1)
         name = f"{whole}.weight[{start}:{end}]"
         return Linear(weight.but(name=name, shape=(end - start, weight.shape[1]), raw=raw), bias)

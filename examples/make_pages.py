@@ -24,7 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = ("verify.md", "one-numbers-journey.md")
-PAGES = ("README.md", "examples/task_vectors.md", "examples/task_vectors.ipynb", "models/README.md",
+PAGES = ("README.md", "examples/task_vectors.md", "examples/task_vectors.ipynb", "examples/real_model.md",
+         "examples/real_model.ipynb", "models/README.md",
          *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in ELSEWHERE))
 RUN = re.compile(r"(```(bash|python)\n((?:(?!```).)*?)```\n\n```text\n)(.*?)(```\n)", re.S)
 SET_UP = re.compile(r"^(python3 -m venv|\. |pip install).*\n", re.M)

@@ -54,8 +54,9 @@ class Reader:
                 raise self.refuse(key, "; layers that differ are not supported")
             value = value[0].item()
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or not least <= value < 2**31:
+            most = " and below 2147483648" if isinstance(value, (int, float)) and value >= 2**31 else ""
             raise GGUFError(f"{self.path}: {self.name}.{key} is {short(value)}; it must be {KINDS[kind]} of at least "
-                            f"{least:g}")
+                            f"{least:g}{most}")
         return kind(value)
 
     def factor(self, key: str, required: bool = False) -> float | None:

@@ -83,10 +83,10 @@ def _pattern(r: Reader) -> list[bool]:
     assert r.arch.windows is not None
     key = "attention.sliding_window_pattern"
     value = r.raw(key)
-    if isinstance(value, np.ndarray):
-        if value.dtype.kind not in "biu" or len(value) != r.n_layer:
+    if isinstance(value, (np.ndarray, list)):
+        if np.asarray(value).dtype.kind not in "biu" or len(value) != r.n_layer:
             raise r.refuse(key, f"; it must be a number, or true or false for each of the {r.n_layer} layers")
-        return [bool(v) for v in value.tolist()]
+        return [bool(v) for v in value]
     every = r.get(key, r.arch.windows.every, 0)
     return [every == 0 or il % every < every - 1 for il in range(r.n_layer)]
 
@@ -125,5 +125,7 @@ def _corrections(r: Reader, n_rot: int, n_ctx: int, base: float) -> tuple[float,
         inside = f32(n_ctx) / (f32(turns) * f32(2) * f32(math.pi))
         return f32(n_rot) * f32(math.log(inside)) / (f32(2) * f32(math.log(base)))
 
-    fast, slow = r.factor("rope.scaling.yarn_beta_fast") or 32.0, r.factor("rope.scaling.yarn_beta_slow") or 1.0
+    read = r.arch.reads.split()
+    fast, slow = (r.get(key, turns, 1e-6, float) if key in read else turns
+                  for key, turns in (("rope.scaling.yarn_beta_fast", 32.0), ("rope.scaling.yarn_beta_slow", 1.0)))
     return max(0.0, math.floor(pair(fast))), min(n_rot - 1.0, math.ceil(pair(slow)))

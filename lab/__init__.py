@@ -15,7 +15,10 @@
 The engine imports this package only for a command that needs it.
 """
 
+import functools
 import importlib
+import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,7 +60,26 @@ def __getattr__(name: str) -> Any:
     """Import a function or a result when its name is first used, so that a command loads only what it needs."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
+    found = getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
+    if not isinstance(found, type):
+        found = globals()[name] = _checked(found, MODULES[name].startswith("commands."))
+    return found
+
+
+def _checked(function: Callable[..., Any], loaded: bool) -> Callable[..., Any]:
+    """Wrap a function so that a wrong name of an argument and, where a loaded model is needed, a path are told."""
+    from tinymia_engine import ArgumentError, known_arguments
+    from tinymia_files import short
+
+    @functools.wraps(function)
+    def checked(*args: Any, **named: Any) -> Any:
+        model = args[0] if args else named.get("model")
+        if loaded and isinstance(model, (str, os.PathLike)):
+            given = short(str(model))
+            raise ArgumentError(f"{function.__name__} takes a model and not its name: tinymia.load({given}) gives one")
+        return function(*args, **named)
+
+    return known_arguments(checked)
 
 
 def __dir__() -> list[str]:

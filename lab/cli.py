@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print_json(dumps(models))
         else:
-            print(table([list(models[0]), *(list(m.values()) for m in models)]))
+            print(table([list(models[0]), *(["" if v is None else v for v in m.values()] for m in models)]))
         return 0
     if args.draw and not args.draw.endswith(".png"):
         raise Error(f"--draw {args.draw}: it draws .png files")

@@ -26,7 +26,7 @@ from tinymia import Error, Model
 from tinymia_engine import indices, is_mask, stream
 
 from ..flags.action_flags import integers
-from ..flags.arguments import prompt_flags, prompt_ids
+from ..flags.arguments import prompt_flags, prompt_ids, typed
 from ..flags.chat import in_chat
 from ..flags.command import Command
 from ..flags.pair_flags import pair_flags
@@ -167,9 +167,10 @@ def before(args: Namespace) -> None:
 
 def run(args: Namespace, model: Model, out: Path | None) -> Ablation | GroupAblation:
     """Run the ablation that the flags describe: of single heads, or with --ffn or --group of groups."""
-    prompt = prompt_ids(args, model, [*(args.prompts or ()), args.other or ""])
+    given = None if args.other is None else typed(args, args.other)
+    prompt = prompt_ids(args, model, [*(args.prompts or ()), given or ""])
     prompts = None if args.prompts is None else [in_chat(args, model, text) for text in args.prompts]
-    other = None if args.other is None else in_chat(args, model, args.other)
+    other = None if given is None else in_chat(args, model, given)
     if args.ffn or args.group:
         return run_groups(args, model, prompt, prompts, other, out)
     return ablate(model, prompt, args.answer, args.against, args.mode, prompts=prompts, pool=args.pool, other=other,

@@ -27,7 +27,7 @@ from ..flags.parser import Parser, least
 from ..measure.attention_scores import first_score, induction_score, previous_score, repeated_tokens
 from ..measure.selection import chosen
 from ..measure.sinks import tell_sink
-from ..pictures.attention_page import check_size, viewer
+from ..pictures.attention_page import check_room, check_size, viewer
 from ..pictures.draw import draw
 from ..pictures.heatmap import Heatmap
 from ..pictures.heatmap_png import draw_png
@@ -61,6 +61,9 @@ SCORES = {
     "induction_here": "to what followed an earlier copy, in the prompt",
 }
 
+MOST_KEPT = 4_000_000_000       # the most bytes of patterns in memory
+MOST_LISTED = 16_000_000        # the most numbers of patterns in a JSON text; while it is written each takes 100 bytes
+
 
 def attend(
     model: Model,
@@ -83,6 +86,7 @@ def attend(
         raise Error(f"kept {kept!r}: it must be float32 (and must where a result is kept), float16 or None")
     layers, heads = chosen(layers, c.n_layer, "layer"), chosen(heads, c.n_head, "head")
     ids = model.ids(prompt)
+    check_kept(len(layers), len(heads), len(ids), kept, out is not None and str(out).endswith(".json"))
     actions = tinymia.listed(actions)
     again = repeated_tokens(model, seed)
     settings = {"layers": layers, "heads": heads, "seed": seed, "actions": describe(actions)}
@@ -119,6 +123,16 @@ def attend(
             for tokens, steps, _ in todo:
                 model.run(tokens, actions=steps, logits="last")
     return found
+
+
+def check_kept(n_layer: int, n_head: int, n_tok: int, kept: str | None, listed: bool) -> None:
+    """Raise Error for patterns that take too much memory, or are too many for JSON."""
+    if kept:
+        size = np.dtype(kept).itemsize * n_tok**2
+        check_room(n_layer, n_head, n_tok, size, MOST_KEPT, "{:.1f} GB of memory, and at most {:.0f} GB are kept", 1e9)
+    if listed:
+        words = "{:.0f} million numbers in JSON, where at most {:.0f} million are written (an .npz file holds more)"
+        check_room(n_layer, n_head, n_tok, n_tok**2, MOST_LISTED, words, 1e6)
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -214,6 +228,7 @@ def run(args: Namespace, model: Model, out: Path | None) -> Attention:
         check_size(len(layers), len(heads), len(model.ids(prompt)))
     kept = "float16" if args.out or len(layers) == len(heads) == 1 else None
     kept = "float32" if args.json or out else kept
+    check_kept(len(layers), len(heads), len(model.ids(prompt)), kept, args.json)
     found = attend(model, prompt, layers, heads, args.seed, read_actions(args, model), out, kept)
     if args.scores:
         draw_png(args.scores, score_maps(found))

@@ -18,6 +18,7 @@ from tinymia import Error, Model
 from tinymia_engine import best as best_of
 from tinymia_engine import softmax, whole
 
+from ..flags.arguments import escape_flag, typed
 from ..flags.chat import chat_flags, in_chat
 from ..flags.command import Command
 from ..flags.parser import Parser, least
@@ -97,6 +98,7 @@ def add_flags(p: Parser) -> None:
     """Add the flags of the two prompts and their answers, and of the number of heads."""
     p.add_argument("--clean", required=True, metavar="TEXT", help="the prompt with the answer")
     p.add_argument("--corrupt", required=True, metavar="TEXT", help="as many tokens, another answer")
+    escape_flag(p, "--clean, --corrupt and --other")
     chat_flags(p)
     p.add_argument("--answer", metavar="TEXT", help="or #id; default: the clean run's best token")
     p.add_argument("--against", metavar="TEXT", help="or #id; default: the corrupt run's best token")
@@ -107,8 +109,9 @@ def add_flags(p: Parser) -> None:
 
 def run(args: Namespace, model: Model, out: Path | None) -> Story:
     """Run the story that the flags describe; sweep, attribute and ablate can save its numbers in files."""
-    tell_unknown(model, [args.clean, args.corrupt, *args.other])
-    clean, corrupt, *others = (in_chat(args, model, text) for text in (args.clean, args.corrupt, *args.other))
+    texts = [typed(args, text) for text in (args.clean, args.corrupt, *args.other)]
+    tell_unknown(model, texts)
+    clean, corrupt, *others = (in_chat(args, model, text) for text in texts)
     tell_sink(model, clean, corrupt)
     return story(model, clean, corrupt, args.answer, args.against, others=others, heads=args.heads)
 

@@ -23,6 +23,7 @@ import numpy as np
 from tinymia import Error, Model
 from tinymia_engine import whole
 
+from ..flags.arguments import escape_flag, typed
 from ..flags.chat import chat_flags, in_chat
 from ..flags.command import Command
 from ..flags.pair_flags import pair_flags
@@ -178,6 +179,7 @@ def add_flags(p: Parser) -> None:
     """Add the flags of the two prompts and their answers, and of what is patched, measured and shown."""
     p.add_argument("--clean", required=True, metavar="TEXT", help="the prompt that has the answer")
     p.add_argument("--corrupt", required=True, metavar="TEXT", help="a prompt of as many tokens, with another answer")
+    escape_flag(p, "--clean and --corrupt")
     chat_flags(p)
     pair_flags(p)
     p.add_argument("--answer", metavar="TEXT", help="or #id; default: the clean run's best token")
@@ -201,8 +203,9 @@ def before(args: Namespace) -> None:
 
 def run(args: Namespace, model: Model, out: Path | None) -> Sweep:
     """Run the sweep that the flags describe."""
-    tell_unknown(model, [args.clean, args.corrupt])
-    clean, corrupt = (in_chat(args, model, text) for text in (args.clean, args.corrupt))
+    texts = [typed(args, text) for text in (args.clean, args.corrupt)]
+    tell_unknown(model, texts)
+    clean, corrupt = (in_chat(args, model, text) for text in texts)
     tell_sink(model, clean, corrupt)
     return sweep(model, clean, corrupt, args.answer, args.against, tensor=args.tensor, metric=args.metric,
                  noising=args.noising, at=args.at, layers=args.layers, estimate=args.estimate, steps=args.steps,

@@ -36,6 +36,16 @@ class Verdict(Result):
                  "tinymia": run["versions"]["tinymia"]}
         return {**known, **vars(self)}[name]
 
+    def __contains__(self, name: object) -> bool:
+        return self.get(str(name), self) is not self
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a name, as found[name]; default where there is none."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
 
 @dataclass
 class Verification(Verdict):

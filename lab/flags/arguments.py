@@ -57,13 +57,19 @@ def model_flags(g: argparse._ActionsContainer, numerics: str = "ggml") -> None:
 def prompt_flags(g: argparse._ActionsContainer) -> None:
     """Add -p, -e, -f, --keep-line-end, --no-bos, --no-special, --chat and --system."""
     g.add_argument("-p", "--prompt", metavar="TEXT")
-    g.add_argument("-e", "--escapes", action="store_true", help=r"in -p, \n is a line end, \t a tab, \\ a backslash")
+    escape_flag(g, "-p")
     g.add_argument("-f", "--file", type=Input, metavar="FILE",
                    help="read the prompt from a file (its last line end is dropped)")
     g.add_argument("--keep-line-end", action="store_true", help="with -f: keep the last line end")
     g.add_argument("--no-bos", action="store_true", help="no BOS token before the prompt")
     g.add_argument("--no-special", action="store_true", help="take <s> and the like in the prompt as plain text")
     chat_flags(g)
+
+
+def escape_flag(g: argparse._ActionsContainer, flags: str) -> None:
+    """Add -e, for the texts of some flags."""
+    g.add_argument("-e", "--escapes", action="store_true",
+                   help=rf"in {flags}, \n is a line end, \t a tab, \\ a backslash")
 
 
 def parser(
@@ -128,17 +134,21 @@ def read_prompt(args: argparse.Namespace) -> str | None:
     if args.file is None and prompt is not None and sys.getfilesystemencoding() != "utf-8":
         prompt = os.fsencode(prompt).decode("utf-8", "surrogateescape")     # a C locale without Python's UTF-8 mode
     if args.file is None:
-        if prompt is not None and args.escapes:
-            return unescape(prompt)
-        if prompt is not None:
-            tell_of_prompt(prompt)
-        return prompt
+        return None if prompt is None else typed(args, prompt)
     if args.prompt is not None:
         raise Error("-p and -f: one prompt at a time")
     text = read_text(args.file, "the prompt")
     if args.keep_line_end:
         return text
     return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
+
+
+def typed(args: argparse.Namespace, text: str) -> str:
+    """A prompt from the command line: with -e, its escapes are read; else notes tell what it holds. Raises Error."""
+    if args.escapes:
+        return unescape(text)
+    tell_of_prompt(text)
+    return text
 
 
 def unescape(text: str) -> str:

@@ -39,7 +39,7 @@ def slopes(model: Model, setting: Setting, layers: Sequence[int], steps: int) ->
 
 
 def estimated(model: Model, setting: Setting, runs: Runs, layers: Sequence[int], steps: int) -> np.ndarray:
-    """The change of the logit difference by each patch: float64 [n_layer, n_column]."""
+    """Estimate the change of the logit difference by each patch: float64 [n_layer, n_column]."""
     rows = []
     for il, slope in zip(layers, slopes(model, setting, layers, steps)):
         change = (runs.source[il] - runs.own[il]) * slope.astype(np.float64)            # [n_tok, ...]

@@ -149,12 +149,17 @@ MOST = 24_000_000   # the most bytes of attention patterns in a page
 
 def check_size(n_layer: int, n_head: int, n_tok: int, most: int = MOST) -> None:
     """Raise Error if the patterns of these layers and heads are too large for a page that browsers can show."""
-    size = n_layer * n_head * n_tok * (n_tok + 1) // 2
+    words = "{:.0f} MB in a page, which holds {:.0f} MB"
+    check_room(n_layer, n_head, n_tok, n_tok * (n_tok + 1) // 2, most, words, 1e6)
+
+
+def check_room(n_layer: int, n_head: int, n_tok: int, each: int, most: int, words: str, unit: float) -> None:
+    """Raise Error if the patterns, of size `each`, are larger together than `most`; words and unit: to say the two."""
+    size, one = n_layer * n_head * each, n_head * each
     if size > most:
-        one = n_head * n_tok * (n_tok + 1) // 2
         fewer = f"layers, {most // one} or so" if one <= most else "one layer and some heads, or a shorter prompt"
         raise Error(f"the attention patterns of {n_layer} layers and {n_head} heads on {n_tok} tokens take "
-                    f"{size / 1e6:.0f} MB in a page, which holds {most / 1e6:.0f} MB: choose {fewer}")
+                    f"{words.format(size / unit, most / unit)}: choose {fewer}")
 
 
 def pack(patterns: np.ndarray) -> tuple[bytes, bool]:

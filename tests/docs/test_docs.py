@@ -64,6 +64,13 @@ def test_every_architecture_is_on_its_page():
     assert set(neighbours.replace(" and ", ", ").split(", ")) == {k for k, a in ARCHITECTURES.items() if not a.halves}
 
 
+def test_every_test_that_the_page_of_architectures_names_is_there():
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    for (cell,) in rows("architectures.md", "what").values():
+        for name in re.findall(r"`([^`]+)`", cell):
+            assert (ROOT / name).exists() if "/" in name else f"def {name}(" in tests, name
+
+
 def test_the_names_of_the_post_are_on_the_page():
     said = {base for cells in rows("names.md", "name").values() for base in re.findall(r"\w+", cells[2])}
     assert set(ALIASES) <= said

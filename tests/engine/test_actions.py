@@ -253,6 +253,8 @@ def test_replace_puts_in_what_the_function_returns(model, clean):
     for bad in (lambda x, ctx: x[:-1], lambda x, ctx: x[0], lambda x, ctx: 0.0):
         with pytest.raises(tinymia.Error, match="l_out-0"):
             do(model, Replace("l_out-0", bad))
+    with pytest.raises(tinymia.Error, match="replacement of l_out-0: 5 is not a function"):
+        do(model, Replace("l_out-0", 5))
 
 
 def test_what_a_function_is_told(model):

@@ -1,4 +1,5 @@
 """Generation and sampling: greedy, the filters against slow ones, seeds, and every way to stop."""
+import inspect
 import math
 import warnings
 from collections import Counter
@@ -8,6 +9,7 @@ import pytest
 from conftest import prompt
 
 import tinymia
+import tinymia_lab
 from tinymia import Replace
 from tinymia_engine import best, softmax
 
@@ -319,6 +321,27 @@ def test_arguments_of_other_programs_are_told_their_names_here(model, name, righ
     with pytest.raises(tinymia.Error, match=f"{name}.*{right}") as e:
         model.generate(IDS, **{name: 3})
     assert isinstance(e.value, TypeError) and "__init__" not in str(e.value)
+
+
+@pytest.mark.parametrize("call,right", [
+    (lambda model: tinymia.load(n_threads=2), "load has no argument 'n_threads': here it is called threads"),
+    (lambda model: model.run(IDS, action=[]), "run has no argument 'action': here it is called actions"),
+    (lambda model: tinymia_lab.attend(model, IDS, layer=1), "attend has no argument 'layer': here it is called layers"),
+    (lambda model: tinymia_lab.lens(model, IDS, zzz=1), "lens has no argument 'zzz'; it has model, prompt, names, k"),
+    (lambda model: tinymia_lab.verify(model, IDS, injekt=True), "here it is called inject"),
+    (lambda model: tinymia_lab.lens("copycat", "a"), "lens takes a model and not its name: tinymia.load('copycat')"),
+    (lambda model: tinymia_lab.sweep(model="x", clean="a", corrupt="b"), "tinymia.load('x') gives one"),
+])
+def test_a_wrong_argument_of_other_functions_is_told_with_the_right_one(model, call, right):
+    with pytest.raises(TypeError) as e:
+        call(model)
+    assert isinstance(e.value, tinymia.Error) and right in str(e.value)
+
+
+def test_functions_keep_their_names_and_arguments():
+    assert tinymia_lab.lens is tinymia_lab.lens and tinymia_lab.lens.__name__ == "lens"
+    assert [*inspect.signature(tinymia_lab.lens).parameters][:2] == ["model", "prompt"]
+    assert "positions that a run may have" in tinymia.load.__doc__
 
 
 @pytest.mark.parametrize("n", [-1, 1.5, True, "3", None])

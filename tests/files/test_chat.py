@@ -247,6 +247,23 @@ def test_e_reads_line_ends_and_f_keeps_the_last_one(tmp_path):
         assert status == 0 and json.loads(out)["prompt"] == want, err
 
 
+@pytest.mark.parametrize("args", [
+    ["sweep", "--layers", "0", "--clean", "Egypt\\n ->", "--corrupt", "Norway\\n ->"],
+    ["story", "--clean", "Egypt\\n ->", "--corrupt", "Norway\\n ->"],
+    ["ablate", "--layers", "0", "-p", "Egypt\\n ->", "--mode", "resample", "--other", "Norway\\n ->"],
+])
+def test_every_prompt_on_the_command_line_reads_e_or_tells_of_the_backslash(args):
+    def shown(out):
+        prompts = json.loads(out)["about"]["prompts"].values()
+        return [prompt["text"] for prompt in prompts if isinstance(prompt, dict)]
+
+    status, out, err = command(*args, "--json")
+    assert status == 0 and err.count("has a backslash and a letter") == 2, err
+    assert "Egypt\\n ->" in shown(out)
+    status, out, err = command(*args, "-e", "--json")
+    assert status == 0 and "backslash" not in err and "Egypt\n ->" in shown(out), err
+
+
 # ---------------------------------------------------------------------------------------- a real model
 
 

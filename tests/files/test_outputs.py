@@ -319,6 +319,25 @@ def test_attention_pages_have_a_limit_that_is_told_before_the_run(tiny, tmp_path
     assert MOST == 24_000_000
 
 
+def test_patterns_that_take_too_much_memory_are_told_before_the_run(model, tmp_path, monkeypatch):
+    from tinymia_lab.commands import attend as module
+
+    monkeypatch.setattr(module.Model, "run", lambda *args, **how: pytest.fail("it ran"))
+    monkeypatch.setattr(module, "MOST_KEPT", 4 * 4 * 9)             # one layer of this model on three tokens
+    monkeypatch.setattr(module, "MOST_LISTED", 2 * 9)
+    with pytest.raises(tinymia.Error, match=r"2 layers and 4 heads on 3 tokens take 0\.0 GB of memory"):
+        module.attend(model, [1, 5, 6])
+    with pytest.raises(tinymia.Error, match="one layer and some heads"):
+        module.attend(model, [1, 5, 6, 7], layers=[0])
+    with pytest.raises(tinymia.Error, match=r"numbers in JSON, where .*\(an .npz file holds more\): choose one"):
+        module.attend(model, [1, 5, 6], layers=[0], out=tmp_path / "x.json")
+    monkeypatch.undo()
+    whole = ("-p", "France ->" * 30, "--json")
+    monkeypatch.setattr(module, "MOST_LISTED", 1000)
+    assert tinymia.main(["attend", *whole]) == 2
+    assert module.attend(model, [1, 5, 6], kept=None).previous.shape == (2, 4)
+
+
 def test_patterns_are_kept_as_small_as_their_use_allows(model):
     from tinymia_lab.commands.attend import attend
 

@@ -26,7 +26,7 @@ def module(name):
 def test_a_command_is_a_function_its_result_its_words_its_flags_and_one_record(name):
     here = module(name)
     assert isinstance(here.command, Command) and here.command.name == name.replace("_", "-")
-    assert getattr(tinymia_lab, name) is getattr(here, name)
+    assert inspect.unwrap(getattr(tinymia_lab, name)) is getattr(here, name)
     kind = getattr(tinymia_lab, inspect.signature(getattr(here, name)).return_annotation)
     assert issubclass(kind, Result)
     for part in ("add_flags", "run", "text"):

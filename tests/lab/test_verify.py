@@ -470,6 +470,7 @@ def test_a_comparison_is_kept_in_a_file_and_drawn_like_every_result(recording, t
     status, out, _ = main(*how, "-o", kept, "-o", png, "-o", html)
     found = Verification.load(kept)
     assert status == 0 and str(found) + "\n" == out and found.ok and found["ok"] is found.ok
+    assert "kl" in found and "kl2" not in found and found.get("ok") is True and found.get("nothing", 3) == 3
     assert (found["prompt"], found["inject"], found["model"]) == (TEXT, False, str(path))
     assert found.about["command"] == "verify" and found.about["settings"]["n_predict"] == 2
     (picture,) = pictures(found)

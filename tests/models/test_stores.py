@@ -150,6 +150,7 @@ def test_the_list_says_what_is_here_and_whether_it_runs(home, gguf, monkeypatch,
     assert tinymia.main(["--list-models"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["name", "bytes", "architecture", "runs", "about", "path"] and len(lines) == 7
+    assert not any("None" in line for line in lines)                      # a size that is not known is left out
 
 
 def layer(digest):
