@@ -1,4 +1,4 @@
-"""The backward pass: by how much a number made from the logits changes with every named value.
+"""The backward pass: how much a number made from the logits changes with every named value.
 
 What it computes. Say the number is the logit of " Paris" minus the logit of " Oslo". Its gradient with respect to a
 value, `l_out-3` for instance, has the shape of that value, and says for each of its elements: if this element grew by a
@@ -248,7 +248,7 @@ def backward(m: Model, d: np.ndarray, tape: Tape) -> None:
 
 
 class LayerMade(Exception):
-    """What ends `forward` when the layer that was to be run again is done."""
+    """An exception that ends `forward` when the layer that was to be run again is done."""
 
 
 class Tape(Tap):
@@ -267,12 +267,13 @@ class Tape(Tap):
         self.found: dict[str, Any] = dict.fromkeys(wanted)      # gradients by name, [n_of, ...]
         self.n_row = self.n_tok                                 # rows of what comes after the last layer
         self.layer: int | None = None                           # the layer that was run again
+        self.end = ""                                           # the last name of it that is needed
         self.values: dict[str, np.ndarray] = {}                 # as the actions left them
         self.notes: dict[str, list[tuple[Action, np.ndarray, Context]]] = {}    # each action that changed one, in order
         self.first_pass: Any = None                             # values and notes of the first pass
 
     def keeps(self, base: str, il: int | None) -> bool:
-        """Whether a value is kept: in the first pass the stream and what is in no layer, later all of one layer."""
+        """Return whether a value is kept: first the stream and what is in no layer, later all values of one layer."""
         return self.layer is not None or il is None or base == "l_out"
 
     def __call__(self, base: str, il: int | None, x: np.ndarray) -> np.ndarray:
@@ -282,6 +283,8 @@ class Tape(Tap):
         x = super().__call__(base, il, x)
         if self.keeps(base, il):
             self.values[base if il is None else f"{base}-{il}"] = x
+        if base == self.end:
+            raise LayerMade
         return x
 
     def changed(self, action: Action, x: np.ndarray, ctx: Context) -> None:
@@ -290,12 +293,17 @@ class Tape(Tap):
             self.notes.setdefault(ctx.name, []).append((action, x, ctx))
 
     def wants(self, il: int | None, *bases: str) -> bool:
-        """Whether attention is to go step by step: in the layer that is run again, also for a gradient."""
+        """Return whether attention is to go step by step: in the layer that is run again, also for a gradient."""
         asked = il is not None and il == self.layer and any(f"{base}-{il}" in self.found for base in bases)
         return asked or super().wants(il, *bases)
 
     def make(self, il: int) -> None:
-        """Run layer il again from the residual stream before it, and keep its values."""
+        """Run layer il again from the residual stream before it, and keep its values.
+
+        It ends before the product with ffn_down, unless something after that is needed: by a norm, or by an action.
+        """
+        post = self.model.weights.blk[il].post_ffw_norm is not None
+        self.end = "" if post or self.wants(il, "ffn_out", "ffn_out_scaled") else "ffn_gate_par"
         self.first_pass = self.first_pass or (self.values, self.notes)
         self.values, self.notes = (dict(kept) for kept in self.first_pass)
         self.layer, self.cache.n = il, 0        # the keys and values of the first pass are written once more
@@ -305,7 +313,7 @@ class Tape(Tap):
             pass
 
     def read(self, base: str, il: int | None) -> list[np.ndarray]:
-        """What the operation of a name read in the forward pass: its inputs by the table of names, [n_tok, ...]."""
+        """The inputs of an operation, by its name in the table, as they were in the forward pass: [n_tok, ...] each."""
         c = self.model.config
         op = self.model.table[base if il is None else f"{base}-{il}"][0]
         if il is None:
@@ -334,7 +342,7 @@ def gradients(
     model: Model, prompt: str | Sequence[int], of: Any, wrt: str | Sequence[str], actions: Any = (),
     keep: str | Sequence[str] = (),
 ) -> Gradients:
-    """What Model.gradients says."""
+    """Compute what Model.gradients describes."""
     ids = model.ids(prompt)
     names = [name for pattern in given.names(wrt, "wrt") for name in match(pattern, model.table)]
     if not names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
@@ -89,6 +90,13 @@ class Action:
 
     name: str
     when: str = field(default="prompt", kw_only=True)
+
+    def __new__(cls, *args: Any, **named: Any) -> Self:
+        """Raise ArgumentError for an argument that this kind of action does not have."""
+        takes = inspect.signature(cls.__init__).parameters if named else {}
+        if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+            given.check_arguments(cls.__name__, named, [name for name in takes if name != "self"])
+        return super().__new__(cls)
 
     def bind(self, name: str, op: Any, model: Any) -> Self:
         """Return this action for one exact name, with its sources loaded and checked, before the run. Raises Error."""

@@ -127,7 +127,7 @@ def match(pattern: str, names: Mapping[str, Any]) -> list[str]:
         bases = dict.fromkeys(n.rpartition("-")[0] or n for n in names)
         layers = [n for n in names if n.startswith(f"{pattern.partition('-')[0]}-")]
         hint = given.closest(pattern, [*bases, *names])
-        if layers and layer.isdecimal():
+        if layers and layer.isdecimal() and layer == str(int(layer)):
             last = max(int(n.rpartition("-")[2]) for n in names if "-" in n)
             hint = (f": this model has layers 0 to {last}, {layers[0]} to {layers[-1]}" if int(layer) > last else
                     f": layer {layer} of this model does without it; the first that has it is {layers[0]}")

@@ -194,8 +194,9 @@ class Tokenizer:
 
     def one(self, text: str) -> int:
         """The id of a single token, given by its piece (" reverse") or as #123. Raises Error if it is not one token."""
-        if text.startswith("#") and text[1:].isdecimal() and int(text[1:]) < len(self.pieces):
-            return int(text[1:])
+        number = text[1:] if text.startswith("#") and text[1:].isdecimal() else ""
+        if number and int(number) < len(self.pieces):
+            return int(number)
         i: int | None = self.ids.get(self._spelling(text), self.ids.get(text))
         if i is not None:
             return i
@@ -204,7 +205,9 @@ class Tokenizer:
             raise Error(f"there is no token {text!r}; did you mean {other!r} ({how} a space)? An id is written #123")
         ids = self.encode(text, bos=False)
         is_not = f"{text!r} is not one token but {len(ids)}" if len(ids) != 1 else f"there is no token {text!r}, only"
-        raise Error(f"{is_not}: {'|'.join(map(self.piece, ids))}; an id is written #123")
+        n = len(self.pieces)
+        ids_are = f"{n} tokens have an id, #0 to #{n - 1}" if number else "an id is written #123"
+        raise Error(f"{is_not}: {'|'.join(map(self.piece, ids))}; {ids_are}")
 
     def text(self, ids: Sequence[int]) -> str:
         """A text that `encode` cuts into exactly these ids, with or without BOS, if one exists; else that of `decode`.

@@ -40,10 +40,11 @@ class Found(NamedTuple):
     problem: str = ""
 
 
-def find(model: str | Path) -> Path:
+def find(model: str | Path, strict: bool = True) -> Path:
     """Find the file of a model by its name or path; `~` is expanded. Everything else is returned as a path.
 
-    Raises Error for an unknown store, for an unknown name in a store, and for a package that is not installed.
+    Raises Error for an unknown store, for an unknown name in a store, for a package that is not installed and, if
+    strict, for a name that is almost one of those above.
     """
     path = expand(model)
     if isinstance(model, Path) or path.is_file():
@@ -54,11 +55,20 @@ def find(model: str | Path) -> Path:
         return package(model) or _absent(model)
     store, colon, name = model.partition(":")
     if not colon or len(store) < 2 or "/" in store or "\\" in store:    # a path, of Windows perhaps: C:\...
+        if strict and not path.exists() and near_names(model):
+            raise Error(f"{model}: no such file; closest: {', '.join(near_names(model))}")
         return path
     if store not in STORES:
         raise Error(f"{model}: no store is called {store!r}; there are {', '.join(f'{s}:NAME' for s in STORES)} "
                     "(--list-models shows what is there)")
     return _in_store(store, name)
+
+
+def near_names(model: str) -> list[str]:
+    """The names of models that are almost the one given, if it is not a path; case and .gguf do not count."""
+    if "/" in model or os.sep in model:
+        return []
+    return difflib.get_close_matches(model.lower().removesuffix(".gguf"), [*bundled(), *PACKAGES], 2)
 
 
 def _absent(name: str) -> Path:

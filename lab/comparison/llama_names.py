@@ -55,7 +55,7 @@ UNNAMED = {
 }
 ALL_LAYERS = {"norm": "norm_ffn_post", "ffn_post_norm": "ffn_post_norm"}     # named without a layer, one after another
 FUSED = {"ffn_silu": "inside ffn_swiglu there", "ffn_gelu": "inside ffn_geglu there"}
-FLASH = {name: "inside FLASH_ATTN_EXT there" for name in ("kq", "kq_soft_max", "kqv")}
+FLASH = {name: "inside FLASH_ATTN_EXT there" for name in ("kq", "kq_scaled_2", "kq_soft_max", "kqv")}
 STEPS = {  # pattern of "name OPERATION": other tensors of llama.cpp, which have no counterpart here
     r"cache_[kv]_l\d+ .*": "the KV cache",
     r"([QKV]cur|wqkv|wqkv_b)-\d+ (MUL_MAT|MUL|ADD)": "projections before they are cut into heads",

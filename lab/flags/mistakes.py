@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tinymia import Error
 from tinymia_models import bundled
-from tinymia_models.stores import find
+from tinymia_models.stores import find, near_names
 
 CURLY = "“”„‟‘’‚‛«»"
 ALIKE = {   # flags of other programs, and ours for the same
@@ -33,7 +33,7 @@ def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
 
 def did_you_mean(flag: str, flags: Sequence[str]) -> str:
     """The end of a message about an unknown flag: the flag that was probably meant, or nothing."""
-    alike = ALIKE.get(flag.lower())
+    alike = ALIKE.get(flag.lower().replace("_", "-"))
     known = [f for f in flags if f.startswith("--") or len(flag) < 4]
     found = [alike] if alike in flags and alike else closest(flag, known)
     return f"; did you mean {' or '.join(found)}?" if found else ""
@@ -43,7 +43,7 @@ def left_over(left: Sequence[str], argv: Sequence[str], flags: Sequence[str], co
     """The message about words of a command line that belong to no flag."""
     word = left[0]
     shell = shell_mistake(argv)
-    flag = next((w for w in left if w.startswith("-") and w.strip("-")), None)
+    flag = next((w for w in left if w.startswith("-") and w.strip("->")), None)
     if shell and (flag is None or any(not w.strip("-") for w in left)):
         return shell
     if commands and word == argv[0] and word.replace("-", "").replace("_", "").isalpha():
@@ -115,14 +115,14 @@ def find_model(given: str | None) -> str | None:
     """The path of the model that -m names: a file, or a model by its name. Raises Error, which names similar files."""
     if given is None:
         return None
-    path = find(given)
+    path = find(given, strict=False)
     if path.is_dir():
         inside = sorted(p.name for p in path.glob("*.gguf"))
         raise Error(f"-m {given}: this is a folder; " + (f"in it: {', '.join(inside[:5])}" if inside else
                                                         "a model is a .gguf file, and none is in it"))
     if path.exists() or not _missing(path):
         return str(path)
-    near = [str(p) for p in _near(path)]
+    near = near_names(given) or [str(p) for p in _near(path)]
     if near:
         where = f"; closest: {', '.join(near)}"
     else:

@@ -37,7 +37,7 @@ def draw(task: Task, shots: int, dummies: int, n_dev: int, n_test: int, seed: in
     n, need = len(task.pairs), shots + dummies + 1
     if n < need:
         what = f"{shots} demonstrations, {dummies} dummies and a query"
-        raise Error(f"task {task.name} has {n} pairs: {what} need {need}")
+        raise Error(f"task {task.name} has {n} pairs: {what} need {need}; --shots N (shots=N) takes fewer")
     rng = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
     order = rng.permutation(n)
     n_dev = min(n_dev, n // 2)

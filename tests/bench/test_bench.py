@@ -305,3 +305,16 @@ def test_the_table_of_decoding(tmp_path, monkeypatch, capsys):
         ("| d64g4", "2", "2", "2 |"), ("| d80g2", "2", "2", "2 |")]
     if llvmlite.binding.get_host_cpu_features().get("avx512f"):
         assert all(len(set(line[5].split(" of "))) == 1 for line in lines), lines
+
+
+def test_gradients_are_timed(monkeypatch, capsys, tiny):
+    """A row for each numerics and number; with torch two more."""
+    from bench import gradients
+
+    torch = ["--torch"] * (importlib.util.find_spec("torch") is not None)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    monkeypatch.setattr(sys, "argv", ["gradients", tiny(), "--tokens", "6", "--repeats", "1", *torch])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert gradients.main() == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 4 + 2 * len(torch) and all(" 6 tokens  forward " in row and row.endswith(" x") for row in rows)

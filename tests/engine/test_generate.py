@@ -325,6 +325,8 @@ def test_arguments_of_other_programs_are_told_their_names_here(model, name, righ
 
 @pytest.mark.parametrize("call,right", [
     (lambda model: tinymia.load(n_threads=2), "load has no argument 'n_threads': here it is called threads"),
+    (lambda model: tinymia.Patch("l_out-1", None, srcs=-1), "Patch has no argument 'srcs': here it is called src"),
+    (lambda model: tinymia.Lens("l_out-1", top=3), "Lens has no argument 'top': here it is called k"),
     (lambda model: model.run(IDS, action=[]), "run has no argument 'action': here it is called actions"),
     (lambda model: tinymia_lab.attend(model, IDS, layer=1), "attend has no argument 'layer': here it is called layers"),
     (lambda model: tinymia_lab.lens(model, IDS, zzz=1), "lens has no argument 'zzz'; it has model, prompt, names, k"),

@@ -2,7 +2,6 @@
 import tracemalloc
 
 import architectures
-import gguf
 import numpy as np
 import pytest
 from conftest import prompt, real_model
@@ -399,72 +398,17 @@ def test_numbers_that_are_not_finite_are_said(copycat_f32):
 # ------------------------------------------------------------------------------- torch
 
 
-def autograd(path, ids, metrics):
-    """(value, gradients of every name) per metric of a Llama by torch, in float64 on what gguf-py decodes; nothing of
-    tinymia is in it."""
-    torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
-    reader, found = gguf.GGUFReader(path), {}
-    w = {t.name: torch.from_numpy(np.asarray(gguf.quants.dequantize(t.data, t.tensor_type), np.float64).reshape(
-        *t.shape.tolist()[::-1])) for t in reader.tensors}
-
-    def field(key, default=None):
-        return reader.fields[f"llama.{key}"].contents() if f"llama.{key}" in reader.fields else default
-
-    n_head, n = field("attention.head_count"), len(ids)
-    d = field("embedding_length") // n_head
-    group, eps = n_head // field("attention.head_count_kv", n_head), field("attention.layer_norm_rms_epsilon")
-    angle = torch.arange(n)[:, None] * field("rope.freq_base", 10000.0) ** (-torch.arange(0, d, 2).double() / d)
-    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
-
-    def t(name, x):
-        found[name] = x
-        x.retain_grad()
-        return x
-
-    def norm(base, name, x, weight):
-        return t(name, t(base, x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()) * w[weight])
-
-    def heads(x, name):
-        return (x @ w[name].T).unflatten(-1, (-1, d))
-
-    def turned(x):
-        z = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
-        return torch.view_as_real(z * turn).reshape(x.shape)
-
-    x = t("inp_embd", w["token_embd.weight"][torch.tensor(ids)].requires_grad_())
-    for i in range(field("block_count")):
-        b = f"blk.{i}."
-        cur = norm(f"norm-{i}", f"attn_norm-{i}", x, b + "attn_norm.weight")
-        q, k = (t(f"{p.upper()}cur_pre-{i}", heads(cur, f"{b}attn_{p}.weight")) for p in "qk")
-        v = t(f"Vcur-{i}", heads(cur, b + "attn_v.weight"))
-        q, k = t(f"Qcur-{i}", turned(q)), t(f"Kcur-{i}", turned(k))
-        kq = t(f"kq-{i}", torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(group, 1)))
-        future = torch.ones(n, n, dtype=torch.bool).triu(1)
-        pattern = t(f"kq_soft_max-{i}", (kq / d**0.5).masked_fill(future, -torch.inf).softmax(-1))
-        cur = t(f"kqv-{i}", torch.einsum("hij,jhd->hid", pattern, v.repeat_interleave(group, 1)))
-        cur = t(f"kqv_merged-{i}", cur.transpose(0, 1).flatten(1))
-        x = t(f"ffn_inp-{i}", t(f"kqv_out-{i}", cur @ w[b + "attn_output.weight"].T) + x)
-        cur = norm(f"norm_ffn-{i}", f"ffn_norm-{i}", x, b + "ffn_norm.weight")
-        gate, up = (t(f"ffn_{p}-{i}", cur @ w[f"{b}ffn_{p}.weight"].T) for p in ("gate", "up"))
-        cur = t(f"ffn_gate_par-{i}", t(f"ffn_silu-{i}", torch.nn.functional.silu(gate)) * up)
-        x = t(f"l_out-{i}", t(f"ffn_out-{i}", cur @ w[b + "ffn_down.weight"].T) + x)
-    cur = norm("norm", "result_norm", x, "output_norm.weight")
-    logits = t("result_output", cur @ w["output.weight" if "output.weight" in w else "token_embd.weight"].T)
-    for value in (metric(torch, logits) for metric in metrics):
-        for x in found.values():
-            x.grad = None
-        value.backward(retain_graph=True)
-        yield value.item(), {name: x.grad.numpy() for name, x in found.items()}
-
-
 def assert_torch_agrees(model, ids, a, b):
-    """1e-4 of the largest element, for every name, under numerics f32."""
+    """1e-4 of the largest element, for every name, under numerics f32; torch computes in float64."""
+    torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
+    from torch_llama import Llama
+
     pairs = [
-        (LogitDifference(a, b), lambda torch, x: x[-1, a] - x[-1, b]),
-        (Loss(), lambda torch, x: torch.nn.functional.cross_entropy(x[:-1], torch.tensor(ids[1:]))),
+        (LogitDifference(a, b), lambda x: x[-1, a] - x[-1, b]),
+        (Loss(), lambda x: torch.nn.functional.cross_entropy(x[:-1], torch.tensor(ids[1:]))),
     ]
     g = model.gradients(ids, of=[metric for metric, _ in pairs], wrt="all")
-    for i, (value, want) in enumerate(autograd(model.path, ids, [of for _, of in pairs])):
+    for i, (value, want) in enumerate(Llama(model.path).gradients(ids, [of for _, of in pairs])):
         assert g.value[i] == pytest.approx(value, rel=1e-4, abs=1e-4)
         assert set(want) == set(model.table)
         for name, expected in want.items():

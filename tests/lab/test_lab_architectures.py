@@ -213,9 +213,15 @@ def test_verify_finds_no_op_that_is_wrong(model, tmp_path):
     width = None if model.config.arch in ("qwen2", "phi3") else more.get("d_head")
     more = {**more, "d_head": width, "d_head_v": width}
     path = architectures.write(tmp_path / "same-widths.gguf", model.config.arch, name, **more)
-    for how in ({"inject": True}, {"n_predict": 2}):
+    for how in ({"inject": True}, {"n_predict": 2}, {"flash": True}):
         found = lab.verify(tinymia.load(path, threads=1), CLEAN, **how)
         assert found["verdict"].startswith("equal") and not found["unknown"] and not found["absent"], found["verdict"]
+
+
+def test_verify_says_how_far_rounding_is_from_float64_without_llama_cpp(model):
+    found = lab.verify_self(model, CLEAN, only="all")
+    assert found["ok"] and found["verdict"].startswith("equal: f32 is the model's own function"), found["verdict"]
+    assert {row["name"] for row in found.rows} == set(model.table)
 
 
 def test_the_logits_agree_with_float64(model, run):

@@ -49,7 +49,10 @@ MISTAKES = [
     ([*P, "--savee", "l_out-3", "f"], "no flag --savee; did you mean --save?"),
     ([*P, "--logitlens", "l_out", "3"], "no flag --logitlens; did you mean --logit-lens?"),
     ([*P, "-logit-lens", "l_out", "3"], "did you mean --logit-lens?"), ([*P, "--Json"], "did you mean --json?"),
-    ([*P, "--max-tokens", "3"], "did you mean -n?"), ([*P, "--temperature", "1"], "did you mean --temp?"),
+    ([*P, "--max-tokens", "3"], "did you mean -n?"), ([*P, "--max_tokens", "3"], "did you mean -n?"),
+    (["-p", "France", "->"], 'put the prompt in quotes: -p "France ->"'),
+    ([*P, "--add-token", "l_out-3", "#99999", "1"], "2048 tokens have an id, #0 to #2047"),
+    ([*P, "--temperature", "1"], "did you mean --temp?"),
     (["lens", *P, "--layr", "3"], "no flag --layr"), (["attend", *P, "--layer", "3"], "did you mean --layers?"),
     ([*P, "--qqq"], "no flag --qqq (tinymia --help shows the flags)"),
     # values
@@ -87,7 +90,9 @@ MISTAKES = [
      "the prompts are the same"),
     ([*P, "--ablate", "9.0"], "no head 9.0: the model has 6 layers of 4 heads: layers 0 to 5, heads 0 to 3"),
     # models
-    (["-m", "copycot", *P], "-m copycot: no such file; the bundled model: -m copycat, or no -m"),
+    (["-m", "copycot", *P], "-m copycot: no such file; closest: copycat"),
+    (["-m", "Copycat.gguf", *P], "closest: copycat"), (["-m", "SmolLM", *P], "no such file; closest: smollm2"),
+    (["-m", "zzz", *P], "-m zzz: no such file; the bundled model: -m copycat, or no -m"),
     (["lens", "-m", "copycot", *P], "-m copycot: no such file"), (["verify", "-m", "copycot", *P], "-m copycot"),
 ]
 

@@ -74,7 +74,7 @@ def test_every_name_has_a_counterpart_or_a_reason():
     """The table of names is that of all architectures."""
     ours = {name for several in NAMES.values() for name in several} | {*CUT.values(), *UNNAMED.values()}
     assert ours | set(FUSED) == {op.base for op in (*BEFORE, *LAYER, *AFTER)}
-    assert set(FLASH) == {"kq", "kq_soft_max", "kqv"}
+    assert set(FLASH) == {"kq", "kq_scaled_2", "kq_soft_max", "kqv"}    # flash attention caps the scores, too
 
 
 def test_names_that_have_moved(model):
@@ -709,7 +709,7 @@ def test_live_a_partial_recording_compares_what_it_holds(model, tmp_path):
 def test_live_a_name_that_moves_is_listed(model, monkeypatch):
     """A version of llama.cpp that gives a tensor another name would look like this."""
     moved = {k: v for k, v in NAMES.items() if k[0] != "ffn_inp"}
-    monkeypatch.setattr(tinymia_lab.comparison.llama, "NAMES", moved)
+    monkeypatch.setattr(tinymia_lab.comparison.llama_names, "NAMES", moved)
     out = verify(model, TEXT)
     assert not out["ok"] and out["absent"] == ["ffn_inp-0", "ffn_inp-1"]
     assert out["unknown"] == {"ffn_inp-* ADD": 2} and "llama.cpp has no 'ffn_inp-0, ffn_inp-1'" in out["verdict"]

@@ -206,3 +206,11 @@ def test_the_commands_take_names(home, gguf):
 def test_smollm2_is_found_by_its_name():
     model = tinymia.load(real_model(), threads=1)
     assert model.config.n_layer == 30 and model.config.n_head == 9
+
+
+@pytest.mark.parametrize("name, near", [("copycot", "copycat"), ("SmolLM2.gguf", "smollm2"), ("smollm", "smollm2")])
+def test_a_name_that_is_almost_one_is_told_in_python_too(name, near):
+    with pytest.raises(tinymia.Error, match=f"{name}: no such file; closest: {near}"):
+        tinymia.load(name)
+    with pytest.raises(tinymia.Error, match="No such file"):
+        tinymia.load(f"folder/{name}")
