@@ -78,11 +78,12 @@ class Sampler:
             with np.errstate(over="ignore"):
                 logits[last] = np.where(logits[last] > 0, logits[last] / np.float32(penalty),
                                         logits[last] * np.float32(penalty))
-        most = logits.max()
+        token = int(logits.argmax())        # that of a NaN, if there is one
+        most = logits[token]
         if math.isnan(most):
             raise ValueError("a logit is NaN")
         if self.temp == 0:
-            return int(logits.argmax())
+            return token
         # Subtract the greatest logit before dividing by the temperature, so that no probability overflows.
         x = np.where(logits == most, 0.0, -math.inf) if math.isinf(most) else logits.astype(np.float64) - float(most)
         with np.errstate(over="ignore", under="ignore"):

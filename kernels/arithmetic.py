@@ -55,7 +55,10 @@ class Arithmetic:
 
     def linear(self, x: np.ndarray, layer: Any) -> np.ndarray:
         """Multiply each row of x [n_tok, n_in] by a weight matrix and add its bias: float32 [n_tok, n_out]."""
-        return self.linears(x, layer)[0]
+        weight, bias = layer
+        found = matmul_several(x, (weight.stored,), self.numerics, self.pool)[0]
+        found = found if weight.scale is None else found * weight.scale
+        return found if bias is None else found + bias
 
     def linears(self, x: np.ndarray, *layers: Any) -> list[np.ndarray]:
         """Several products of one x, which is quantised once: float32 [n_tok, n_out] per layer."""

@@ -4,7 +4,8 @@ Shapes and lengths are checked here, once; kernels get addresses and check nothi
 as the format says, and the rows of the weights are split over threads.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +42,10 @@ class Matrix(NamedTuple):
     n_out: int
     n_in: int
     row_bytes: int
+    one: Callable[..., None] | None     # the kernel for a pass of one token
+    many_from: int      # the number of tokens from which on the kernel for many is taken
+    in_rows: tuple[str, int, bool]      # the form of the activations for each of the two, as a key of Forms
+    in_panels: tuple[str, int, bool]
 
     @classmethod
     def of(cls, raw: np.ndarray, fmt: Format, n_out: int, n_in: int) -> "Matrix":
@@ -54,7 +59,9 @@ class Matrix(NamedTuple):
         if raw.flags.writeable:
             raw = raw.view()
             raw.flags.writeable = False
-        return cls(raw, fmt, n_out, n_in, row_bytes)
+        many_from = fmt.many_from if fmt.many_from and n_in % 16 == 0 else sys.maxsize
+        forms = (fmt.activation, fmt.bias, False), (fmt.activation, fmt.bias, True)
+        return cls(raw, fmt, n_out, n_in, row_bytes, fmt.matmul_one or fmt.matmul, many_from, *forms)
 
 
 def _check(x: np.ndarray) -> None:
@@ -99,14 +106,13 @@ Forms = dict[tuple[str, int, bool], tuple[np.ndarray, int, int]]  # results of _
 
 def _product(x: np.ndarray, w: Matrix, numerics: str, pool: Pool | None, forms: Forms) -> tuple[np.ndarray, Job]:
     """Allocate the result of a product, and make the job that computes it; ValueError as in `matmul`."""
-    (raw, fmt, n_out, width, row_bytes), (n_tok, n_in) = w, x.shape
+    (raw, fmt, n_out, width, row_bytes, one, many_from, in_rows, in_panels), (n_tok, n_in) = w, x.shape
     if n_in != width:
         raise ValueError(f"activations {x.shape} do not fit weights of {n_out} rows of {width}")
     out = np.empty((n_tok, n_out), F32)
     if numerics == "ggml":
-        many = 0 < fmt.many_from <= n_tok and n_in % 16 == 0
-        few = fmt.matmul_one if n_tok == 1 and fmt.matmul_one else fmt.matmul
-        kernel, form = fmt.matmul_many if many else few, (fmt.activation, fmt.bias, many)
+        many = n_tok >= many_from
+        kernel, form = (fmt.matmul_many, in_panels) if many else (one if n_tok == 1 else fmt.matmul, in_rows)
         if form not in forms:
             forms[form] = _prepare(x, fmt, many, pool)
         y, stride, n = forms[form]
@@ -155,14 +161,14 @@ def matmul_several(
 
 def get_rows(raw: np.ndarray, fmt: Format, n_rows: int, n_in: int, ids) -> np.ndarray:
     """Unpack rows of the weights: out[k] = row ids[k], float32 [len(ids), n_in]; IndexError for an id outside them."""
-    raw, *_, row_bytes = Matrix.of(raw, fmt, n_rows, n_in)
+    w = Matrix.of(raw, fmt, n_rows, n_in)
     ids = np.ascontiguousarray(ids, np.intp)
     if ids.ndim != 1:
         raise ValueError(f"ids are one row of numbers, not {ids.shape}")
     if ids.size and not (0 <= ids.min() and ids.max() < n_rows):
         raise IndexError(f"row ids from {ids.min()} to {ids.max()}: there are {n_rows} rows")
     out = np.empty((ids.size, n_in), F32)
-    fmt.unpack_rows(raw, row_bytes, ids, out, 0, ids.size)
+    fmt.unpack_rows(w.raw, w.row_bytes, ids, out, 0, ids.size)
     return out
 
 

@@ -165,7 +165,10 @@ def run(pool: Pool | None, n_bytes: int, kernel, n_items: int, *args) -> None:
 
 def run_several(pool: Pool | None, jobs: Sequence[Job]) -> None:
     """Run several jobs as `run` does, handed over to the threads all at once when they are large enough to repay it."""
-    if pool is None or pool.n == 1 or sum(n_bytes for n_bytes, *_ in jobs) < 4 * SMALL * len(jobs):
+    if pool is None or pool.n == 1:
+        for _, kernel, n_items, args in jobs:
+            kernel(*args, 0, n_items)
+    elif sum(n_bytes for n_bytes, *_ in jobs) < 4 * SMALL * len(jobs):
         for n_bytes, kernel, n_items, args in jobs:
             run(pool, n_bytes, kernel, n_items, *args)
     else:
