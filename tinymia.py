@@ -1,4 +1,4 @@
-"""tinymia: a language model like Llama, told in one file, in which every intermediate result has a name.
+"""tinymia: a language model like Llama, written in one file, in which every intermediate result has a name.
 
 What a Llama computes. A text is cut into tokens, whole numbers that stand for words and parts of words. Each token
 picks one row of a table, its embedding: a vector of n_embd numbers. From then on each token has one such vector, and
@@ -12,12 +12,12 @@ stream twice and adds something to it:
                     their sum back.
 
 After the last layer, each vector of the stream is compared with a row for every word of the vocabulary. The results are
-the logits: the larger a logit, the more probable the model thinks that word comes next. `forward` below computes all of
+the logits: the larger the logit of a word, the higher its probability to come next. `forward` below computes all of
 this, one operation per line.
 
 What a named value is. Each line of `forward` begins with a name and ends with a shape. `l_out-3` is the residual stream
 after layer 3, `kq_soft_max-7` is the attention pattern of layer 7; the names are llama.cpp's, and engine/names.py lists
-all of them. `t(name, layer, value)` hands each value to the actions that asked for its name. An action can look at the
+all of them. `t(name, layer, value)` hands each value to the actions that asked for its name. An action can read the
 value (Log, Save, or Lens, which shows what the model would say if it stopped here), or give another one to go on with
 (Patch, Ablate, Add, ProjectOut, Scale, Replace).
 
@@ -35,8 +35,8 @@ Which models. Llama, and those that differ from it by a few parts: a norm more o
 that see only the last positions. Such a part is there when its weight, or its number in the Config, is there: `forward`
 has a line for it, which changes nothing in a model without it. files/architectures.py says which model has which.
 
-Read on from top to bottom: the arithmetic in NumPy, the cache, `forward`, the tap, Model. tinymia_backward.py tells
-`forward` once more in reverse order: by how much a number made from the logits changes with each named value. Around
+Read on from top to bottom: the arithmetic in NumPy, the cache, `forward`, the tap, Model. tinymia_backward.py has
+`forward` in reverse order: it computes by how much a number made from the logits changes with each named value. Around
 these two files, kernels/ has the same arithmetic, fast and on quantised weights as they lie in the file; engine/ has
 the names and the actions; files/ reads GGUF files, what they say of a model's shape, and vocabularies; lab/ has the
 command line and experiments. Names of dimensions are ggml's: n_embd, n_head, n_head_kv (keys and values may have fewer
@@ -359,7 +359,7 @@ def forward(m: Model, tokens: np.ndarray, cache: Cache, t: Tap, start: Start = N
             kq = kq if cap is None else t("kq_scaled_2", il, o.soft_cap(kq, cap))   # [n_head, n_tok, n_kv]
             pattern = t("kq_soft_max", il, o.soft_max(kq, kq_scale, positions, layer.window))   # [n_head, n_tok, n_kv]
             cur = merge(t("kqv", il, o.mix(pattern, cache.v[il])))                  # [n_tok, n_head * d_head_v]
-        else:       # nobody looks: the same numbers, without an array that grows with n_tok * n_kv
+        else:       # no action needs the steps: the same numbers, without an array that grows with n_tok * n_kv
             cur = o.attention(q, cache.k[il], cache.v[il], kq_scale, positions, layer.window, cap)
         cur = t("kqv_merged", il, cur)                                              # [n_tok, n_head * d_head_v]
         cur = t("kqv_out", il, o.linear(cur, blk.attn_output))                      # [n_tok, n_embd]
@@ -425,7 +425,7 @@ class Tap:
 
     def __call__(self, base: str, il: int | None, x: np.ndarray) -> np.ndarray:
         """The value to go on with: x itself unless an action changes it."""
-        if not self.by_name:    # most passes have no actions, and a small model passes here a hundred times per token
+        if not self.by_name:    # most passes have no actions, and even a small model calls this 100 times per token
             return x
         for i, action in self.by_name.get((base, il), ()):
             if action.when in ("all", self.phase):
@@ -796,7 +796,7 @@ def load(
     n_ctx: int | None = None,
 ) -> Model:
     """Map a GGUF file, by its path or a name such as "smollm2" (tinymia_models.stores), by default the bundled one, and
-    check it; threads: the physical cores. Raises Error.
+    check it; threads: by default one per physical core. Raises Error.
 
     numerics: "ggml" rounds as llama.cpp does, "f32" keeps float32 throughout, "plain" runs the arithmetic of this file
     in NumPy, in float32 or, with dtype="float64", in float64. n_ctx: the positions that a run may have, at most those

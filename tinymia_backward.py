@@ -8,19 +8,19 @@ How it goes. The gradient with respect to the logits is known. Then the lines of
 reverse order. Each one turns the gradient with respect to what it made into the gradient with respect to what it read.
 For y = f(x) this is a vector-Jacobian product: d_x[j] = sum over i of d_y[i] * (d y[i] / d x[j]). The Jacobian itself,
 all these derivatives as a matrix, is never made. Where forward uses a value twice, its two gradients are added: so
-`x = cur + x` sends d_x down both ways, into the block and past it.
+at `x = cur + x` d_x goes back both ways, into the block and past it.
 
-What it needs to know. A derivative of a product or of a norm depends on the values that went in. The first pass keeps
+What it keeps. A derivative of a product or of a norm depends on the values that went in. The first pass keeps
 only the residual stream after each layer. When a layer's turn comes, the layer is run again from there, and its inner
 values are kept until the layer is done. So memory grows with the number of tokens, as for `forward`.
 
 What it does with rounding. The weights are those of the file, unpacked a few rows at a time. With numerics="ggml",
-`forward` rounds activations; the gradient takes such a rounding for no change (its true derivative is 0 almost
-everywhere, and says nothing). With "f32" and "plain" the gradient is that of the function itself.
+`forward` rounds activations; the gradient is computed as if such a rounding changed nothing (its true derivative is 0
+almost everywhere, which would be of no use). With "f32" and "plain" the gradient is that of the function itself.
 
 What actions do. They are part of the function: a patched row does not depend on the row that it replaced, so the
-gradient stops there; a scaled one passes on its gradient, scaled. Each action says so by its method `vjp`. The gradient
-with respect to a value is that with respect to what the actions on its name left.
+gradient stops there; at a scaled value the gradient is scaled as well. Each action does this in its method `vjp`. The
+gradient with respect to a value is that with respect to what the actions on its name left.
 
 Several numbers have gradients of their own, n_of of them. They go back together, as one more axis in front.
 """
@@ -87,10 +87,10 @@ def soft_cap(d: np.ndarray, x: np.ndarray, cap: float) -> np.ndarray:           
 
 
 def soft_max(d: np.ndarray, pattern: np.ndarray, scale: Any) -> np.ndarray:     # [n_of, n_head, n_tok, n_kv]
-    """p = softmax(scale x): d_x = scale p (d_p - sum(d_p p)). It is 0 where a token cannot look, for p is 0 there.
+    """p = softmax(scale x): d_x = scale p (d_p - sum(d_p p)). It is 0 where p is 0, at tokens that are not seen.
 
-    The sum is subtracted a second time, when it would be 0 but for rounding: where nearly all weight is on one token,
-    what is left is as small as that.
+    The sum is subtracted a second time. In exact arithmetic it is 0 by then. But where nearly all the weight is on one
+    token, the true result is as small as the rounding error of the first subtraction.
     """
     d = d - np.sum(d * pattern, axis=-1, keepdims=True)
     return scale * pattern * (d - np.sum(d * pattern, axis=-1, keepdims=True))
@@ -227,7 +227,7 @@ def backward(m: Model, d: np.ndarray, tape: Tape) -> None:
             if cap is not None:
                 d = soft_cap(t("kq_scaled_2", il, d), read("kq_scaled_2", il)[0], cap)     # [n_of, n_head, n_tok, n_kv]
             d_q, d_k = scores(t("kq", il, d), q, k)                                 # [n_of, n_tok, n_head(_kv), d_head]
-        else:       # nobody looks: the same numbers, without an array that grows with n_tok * n_kv
+        else:       # as in forward: the same numbers, without an array that grows with n_tok * n_kv
             d_q, d_k, d_v = attention(o, d, q, cache.k[il], cache.v[il], kq_scale, tape.positions, layer.window, cap)
         d_q = d_q if q_scale is None else t("Qcur_scaled", il, d_q) * q_scale       # [n_of, n_tok, n_head, d_head]
         d_q = d_q if heat is None else t("Qcur_attn_temp_scaled", il, d_q) * heat   # [n_of, n_tok, n_head, d_head]
@@ -262,8 +262,8 @@ class Tape(Tap):
         super().__init__(model, actions)
         self.tokens, self.n_tok, self.cache = np.asarray(tokens, np.intp), len(tokens), model.cache()
         self.order = {name: i for i, name in enumerate(model.table)}
-        self.first = min(self.order[name] for name in wanted)   # what comes before it in the table, nobody asked for
-        self.done = False                                       # that name has come
+        self.first = min(self.order[name] for name in wanted)   # no value before it in the table was asked for
+        self.done = False                                       # whether that name has been reached
         self.found: dict[str, Any] = dict.fromkeys(wanted)      # gradients by name, [n_of, ...]
         self.n_row = self.n_tok                                 # rows of what comes after the last layer
         self.layer: int | None = None                           # the layer that was run again

@@ -145,7 +145,7 @@ class Function(Metric):
 
 
 def metrics(of: Any, model: Any, ids: Sequence[int]) -> list[Metric]:
-    """The metrics that are asked for, one or a list, each bound to a prompt. Raises Error for what is none."""
+    """The metrics that are asked for, one or a list, each bound to a prompt. Raises Error for anything else."""
     found = list(of) if isinstance(of, (list, tuple)) else [of]
     if not found:
         raise Error("of is an empty list: a gradient needs something that it is the gradient of")
@@ -208,7 +208,7 @@ class Gradients(Mapping[str, np.ndarray]):
 
 
 def finite(value: float, what: str) -> float:
-    """A value that is a number. Raises Error for NaN and infinity."""
+    """The value itself, if it is a finite number. Raises Error for NaN and infinity."""
     if not math.isfinite(value):
         raise Error(f"the value of {what} is {value}: its gradient says nothing")
     return value

@@ -3,12 +3,12 @@
     python examples/make_pages.py [PAGE ...]            write the outputs and the pictures
     python examples/make_pages.py --check [PAGE ...]    only compare; exit status 1 where a page is wrong
 
-The pages are README.md, the manual in docs/ and the walks in examples/. In a page, a block ```bash or ```python that is
-followed by a block ```text is run, and the text is what it prints on stdout. Commands of one page share a folder that
-is empty at first; lines that set up (python3 -m venv, pip install) are left out. Where the text holds a line "...", as
-many lines before and after it are shown as before, and those between are left out. Pages that name the model smollm2
-are left out where it is not installed. docs/verify.md needs llama.cpp, and docs/one-numbers-journey.md has a test of
-its own.
+The pages are README.md, the manual in docs/, the model card, and the pages in examples/. In a page, a block ```bash or
+```python that is followed by a block ```text is run, and the text is what it prints on stdout. Commands of one page
+share a folder that is empty at first; lines that set up (python3 -m venv, pip install) are left out. Where the text
+holds a line "...", as many lines before and after it are shown as before, and those between are left out. Pages that
+name the model smollm2 are left out where it is not installed. docs/verify.md needs llama.cpp, and
+docs/one-numbers-journey.md has a test of its own.
 """
 import contextlib
 import io

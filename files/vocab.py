@@ -66,7 +66,7 @@ class Tokenizer:
         self.before_text = self._before_text(meta)
 
     def _before_text(self, meta: dict[str, Any]) -> set[str]:
-        """The special pieces that take the white space after them, as in llama.cpp: it goes by the model's name.
+        """The special pieces that remove the white space after them. As in llama.cpp, the model's name decides.
 
         Source: llama-vocab.cpp, llama_vocab::impl::load (LLAMA_TOKEN_ATTR_RSTRIP).
         """
@@ -186,7 +186,7 @@ class Tokenizer:
         return [part if isinstance(part, int) else part[1] for part in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without the BOS and the space that encode puts first; bytes that are no UTF-8 are U+FFFD."""
+        """The text of ids, without the BOS and space that encode adds. Bytes that are not UTF-8 become U+FFFD."""
         parts = [self.bytes(i) for i in (ids[1:] if len(ids) and ids[0] == self.bos else ids)]
         if self.space_prefix and parts:
             parts[0] = parts[0].removeprefix(b" ")

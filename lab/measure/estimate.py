@@ -1,8 +1,8 @@
 """Attribution patching: an estimate of what every patch of a sweep would do, from one gradient.
 
-The change of a piece, from one run to the other, times the gradient with respect to it, is how far the logit difference
-would move along a straight line. With several steps the gradient is a mean: of runs whose embeddings lie between those
-of the two prompts, which follows the function further.
+The change of a piece, from one run to the other, times the gradient with respect to it, is the change of the logit
+difference if the model were linear. With several steps the gradient is a mean over runs whose embeddings lie between
+those of the two prompts; this takes more of the model's curvature into account.
 
 Sources: Nanda, Attribution patching (2023); Syed et al., Attribution patching outperforms automated circuit discovery
 (2023), arXiv 2310.10348; Hanna et al., Have faith in faithfulness (2024), arXiv 2403.17806.
