@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
@@ -93,9 +92,8 @@ class Action:
 
     def __new__(cls, *args: Any, **named: Any) -> Self:
         """Raise ArgumentError for an argument that this kind of action does not have."""
-        takes = inspect.signature(cls.__init__).parameters if named else {}
-        if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-            given.check_arguments(cls.__name__, named, [name for name in takes if name != "self"])
+        if named:
+            given.check_arguments(cls.__name__, named, given.arguments_of(cls.__init__))
         return super().__new__(cls)
 
     def bind(self, name: str, op: Any, model: Any) -> Self:

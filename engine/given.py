@@ -181,10 +181,10 @@ ELSEWHERE = {
 }
 
 
-def check_arguments(function: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raise ArgumentError for an argument that a function does not have."""
+def check_arguments(function: str, given: Iterable[str], known: Sequence[str] | None) -> None:
+    """Raise ArgumentError for an argument that a function does not have; known=None: it takes any."""
     for name in given:
-        if name not in known:
+        if known is not None and name not in known:
             elsewhere = ELSEWHERE.get(name, "")
             near = difflib.get_close_matches(name, known, 1)
             meant = elsewhere if elsewhere.split(" ")[0] in known else near[0] if near else None
@@ -192,9 +192,15 @@ def check_arguments(function: str, given: Iterable[str], known: Sequence[str]) -
             raise ArgumentError(f"{function} has no argument {short(name)}{means}")
 
 
+def arguments_of(function: Callable[..., Any]) -> list[str] | None:
+    """The names of a function's arguments; None if it takes any name."""
+    takes = inspect.signature(function).parameters
+    return None if any(p.kind is p.VAR_KEYWORD for p in takes.values()) else [name for name in takes if name != "self"]
+
+
 def known_arguments(function: F) -> F:
     """Wrap a function so that an argument which it does not have is an ArgumentError that names the one meant."""
-    known = [name for name in inspect.signature(function).parameters if name != "self"]
+    known = arguments_of(function)
 
     @functools.wraps(function)
     def checked(*args: Any, **named: Any) -> Any:
