@@ -15,6 +15,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +69,17 @@ def path(
     receivers = read_parts(model, receiver, "receiver")
     senders = every_sender(model, receivers) if sender is None else read_parts(model, sender, "sender")
     check_order(senders, receivers)
-    ids = [tuple(model.ids(prompt)) for prompt in (clean, corrupt)]
-    check_aligned(model, *ids)
-    rows = None if at is None else tuple(sorted(positions(at, len(ids[0]), "the prompt").tolist()))
-    setting = Setting(*ids, tuple(receivers), rows, 0, 0)
+    ids, other_ids = tuple(model.ids(clean)), tuple(model.ids(corrupt))
+    check_aligned(model, ids, other_ids)
+    rows = None if at is None else tuple(sorted(positions(at, len(ids), "the prompt").tolist()))
+    setting = Setting(ids, other_ids, tuple(receivers), rows, 0, 0)
     runs = runs_of(model, setting)
     token = token_or(model, answer, clean, int(runs.clean.argmax()))
     other = token_or(model, against, clean, int(runs.corrupt.argmax()))
-    setting = Setting(*ids, tuple(receivers), rows, token, other)
+    setting = replace(setting, answer=token, against=other)
     ends = measure(np.stack([runs.clean, runs.corrupt]), runs.clean, token, other)      # [2, 4]
     if metric == METRICS[0]:
-        check_ends(model, *ids, token, other, ends)
+        check_ends(model, ids, other_ids, token, other, ends)
     names = list(map(str, senders))
     settings = {"senders": names, "receivers": list(map(str, receivers)), "at": rows, "answer": token,
                 "against": other}
@@ -100,12 +101,12 @@ def _nothing(
     model: Model, note: dict[str, Any], setting: Setting, senders: list[str], ends: np.ndarray
 ) -> PathPatching:
     """A result with nothing done."""
-    pieces = ([model.piece(i) for i in ids] for ids in (setting.clean, setting.corrupt))
+    clean, corrupt = ([model.piece(i) for i in ids] for ids in (setting.clean, setting.corrupt))
     tokens = setting.answer, model.piece(setting.answer), setting.against, model.piece(setting.against)
     whole: list[Any] = [dict(zip(METRICS, row.tolist())) for row in ends]
     empty = [np.full(len(senders), np.nan) for _ in METRICS]
     return PathPatching(note, METRICS[0], senders, list(map(str, setting.receivers)),
-                        [group(model, part) for part in setting.receivers], *pieces, *tokens, *whole, *empty)
+                        [group(model, part) for part in setting.receivers], clean, corrupt, *tokens, *whole, *empty)
 
 
 def _fill(found: PathPatching, senders: list[str], scores: np.ndarray, ends: np.ndarray) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -167,20 +168,16 @@ def run_batch(model: Model, batch: Batch) -> np.ndarray:
         for part in batch.reached:
             read = rows((runs.inside if part.kind == "ffn" else runs.x)[part.layer]) + change
             columns = slice(None) if part.kind == "ffn" else shared_by(model, part)
-            actions += [Replace(name, Put(made, columns)) for name, made in received(model, part, read).items()]
+            actions += [Replace(name, partial(put, made, columns))
+                        for name, made in received(model, part, read).items()]
     tokens = [token for start in starts for token in setting.clean[start:]]
     branches = Branches(runs.cache, starts, len(setting.clean))
     logits = model.run(tokens, actions=actions, cache=branches, start=(first, x), logits="last").logits
     return measure(logits, runs.clean, setting.answer, setting.against)
 
 
-class Put(NamedTuple):
-    """A function for Replace that puts in some columns of given rows."""
-
-    made: np.ndarray
-    columns: int | slice
-
-    def __call__(self, x: np.ndarray, ctx: Context) -> np.ndarray:
-        x = x.copy()
-        x[:, self.columns] = self.made[:, self.columns]
-        return x
+def put(made: np.ndarray, columns: int | slice, x: np.ndarray, ctx: Context) -> np.ndarray:
+    """Put in some columns of the rows that a receiver made: what Replace calls."""
+    x = x.copy()
+    x[:, columns] = made[:, columns]
+    return x

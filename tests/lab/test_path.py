@@ -183,7 +183,7 @@ def test_what_is_kept_is_not_made_again(copycat_f32, tmp_path, monkeypatch):
         path(copycat_f32, CLEAN, CORRUPT, "5.1:v", out=file)
 
 
-def test_processes_and_threads_give_the_same(copycat_f32, monkeypatch):
+def test_the_threads_of_an_executor_give_the_same(copycat_f32, monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 
     monkeypatch.setattr(paths, "ROWS", 10)
