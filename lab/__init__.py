@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .commands.function_vector import FunctionVector, function_vector
     from .commands.lens import Lens, lens
     from .commands.over_pairs import PairsResult, over_pairs
+    from .commands.path import PathPatching, path
     from .commands.report import Report, report
     from .commands.steer import Steering, steer
     from .commands.story import Story, story
@@ -40,7 +41,7 @@ WHERE = {
     "commands.ablate": ("Ablation", "ablate"), "commands.attend": ("Attention", "attend"),
     "commands.attribute": ("Attribution", "attribute"), "commands.lens": ("Lens", "lens"),
     "commands.function_vector": ("FunctionVector", "function_vector"), "commands.report": ("Report", "report"),
-    "commands.over_pairs": ("PairsResult", "over_pairs"),
+    "commands.over_pairs": ("PairsResult", "over_pairs"), "commands.path": ("PathPatching", "path"),
     "commands.steer": ("Steering", "steer"), "commands.story": ("Story", "story"),
     "commands.sweep": ("Sweep", "sweep"),
     "commands.task_vector": ("TaskVector", "task_vector"), "commands.trace": ("Trace", "trace"),
@@ -49,9 +50,9 @@ WHERE = {
 MODULES = {name: module for module, names in WHERE.items() for name in names}
 
 __all__ = [
-    "Ablation", "Attention", "Attribution", "FunctionVector", "Lens", "PairsResult", "Report", "SelfVerification",
-    "Steering", "Story", "Sweep", "TaskVector", "Trace", "Verification",
-    "ablate", "attend", "attribute", "function_vector", "lens", "over_pairs", "report", "steer", "story",
+    "Ablation", "Attention", "Attribution", "FunctionVector", "Lens", "PairsResult", "PathPatching", "Report",
+    "SelfVerification", "Steering", "Story", "Sweep", "TaskVector", "Trace", "Verification",
+    "ablate", "attend", "attribute", "function_vector", "lens", "over_pairs", "path", "report", "steer", "story",
     "sweep", "task_vector", "trace", "verify", "verify_self",
 ]
 

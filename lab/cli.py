@@ -46,14 +46,15 @@ commands, each with --help:
   tinymia trace           the forward pass, op by op     tinymia function-vector  Todd et al. 2023
   tinymia report          all about a prompt, a page     tinymia steer            add a difference of means
   tinymia verify          every tensor, llama.cpp's too  tinymia story            a difference, followed to heads
+  tinymia path            what one part tells another
 
 NAME is exact (l_out-14), a base name (l_out: every layer), a glob (l_out-1?) or all. Positions count from 0, which is
 BOS; negative ones from the end.
 """
 
 SUBCOMMANDS: tuple[str, ...] = (
-    "lens", "attend", "attribute", "trace", "report", "story", "sweep", "ablate", "task-vector", "function-vector",
-    "steer", "verify",
+    "lens", "attend", "attribute", "trace", "report", "story", "sweep", "path", "ablate", "task-vector",
+    "function-vector", "steer", "verify",
 )
 
 

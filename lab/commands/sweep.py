@@ -40,6 +40,7 @@ from ..measure.patching import (
     Setting,
     batches,
     check_aligned,
+    check_ends,
     measure,
     run_batch,
     runs_of,
@@ -94,10 +95,8 @@ def sweep(
     other = token_or(model, against, clean, int(runs.corrupt.argmax()))
     setting = Setting(ids["clean"], ids["corrupt"], tensor, noising, at == "last", token, other)
     ends = measure(np.stack([runs.clean, runs.corrupt]), runs.clean, token, other)      # [2, 4]
-    if metric == "logit-difference" and ends[0, 0] == ends[1, 0]:
-        same = "the prompts are the same, and so " * (ids["clean"] == ids["corrupt"])
-        raise Error(f"{same}the logit difference of {model.piece(token)!r} and {model.piece(other)!r} is the same in "
-                    "both runs: choose other tokens (--answer, --against) or another metric (--metric)")
+    if metric == METRICS[0]:
+        check_ends(model, ids["clean"], ids["corrupt"], token, other, ends)
     settings = {"tensor": tensor, "noising": noising, "at": at, "layers": wanted, "answer": token, "against": other}
     if estimate:
         settings |= {"estimate": True, "steps": steps or 1, "check": check}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -79,13 +80,18 @@ def hover(found: Sweep, i: int, j: int) -> str:
             f"KL from clean {found.kl[i, j]:.4g}\nrank {found.rank[i, j]:.0f}")
 
 
-def text(found: Sweep) -> str:
-    """The text that the terminal shows: the two unpatched runs, and the heatmap."""
+def ends_table(found: Any) -> str:
+    """A table of the metrics of the two unpatched runs."""
     rows = [["run", f"{found.answer_piece!r} - {found.against_piece!r}", "probability", "KL from clean", "rank"]]
     for name, run in (("clean", found.clean), ("corrupt", found.corrupt)):
         rows.append([name, signed(run['logit-difference'], 3), f"{run['probability']:.4f}", f"{run['kl']:.4f}",
                      f"{run['rank']:.0f}"])
-    return "\n\n".join([table(rows), picture(found).terminal(*screen()), *checked(found)])
+    return table(rows)
+
+
+def text(found: Sweep) -> str:
+    """The text that the terminal shows: the two unpatched runs, and the heatmap."""
+    return "\n\n".join([ends_table(found), picture(found).terminal(*screen()), *checked(found)])
 
 
 def checked(found: Sweep) -> list[str]:

@@ -22,3 +22,14 @@ def passage(model: Model, name: str, whole: np.ndarray) -> np.ndarray:
         return factor
     scaled = whole * factor
     return factor * weight / np.sqrt(np.mean(scaled * scaled) + whole.dtype.type(c.eps))
+
+
+def passed(model: Model, name: str, x: np.ndarray) -> np.ndarray:
+    """The rows of a block's output, kqv_out-L or ffn_out-L, as they are added to the stream: [n_tok, n_embd].
+
+    They are scaled and normed as `forward` does it, with the root mean square of these rows.
+    """
+    c, (base, _, il) = model.config, name.rpartition("-")
+    weight = getattr(model.weights.blk[int(il)], NORMS[base])
+    x = x if c.residual_scale is None else x * c.residual_scale
+    return x if weight is None else model.ops.rms_norm(x, c.eps, 1) * weight

@@ -6,10 +6,10 @@ cells of one layer continue as one batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -81,17 +81,30 @@ def make_runs(model: Model, setting: Setting) -> Runs:
     return Runs(cache, x, own, given, clean, corrupt)
 
 
-_last: WeakKeyDictionary[Model, tuple[Setting, Runs]] = WeakKeyDictionary()     # for the next batch of a sweep
-_making = Lock()
+Key = TypeVar("Key")
+Made = TypeVar("Made")
+
+
+def once(make: Callable[[Model, Key], Made]) -> Callable[[Model, Key], Made]:
+    """Return `make`, but with its last result of each model kept, for the next batch in this process."""
+    last: WeakKeyDictionary[Model, tuple[Key, Made]] = WeakKeyDictionary()
+    making = Lock()
+
+    def made(model: Model, key: Key) -> Made:
+        with making:
+            if model not in last or last[model][0] != key:
+                last[model] = key, make(model, key)
+            return last[model][1]
+
+    return made
+
+
+_runs = once(make_runs)
 
 
 def runs_of(model: Model, setting: Setting) -> Runs:
     """The result of make_runs, computed once for all batches of a sweep in this process."""
-    setting = replace(setting, answer=0, against=0)
-    with _making:
-        if model not in _last or _last[model][0] != setting:
-            _last[model] = setting, make_runs(model, setting)
-        return _last[model][1]
+    return _runs(model, replace(setting, answer=0, against=0))
 
 
 def first_change(setting: Setting, runs: Runs, layer: int, column: int) -> int | None:
@@ -168,6 +181,16 @@ def measure(rows: np.ndarray, clean: np.ndarray, answer: int, against: int) -> n
     divergence = (np.exp(before) * (before - after)).sum(1)
     ranks = [rank(row, answer) for row in rows]
     return np.stack([difference, np.exp(after[:, answer]), divergence, ranks], axis=1)
+
+
+def check_ends(model: Model, clean: Sequence[int], corrupt: Sequence[int], answer: int, against: int,
+               ends: np.ndarray) -> None:
+    """Raise Error if both runs, whose METRICS are ends [2, 4], have the same logit difference."""
+    if ends[0, 0] == ends[1, 0]:
+        same = "the prompts are the same, and so " * (tuple(clean) == tuple(corrupt))
+        tokens = f"{model.piece(answer)!r} and {model.piece(against)!r}"
+        raise Error(f"{same}the logit difference of {tokens} is the same in both runs: choose other tokens (--answer, "
+                    "--against) or another metric (--metric)")
 
 
 def check_aligned(model: Model, clean: Sequence[int], corrupt: Sequence[int]) -> None:

@@ -249,6 +249,7 @@ def test_e_reads_line_ends_and_f_keeps_the_last_one(tmp_path):
 
 @pytest.mark.parametrize("args", [
     ["sweep", "--layers", "0", "--clean", "Egypt\\n ->", "--corrupt", "Norway\\n ->"],
+    ["path", "--receiver", "logits", "--clean", "Egypt\\n ->", "--corrupt", "Norway\\n ->"],
     ["story", "--clean", "Egypt\\n ->", "--corrupt", "Norway\\n ->"],
     ["ablate", "--layers", "0", "-p", "Egypt\\n ->", "--mode", "resample", "--other", "Norway\\n ->"],
 ])

@@ -14,8 +14,8 @@ from tinymia_lab.flags.command import Command
 from tinymia_lab.runs.result import Result
 
 PROMPT = "Egypt -> Cairo, Norway -> Oslo, Estonia ->"
-NAMES = ["lens", "attend", "attribute", "trace", "report", "story", "sweep", "ablate", "task_vector", "function_vector",
-         "steer", "verify"]
+NAMES = ["lens", "attend", "attribute", "trace", "report", "story", "sweep", "path", "ablate", "task_vector",
+         "function_vector", "steer", "verify"]
 
 
 def module(name):
@@ -63,6 +63,7 @@ def results(model):
     yield tinymia_lab.report(model, PROMPT, n=1)
     yield tinymia_lab.story(model, "France ->", "Norway ->")
     yield tinymia_lab.sweep(model, "France ->", "Norway ->", layers="2")
+    yield tinymia_lab.path(model, "France ->", "Norway ->", "5.0:v")
     yield tinymia_lab.over_pairs(model, "attribute", "copycat-capitals")
     yield tinymia_lab.ablate(model, PROMPT, layers="2")
     yield module("ablate_groups").ablate_groups(model, PROMPT, ["ffn-1", "2.1"])
