@@ -83,6 +83,7 @@ from tinymia_engine import (
     Scale,
     Weights,
     best,
+    exact,
     files_read,
     given,
     listed,
@@ -503,10 +504,8 @@ class Run:
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The copy of a tensor that keep= or Save made, float32, of the shape in the table of names."""
-        meant = match(name, self.table or dict.fromkeys(self.names))
-        if len(meant) > 1:
-            raise UnknownName(f"{name!r} is {len(meant)} tensors, {meant[0]} to {meant[-1]}: read one at a time")
-        found = [r.value for r in self.records if isinstance(r.action, Save) and r.name == meant[0]]
+        meant = exact(name, self.table or dict.fromkeys(self.names))
+        found = [r.value for r in self.records if isinstance(r.action, Save) and r.name == meant]
         if not found:
             kept = f"; kept: {', '.join(self.names[:9])}{', ...' * (len(self.names) > 9)}" if self.names else ""
             raise UnknownName(f"{name!r} was not kept: ask with keep=[{name!r}]{kept}")

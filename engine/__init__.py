@@ -15,7 +15,7 @@ from .action import NOT_HERE, Action, Context, Edit, Positions, Record, Source, 
 from .actions import Ablate, Add, Lens, Log, Patch, ProjectOut, Replace, Save, Scale
 from .given import ArgumentError, indices, is_mask, known_arguments, out_of_range, whole
 from .gradients import Gradients, Logit, LogitDifference, LogProb, Loss, Metric, finite, metrics
-from .names import Op, match, name_table, stream
+from .names import Op, exact, match, name_table, stream
 from .sampling import Sampler, best, softmax
 from .sources import read_sources
 from .weights import Block, Linear, Weights
@@ -23,7 +23,7 @@ from .weights import Block, Linear, Weights
 __all__ = [
     "NOT_HERE", "Ablate", "Action", "Add", "ArgumentError", "Block", "Context", "Edit", "Gradients", "Lens",
     "Linear", "Log", "LogProb", "Logit", "LogitDifference", "Loss", "Metric", "Op", "Patch", "Positions",
-    "ProjectOut", "Record", "Replace", "Sampler", "Save", "Scale", "Source", "Weights", "best", "files_read",
+    "ProjectOut", "Record", "Replace", "Sampler", "Save", "Scale", "Source", "Weights", "best", "exact", "files_read",
     "finite", "given", "indices", "is_mask", "known_arguments", "listed", "match", "metrics", "name_table",
     "out_of_range", "read_sources", "softmax", "sources", "stream", "whole",
 ]

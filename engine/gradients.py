@@ -17,7 +17,7 @@ from tinymia_files import Error, UnknownName, short
 
 from . import given
 from .action import Positions
-from .names import match
+from .names import exact
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -188,13 +188,11 @@ class Gradients(Mapping[str, np.ndarray]):
     table: Mapping[str, Any]        # the model's names
 
     def __getitem__(self, name: str) -> np.ndarray:
-        meant = match(name, self.table)
-        if len(meant) > 1:
-            raise UnknownName(f"{name!r} is {len(meant)} tensors, {meant[0]} to {meant[-1]}: read one at a time")
-        if meant[0] not in self.arrays:
+        meant = exact(name, self.table)
+        if meant not in self.arrays:
             asked = f"{', '.join(list(self.arrays)[:9])}{', ...' * (len(self.arrays) > 9)}"
             raise UnknownName(f"the gradient by {name!r} was not asked for: ask with wrt=[{name!r}]; asked: {asked}")
-        return self.arrays[meant[0]]
+        return self.arrays[meant]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.arrays)

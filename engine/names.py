@@ -110,6 +110,14 @@ def stream(c: Config, il: int) -> str:
     return f"l_out-{il - 1}" if il else "inp_embd" if c.embedding_scale is None else "inp_scaled"
 
 
+def exact(pattern: str, names: Mapping[str, Any]) -> str:
+    """The one exact name that a pattern means. Raises UnknownName, also for a pattern that means several."""
+    meant = match(pattern, names)
+    if len(meant) > 1:
+        raise UnknownName(f"{pattern!r} is {len(meant)} tensors, {meant[0]} to {meant[-1]}: read one at a time")
+    return meant[0]
+
+
 def match(pattern: str, names: Mapping[str, Any]) -> list[str]:
     """Exact names for an exact name, a base name (every layer), a glob or `all`; never a substring.
 
