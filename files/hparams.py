@@ -38,7 +38,7 @@ def read_hparams(
             raise r.refuse(key, f": {why}")
     if meta.get(f"{r.name}.attention.causal", True) is not True:
         raise r.refuse("attention.causal", ": only causal attention is supported, where a token sees those before it")
-    deepstack = r.raw("deepstack_mapping") if "deepstack_mapping" in arch.reads else None
+    deepstack = r.raw("deepstack_mapping") if r.counts("deepstack_mapping") else None
     if deepstack is not None and not (np.asarray(deepstack) == -1).all():
         raise r.refuse("deepstack_mapping", ": inputs of images are not supported")
     n_embd = r.get("embedding_length", None, 1)
@@ -92,7 +92,7 @@ def read_hparams(
         temperature=temperature,
         embedding_scale=math.sqrt(n_embd) if arch.embedding_root else r.factor("embedding_scale"),
         residual_scale=r.factor("residual_scale"),
-        logit_scale=None if "logit_scale" not in arch.reads.split() else 1 / r.get("logit_scale", None, 1e-30, float),
+        logit_scale=1 / r.get("logit_scale", None, 1e-30, float) if r.counts("logit_scale") else None,
         attn_soft_cap=_cap(r, "attn_logit_softcapping", arch.attn_soft_cap),
         logit_soft_cap=_cap(r, "final_logit_softcapping", arch.logit_soft_cap),
     )

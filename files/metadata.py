@@ -28,7 +28,7 @@ class Reader:
         self.n_layer = self.get("block_count", None, 1)
 
     def raw(self, key: str) -> Any:
-        """A value as it is in the file; None where the key is missing, or where it does not count here."""
+        """A value as it is in the file; None where the key is missing."""
         return self.meta.get(f"{self.name}.{key}")
 
     def refuse(self, key: str, why: str) -> GGUFError:
@@ -59,9 +59,10 @@ class Reader:
                             f"{least:g}{most}")
         return kind(value)
 
-    def factor(self, key: str, required: bool = False) -> float | None:
+    def counts(self, key: str) -> bool:
+        """Return whether this architecture reads a key that others do not."""
+        return key in self.arch.reads.split()
+
+    def factor(self, key: str) -> float | None:
         """A factor that is there only where the architecture reads the key; 0 means none."""
-        if key not in self.arch.reads.split():
-            return None
-        value: float = self.get(key, None if required else 0.0, 1e-30 if required else 0, float)
-        return value or None
+        return (self.get(key, 0.0, 0, float) or None) if self.counts(key) else None

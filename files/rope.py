@@ -48,10 +48,10 @@ def read_layers(
     ropes, windows = [rope(base, factor)], arch.windows
     size = _window(r)
     if windows and size:
-        own = r.get("rope.freq_base_swa", windows.base or base, 1e-6, float) if "rope.freq_base_swa" in arch.reads \
-            else base
+        key = "rope.freq_base_swa"
+        own = r.get(key, windows.base or base, 1e-6, float) if r.counts(key) else base
         ropes.append(rope(own, given if windows.scaled else 1.0, windows.yarn))
-    turned = "rope.scaling.finetuned" not in arch.reads or _flag(r, "rope.scaling.finetuned")
+    turned = not r.counts("rope.scaling.finetuned") or _flag(r, "rope.scaling.finetuned")
     layers = []
     for il, near in enumerate(_pattern(r) if size else [False] * r.n_layer):
         skipped = not turned or (arch.rope_step is not None and (il + 1) % arch.rope_step == 0)
@@ -125,7 +125,6 @@ def _corrections(r: Reader, n_rot: int, n_ctx: int, base: float) -> tuple[float,
         inside = f32(n_ctx) / (f32(turns) * f32(2) * f32(math.pi))
         return f32(n_rot) * f32(math.log(inside)) / (f32(2) * f32(math.log(base)))
 
-    read = r.arch.reads.split()
-    fast, slow = (r.get(key, turns, 1e-6, float) if key in read else turns
+    fast, slow = (r.get(key, turns, 1e-6, float) if r.counts(key) else turns
                   for key, turns in (("rope.scaling.yarn_beta_fast", 32.0), ("rope.scaling.yarn_beta_slow", 1.0)))
     return max(0.0, math.floor(pair(fast))), min(n_rot - 1.0, math.ceil(pair(slow)))
